@@ -1,0 +1,20 @@
+"""A strict session: eight fake devices, no silent promotion, warnings are errors (setup.cfg)."""
+
+import os
+
+# Before jax is imported: eight devices on one CPU, so that sharding is exercised by every test.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fresh, seeded generator: tests draw random, asymmetric input from it."""
+    return np.random.default_rng(2022)
