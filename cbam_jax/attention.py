@@ -1,0 +1,226 @@
+"""CBAM and squeeze-and-excitation, as the paper writes them; the original authors' form by option.
+
+A gate returns the gate; the composition multiplies, so that the maps can be looked at::
+
+    F'  = M_c(F)  * F       M_c: ChannelGate, [b, 1, 1, c]
+    F'' = M_s(F') * F'      M_s: SpatialGate, [b, h, w, 1]
+
+Woo, Park, Lee, Kweon: CBAM: Convolutional Block Attention Module, ECCV 2018.
+Hu, Shen, Sun: Squeeze-and-Excitation Networks, CVPR 2018.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+_zeros = nnx.initializers.zeros_init()
+_he_normal = nnx.initializers.he_normal()
+
+
+# With its last layer at zero a gate is scale * sigmoid(0): 2 makes that exactly one, so the module
+# starts as the identity and pretrained statistics downstream still fit. In the paper's form each
+# gate starts near one half, and a CBAM scales its input by about one quarter.
+GATE_INITS = {"paper": 1.0, "identity": 2.0}
+
+
+def _gate_scale(init: str) -> float:
+    if init not in GATE_INITS:
+        raise ValueError(f"unknown attention init {init!r}: choose one of {', '.join(GATE_INITS)}")
+    return GATE_INITS[init]
+
+
+class ChannelGate(nnx.Module):
+    """M_c(F) = sigmoid(MLP(AvgPool(F)) + MLP(MaxPool(F))), MLP = W_1 relu(W_0 .), shared, no bias.
+
+    Args:
+        features: channels c of the input.
+        reduction: r; the hidden width is c // r, at least 1.
+        use_bias: biases in the MLP, as in the original authors' code (not in the paper).
+        init: ``"paper"``, or ``"identity"``: 2 sigmoid(0) = 1 at the start, range (0, 2).
+        dtype: of the computation; parameters are float32.
+        rngs: for the parameters.
+
+    Raises:
+        ValueError: on an unknown ``init``.
+
+    >>> gate = ChannelGate(32, rngs=nnx.Rngs(0))
+    >>> gate(jnp.ones((2, 7, 5, 32))).shape
+    (2, 1, 1, 32)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        reduction: int = 16,
+        *,
+        use_bias: bool = False,
+        init: str = "paper",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.scale = _gate_scale(init)
+        hidden = max(features // reduction, 1)
+        last_init = _zeros if init == "identity" else _he_normal
+        self.fc1 = nnx.Linear(
+            features, hidden, use_bias=use_bias, kernel_init=_he_normal, dtype=dtype, rngs=rngs
+        )
+        self.fc2 = nnx.Linear(
+            hidden, features, use_bias=use_bias, kernel_init=last_init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [b, h, w, c] to the gate [b, 1, 1, c]."""
+        average = jnp.mean(x, axis=(1, 2), keepdims=True)
+        maximum = jnp.max(x, axis=(1, 2), keepdims=True)
+        return self.scale * nnx.sigmoid(self._mlp(average) + self._mlp(maximum))
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        return self.fc2(nnx.relu(self.fc1(x)))
+
+
+class SpatialGate(nnx.Module):
+    """M_s(F) = sigmoid(conv7x7([AvgPool(F); MaxPool(F)])), pooled over channels, average first.
+
+    Args:
+        kernel_size: of the convolution, odd.
+        original: the original authors' form, [MaxPool; AvgPool] and a BatchNorm after the
+            convolution, so that their weights can be ported.
+        init: ``"paper"``, or ``"identity"``: 2 sigmoid(0) = 1 at the start, range (0, 2).
+        dtype: of the computation; parameters are float32.
+        rngs: for the parameters.
+
+    Raises:
+        ValueError: on an even ``kernel_size`` or an unknown ``init``.
+
+    >>> gate = SpatialGate(rngs=nnx.Rngs(0))
+    >>> gate(jnp.ones((2, 7, 5, 32))).shape
+    (2, 7, 5, 1)
+    """
+
+    def __init__(
+        self,
+        kernel_size: int = 7,
+        *,
+        original: bool = False,
+        init: str = "paper",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the map's size, got {kernel_size}")
+        self.scale = _gate_scale(init)
+        self.original = original
+        self.conv = nnx.Conv(
+            2,
+            1,
+            (kernel_size, kernel_size),
+            padding=((kernel_size // 2, kernel_size // 2),) * 2,
+            use_bias=False,
+            kernel_init=_zeros if init == "identity" else _he_normal,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        # torch's momentum 0.01 is 0.99 here; statistics stay in float32 (bfloat16 loses them).
+        norm = nnx.BatchNorm(1, momentum=0.99, dtype=jnp.float32, rngs=rngs) if original else None
+        self.bn = norm
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [b, h, w, c] to the gate [b, h, w, 1]."""
+        average = jnp.mean(x, axis=-1, keepdims=True)
+        maximum = jnp.max(x, axis=-1, keepdims=True)
+        pooled = (maximum, average) if self.original else (average, maximum)
+        logits = self.conv(jnp.concatenate(pooled, axis=-1))
+        if self.bn is not None:
+            logits = self.bn(logits).astype(logits.dtype)
+        return self.scale * nnx.sigmoid(logits)
+
+
+class CBAM(nnx.Module):
+    """Convolutional block attention: F' = M_c(F) * F, F'' = M_s(F') * F'.
+
+    The default is the paper's form. timm's ``CbamModule`` has a BatchNorm in its spatial gate;
+    the original authors' code has that, biases in the MLP, and the maximum before the average:
+    ``original=True`` gives theirs.
+
+    Args:
+        features: channels c of the input.
+        reduction: r of the channel gate.
+        kernel_size: of the spatial gate.
+        original: the original authors' form.
+        init: ``"paper"``, or ``"identity"``: the module starts as exactly the identity.
+        dtype: of the computation; parameters are float32.
+        rngs: for the parameters.
+
+    >>> cbam = CBAM(64, init="identity", rngs=nnx.Rngs(0))
+    >>> x = jax.random.normal(jax.random.key(1), (2, 7, 5, 64))
+    >>> bool(jnp.array_equal(cbam(x), x))
+    True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        reduction: int = 16,
+        kernel_size: int = 7,
+        *,
+        original: bool = False,
+        init: str = "paper",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.channel = ChannelGate(
+            features, reduction, use_bias=original, init=init, dtype=dtype, rngs=rngs
+        )
+        self.spatial = SpatialGate(
+            kernel_size, original=original, init=init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Refine [b, h, w, c]; the shape stays."""
+        x = x * self.channel(x)
+        return x * self.spatial(x)
+
+
+class SqueezeExcite(nnx.Module):
+    """Squeeze-and-excitation: x * sigmoid(W_1 relu(W_0 AvgPool(x))), channel attention only.
+
+    With biases, as in Hu et al.'s released code and timm; hidden width c // r (timm rounds it up
+    to a multiple of 8).
+
+    Args:
+        features: channels c of the input.
+        reduction: r; the hidden width is c // r, at least 1.
+        init: ``"paper"``, or ``"identity"``: 2 sigmoid(0) = 1 at the start, range (0, 2).
+        dtype: of the computation; parameters are float32.
+        rngs: for the parameters.
+
+    >>> se = SqueezeExcite(64, init="identity", rngs=nnx.Rngs(0))
+    >>> x = jax.random.normal(jax.random.key(1), (2, 7, 5, 64))
+    >>> bool(jnp.array_equal(se(x), x))
+    True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        reduction: int = 16,
+        *,
+        init: str = "paper",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.scale = _gate_scale(init)
+        hidden = max(features // reduction, 1)
+        last_init = _zeros if init == "identity" else _he_normal
+        self.fc1 = nnx.Linear(features, hidden, kernel_init=_he_normal, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, features, kernel_init=last_init, dtype=dtype, rngs=rngs)
+
+    def gate(self, x: jax.Array) -> jax.Array:
+        """Map [b, h, w, c] to the gate [b, 1, 1, c]."""
+        average = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return self.scale * nnx.sigmoid(self.fc2(nnx.relu(self.fc1(average))))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Refine [b, h, w, c]; the shape stays."""
+        return x * self.gate(x)

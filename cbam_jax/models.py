@@ -1,0 +1,160 @@
+"""The embedding model: backbone, pooling, optional projection, L2 norm."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from cbam_jax.attention import CBAM, GATE_INITS, SqueezeExcite
+from cbam_jax.backbones import resnet
+from cbam_jax.distances import l2_normalize
+
+# Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+BACKBONES = {
+    "resnet18": resnet.ResNet18,
+    "resnet34": resnet.ResNet34,
+    "resnet50": resnet.ResNet50,
+    "resnet101": resnet.ResNet101,
+    "resnet152": resnet.ResNet152,
+}
+ATTENTIONS = {"": None, "_se": SqueezeExcite, "_cbam": CBAM}
+MODELS = tuple(backbone + attention for backbone in BACKBONES for attention in ATTENTIONS)
+POOLINGS = ("average", "gem")
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+    """Turn uint8 pixels [b, h, w, 3] into float32 with ImageNet's mean and deviation taken out.
+
+    >>> white = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
+    >>> [round(float(value), 2) for value in normalize_images(white).flatten()]
+    [2.25, 2.43, 2.64]
+    """
+    scale = 1 / (255 * jnp.array(IMAGENET_STD, jnp.float32))
+    shift = jnp.array(IMAGENET_MEAN, jnp.float32) / jnp.array(IMAGENET_STD, jnp.float32)
+    shape = (1, 1, 1, 3)
+    return images.astype(jnp.float32) * scale.reshape(shape) - shift.reshape(shape)
+
+
+class GeM(nnx.Module):
+    """Generalised mean over h and w with a learned exponent: mean(max(x, eps)^p)^(1/p), p = 3.
+
+    p = 1 is average pooling, large p approaches max-pooling. One exponent for all channels.
+    Radenović, Tolias, Chum: Fine-tuning CNN Image Retrieval with No Human Annotation, 2018.
+
+    >>> round(float(GeM()(jnp.array([1.0, 2.0]).reshape(1, 1, 2, 1))[0, 0]), 4)
+    1.651
+    """
+
+    def __init__(self, power: float = 3.0, epsilon: float = 1e-6):
+        self.power = nnx.Param(jnp.array([power], jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pool [b, h, w, c] to [b, c]."""
+        x = jnp.maximum(x.astype(jnp.float32), self.epsilon)
+        # Divided by the largest entry, so that the power neither overflows nor loses small maps.
+        # The result does not depend on the divisor, so no gradient is lost by stopping it there.
+        largest = jax.lax.stop_gradient(jnp.max(x, axis=(1, 2), keepdims=True))
+        power = self.power[0]
+        pooled = jnp.mean((x / largest) ** power, axis=(1, 2)) ** (1 / power)
+        return pooled * largest[:, 0, 0]
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """Average [b, h, w, c] over h and w, in float32, to [b, c]."""
+    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+class EmbeddingModel(nnx.Module):
+    """Backbone, pooling, optional linear projection and L2 norm: images to embeddings.
+
+    Args:
+        backbone: maps [b, h, w, 3] to [b, h', w', backbone.num_features].
+        embedding_dim: d of the projection; None: no projection, d = ``num_features``.
+        normalize: divide each embedding by its Euclidean norm.
+        pooling: ``"average"`` or ``"gem"``.
+        rngs: for the parameters.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        *,
+        embedding_dim: int | None = None,
+        normalize: bool = True,
+        pooling: str = "average",
+        rngs: nnx.Rngs,
+    ):
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}: choose one of {list(POOLINGS)}")
+        self.backbone = backbone
+        self.pool = GeM() if pooling == "gem" else average_pool
+        width = backbone.num_features
+        self.projection = (
+            None if embedding_dim is None else nnx.Linear(width, embedding_dim, rngs=rngs)
+        )
+        self.embedding_dim = embedding_dim or width
+        self.normalize = normalize
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Return the last feature map [b, h', w', c], after its attention."""
+        return self.backbone(images)
+
+    def embed(self, features: jax.Array) -> jax.Array:
+        """Turn a last feature map [b, h', w', c] into embeddings [b, d], float32."""
+        x = self.pool(features)
+        x = x if self.projection is None else self.projection(x)
+        return l2_normalize(x) if self.normalize else x
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Embed normalised float32 images [b, h, w, 3] as [b, d] float32."""
+        return self.embed(self.features(images))
+
+
+def create_model(
+    name: str,
+    *,
+    embedding_dim: int | None = None,
+    normalize: bool = True,
+    pooling: str = "average",
+    attention_init: str = "paper",
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> EmbeddingModel:
+    """Build an embedding model by name.
+
+    Args:
+        name: one of ``MODELS``: a backbone, alone or with ``_se`` or ``_cbam``.
+        embedding_dim: d; None: the pooled features themselves, as in the paper.
+        normalize: L2-normalise the embeddings.
+        pooling: ``"average"`` or ``"gem"``.
+        attention_init: ``"paper"`` (gates start near one half) or ``"identity"`` (the model starts
+            as exactly the plain backbone, so that pretrained statistics fit).
+        dtype: of the backbone's computation, float32 or bfloat16. Parameters, BatchNorm, pooling
+            and the embedding stay float32.
+        rngs: for the parameters.
+
+    Raises:
+        ValueError: on an unknown name, pooling or init; the message lists the choices.
+
+    >>> model = create_model("resnet18_cbam", embedding_dim=128, rngs=nnx.Rngs(0))
+    >>> model(jnp.ones((2, 64, 64, 3))).shape
+    (2, 128)
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    if attention_init not in GATE_INITS:
+        choices = ", ".join(GATE_INITS)
+        raise ValueError(f"unknown attention_init {attention_init!r}: choose one of {choices}")
+    backbone_name, underscore, suffix = name.partition("_")
+    block = ATTENTIONS[underscore + suffix]
+    attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
+    backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs)
+    return EmbeddingModel(
+        backbone, embedding_dim=embedding_dim, normalize=normalize, pooling=pooling, rngs=rngs
+    )

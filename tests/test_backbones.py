@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cbam_jax.backbones import resnet
+from cbam_jax.backbones.layers import BatchNorm, PointwiseConv, conv, max_pool_3x3
+
+# Without the classifier; torchvision's published totals less 1000 * (features + 1).
+PARAMETERS = {
+    "ResNet18": 11_689_512 - 513_000,
+    "ResNet34": 21_797_672 - 513_000,
+    "ResNet50": 25_557_032 - 2_049_000,
+    "ResNet101": 44_549_160 - 2_049_000,
+    "ResNet152": 60_192_808 - 2_049_000,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    model = nnx.eval_shape(lambda: getattr(resnet, name)(rngs=nnx.Rngs(0)))
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    assert sum(sizes) == PARAMETERS[name]
+
+
+def test_paths_are_torchvisions():
+    model = nnx.eval_shape(lambda: resnet.ResNet50(rngs=nnx.Rngs(0)))
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    expected = {"conv1.kernel", "bn1.scale", "layer1.0.downsample.0.kernel", "layer3.5.bn2.var"}
+    assert expected <= paths
+
+
+def direct_conv(x, kernel, strides):
+    """Torch's cross-correlation with explicit padding, pixel by pixel, in float64."""
+    k = kernel.shape[0]
+    x = np.pad(x.astype(np.float64), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    height = (x.shape[1] - k) // strides + 1
+    width = (x.shape[2] - k) // strides + 1
+    out = np.zeros((x.shape[0], height, width, kernel.shape[3]))
+    for i in range(height):
+        for j in range(width):
+            window = x[:, i * strides : i * strides + k, j * strides : j * strides + k]
+            out[:, i, j] = np.einsum("bhwc,hwcd->bd", window, kernel)
+    return out
+
+
+@pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_conv_pads_as_torch(rng, kernel_size, strides):
+    x = rng.normal(size=(2, 9, 12, 5)).astype(np.float32)
+    layer = conv(5, 4, kernel_size, strides, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    expected = direct_conv(x, np.asarray(layer.kernel[...], np.float64), strides)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pointwise_conv_gradient_is_the_convolutions(rng):
+    x = jnp.asarray(rng.normal(size=(2, 5, 7, 6)), jnp.float32)
+
+    def by_product(x, kernel):
+        layer = PointwiseConv(6, 3, 2, dtype=jnp.float32, rngs=nnx.Rngs(1))
+        layer.kernel[...] = kernel
+        return jnp.sum(jnp.sin(layer(x)))
+
+    def by_convolution(x, kernel):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(jnp.sin(y))
+
+    kernel = jnp.asarray(rng.normal(size=(1, 1, 6, 3)), jnp.float32)
+    expected = jax.grad(by_convolution, argnums=(0, 1))(x, kernel)
+    for ours, theirs in zip(jax.grad(by_product, argnums=(0, 1))(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 12, 3), (1, 7, 5, 2)])
+def test_max_pool_is_the_padded_window(rng, shape):
+    x = rng.normal(-3, 1, shape).astype(np.float32)
+    expected = nnx.max_pool(jnp.asarray(x), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    np.testing.assert_array_equal(max_pool_3x3(jnp.asarray(x)), expected)
+
+
+def test_batch_norm_against_float64(rng):
+    x = rng.normal(40.0, 2.0, (3, 4, 5, 6)).astype(np.float32)
+    norm = BatchNorm(6, rngs=nnx.Rngs(0))
+    norm.scale[...] = jnp.asarray(rng.normal(1, 0.3, 6), jnp.float32)
+    norm.bias[...] = jnp.asarray(rng.normal(size=6), jnp.float32)
+    scale, bias = np.asarray(norm.scale[...], np.float64), np.asarray(norm.bias[...], np.float64)
+    exact = x.astype(np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    y = norm(jnp.asarray(x))
+    np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5) * scale + bias, atol=2e-5)
+    # Torch's running averages: momentum 0.1, unbiased variance (n = 60).
+    np.testing.assert_allclose(norm.mean[...], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * var * 60 / 59, rtol=1e-5)
+    evaluated = nnx.view(norm, use_running_average=True)(jnp.asarray(x))
+    mean, var = np.asarray(norm.mean[...], np.float64), np.asarray(norm.var[...], np.float64)
+    running = (exact - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(evaluated, running * scale + bias, rtol=1e-5)
+
+
+def test_batch_norm_gradient_is_autodiffs(rng):
+    x = jnp.asarray(rng.normal(2.0, 3.0, (3, 4, 5, 6)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    scale = jnp.asarray(rng.normal(1, 0.3, 6), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=6), jnp.float32)
+
+    def written_out(x, scale, bias):
+        norm = BatchNorm(6, rngs=nnx.Rngs(0))
+        norm.scale[...], norm.bias[...] = scale, bias
+        return jnp.sum(weight * jnp.tanh(norm(x)))
+
+    def by_definition(x, scale, bias):
+        mean = jnp.mean(x, (0, 1, 2), keepdims=True)
+        var = jnp.var(x, (0, 1, 2), keepdims=True)
+        y = (x - mean) / jnp.sqrt(var + 1e-5) * scale.reshape(1, 1, 1, -1)
+        return jnp.sum(weight * jnp.tanh(y + bias.reshape(1, 1, 1, -1)))
+
+    ours = jax.grad(written_out, argnums=(0, 1, 2))(x, scale, bias)
+    theirs = jax.grad(by_definition, argnums=(0, 1, 2))(x, scale, bias)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_stays_float32_in_bfloat16(rng):
+    # Mean 100, deviation 0.1: in bfloat16 the statistics themselves would be lost.
+    norm = nnx.view(BatchNorm(4, rngs=nnx.Rngs(0)), use_running_average=True)
+    norm.mean[...] = jnp.full((4,), 100.3)
+    norm.var[...] = jnp.full((4,), 0.01)
+    x = jnp.full((1, 2, 2, 4), 100.5, jnp.bfloat16)
+    assert norm(x).dtype == jnp.bfloat16
+    expected = (float(x[0, 0, 0, 0]) - 100.3) / 0.1
+    np.testing.assert_allclose(norm(x).astype(np.float32), expected, rtol=0.02)

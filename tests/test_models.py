@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cbam_jax.models import GeM, create_model, normalize_images
+
+
+@pytest.fixture
+def images(rng):
+    return jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32)
+
+
+def evaluation(model):
+    return nnx.view(model, use_running_average=True)
+
+
+@pytest.mark.parametrize("suffix", ["_se", "_cbam"])
+def test_identity_attention_is_the_plain_backbone(suffix, images):
+    plain = create_model("resnet18", rngs=nnx.Rngs(0))
+    model = create_model("resnet18" + suffix, attention_init="identity", rngs=nnx.Rngs(7))
+    # The same weights in the backbone; the attention keeps its own.
+    nnx.update(model, nnx.state(plain))
+    for view in (nnx.view, evaluation):
+        kwargs = {"use_running_average": False} if view is nnx.view else {}
+        expected = view(plain, **kwargs)(images)
+        np.testing.assert_allclose(view(model, **kwargs)(images), expected, atol=1e-6)
+
+
+def test_paper_attention_is_not_the_plain_backbone(images):
+    plain = create_model("resnet18", rngs=nnx.Rngs(0))
+    model = create_model("resnet18_cbam", rngs=nnx.Rngs(7))
+    nnx.update(model, nnx.state(plain))
+    difference = evaluation(model).features(images) - evaluation(plain).features(images)
+    assert float(jnp.abs(difference).max()) > 1e-3
+
+
+def test_embedding_is_the_pooled_map_projected_and_normalised(images):
+    model = evaluation(create_model("resnet18", embedding_dim=24, rngs=nnx.Rngs(0)))
+    features = np.asarray(model.features(images), np.float64)
+    projection = model.projection
+    embedding = features.mean((1, 2)) @ np.asarray(projection.kernel[...], np.float64)
+    embedding += np.asarray(projection.bias[...])
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    np.testing.assert_allclose(model(images), embedding, rtol=1e-4, atol=1e-6)
+
+
+def test_normalize_off_keeps_the_length(images):
+    model = evaluation(create_model("resnet18", normalize=False, rngs=nnx.Rngs(0)))
+    expected = np.asarray(model.features(images), np.float64).mean((1, 2))
+    np.testing.assert_allclose(model(images), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gem_is_the_generalised_mean(rng):
+    x = rng.gamma(1.0, 2.0, (3, 5, 4, 6)).astype(np.float32)
+    x[0] *= 1e-3
+    x[1, ..., 2] = 0.0
+    pool = GeM(power=2.5)
+    exact = np.maximum(x.astype(np.float64), 1e-6)
+    expected = (exact**2.5).mean((1, 2)) ** (1 / 2.5)
+    np.testing.assert_allclose(pool(jnp.asarray(x)), expected, rtol=1e-5)
+
+    def loss(x, power):
+        return jnp.sum(jnp.mean(x**power, axis=(1, 2)) ** (1 / power))
+
+    positive = jnp.asarray(x + 0.1)
+    expected = jax.grad(loss)(positive, 2.5)
+    ours = jax.grad(lambda x: jnp.sum(pool(x)))(positive)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters(images):
+    exact = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
+    model = create_model("resnet18_cbam", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert evaluation(model).features(images).dtype == jnp.bfloat16
+    embedding, expected = evaluation(model)(images), evaluation(exact)(images)
+    assert embedding.dtype == jnp.float32
+    assert float(jnp.sum(embedding * expected, axis=1).min()) > 0.99
+    assert not bool(jnp.array_equal(embedding, expected))
+
+
+def test_training_view_moves_statistics_and_evaluation_does_not(images):
+    model = create_model("resnet18", rngs=nnx.Rngs(0))
+    before = np.asarray(model.backbone.layer4[1].bn2.mean[...])
+    evaluation(model)(images)
+    np.testing.assert_array_equal(model.backbone.layer4[1].bn2.mean[...], before)
+    nnx.view(model, use_running_average=False)(images)
+    assert np.abs(np.asarray(model.backbone.layer4[1].bn2.mean[...]) - before).max() > 1e-3
+
+
+def test_normalize_images_is_torchvisions_transform(rng):
+    pixels = rng.integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = (pixels / 255.0 - mean) / std
+    np.testing.assert_allclose(normalize_images(jnp.asarray(pixels)), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet51"}, "unknown model 'resnet51'.*resnet50_cbam"),
+        ({"name": "resnet18_"}, "unknown model"),
+        ({"name": "resnet18", "pooling": "max"}, "unknown pooling 'max'.*gem"),
+        ({"name": "resnet18", "attention_init": "none"}, "unknown attention_init 'none'"),
+    ],
+)
+def test_bad_arguments_name_the_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
