@@ -1,0 +1,68 @@
+"""Datasets for image retrieval, all opened as a :class:`RetrievalDataset`.
+
+* ``clothing_dataset_small``: 3,781 photos of clothes in 10 classes, CC0; downloaded when first used
+* ``synthetic_garments``: drawn on this machine, no download
+* any installed dataset of TensorFlow Datasets with an image and an integer label
+* ``photos.csv``: one's own photos, see :mod:`cbam_jax.datasets.manifest`
+
+``python -m cbam_jax.datasets prepare NAME`` prepares one and checks its images.
+"""
+
+import os
+
+from cbam_jax import InputError
+from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
+
+__all__ = ["RetrievalDataset", "check_options", "decode_image", "open_dataset"]
+
+
+def open_dataset(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    manual_dir: str | os.PathLike | None = None,
+    label: str = "label",
+    on_bad_image: str = "fail",
+) -> RetrievalDataset:
+    """Opens one split of a dataset, preparing the dataset first if necessary.
+
+    Args:
+        name: ``clothing_dataset_small[/full|/256px]``, ``synthetic_garments[/config]``, the name of
+            an installed TFDS dataset (``package.module.name`` imports the module first), or the
+            path of a CSV manifest, which ends in ``.csv``.
+        split: ``train``, ``validation``, ``test``, or what else the dataset has.
+        data_dir: where prepared datasets live; None is TFDS's default, ``$TFDS_DATA_DIR`` or
+            ``~/tensorflow_datasets``. Not used for a manifest.
+        manual_dir: the folder of what was fetched by hand.
+        label: the integer column that decides what is similar; ``"item_id"`` is retrieval by item.
+        on_bad_image: ``"fail"`` raises at missing or undecodable images; ``"skip"`` leaves them
+            out, counts them on stderr and lists them in a file beside the dataset.
+
+    Raises:
+        InputError: one line that names the value and the remedy.
+    """
+    check_options(manual_dir=manual_dir, on_bad_image=on_bad_image)
+    # Imported late: worker processes unpickle a RetrievalDataset without TFDS's import time.
+    if str(name).lower().endswith(".csv"):
+        from cbam_jax.datasets.manifest import open_manifest
+
+        return open_manifest(name, split, label=label, on_bad_image=on_bad_image)
+    from cbam_jax.datasets.prepared import open_prepared
+
+    return open_prepared(
+        name,
+        split,
+        data_dir=data_dir,
+        manual_dir=manual_dir,
+        label=label,
+        on_bad_image=on_bad_image,
+    )
+
+
+def check_options(*, manual_dir: str | os.PathLike | None, on_bad_image: str) -> None:
+    """Raises InputError unless the options of :func:`open_dataset` make sense."""
+    if on_bad_image not in ("fail", "skip"):
+        raise InputError(f"on_bad_image='{on_bad_image}': choose 'fail' or 'skip'")
+    if manual_dir is not None and not os.path.isdir(manual_dir):
+        raise InputError(f"manual_dir {manual_dir} is not a folder: give an existing one or None")

@@ -1,0 +1,366 @@
+"""A CSV manifest: a user's own photos, read in place.
+
+The first line names the columns, in any order::
+
+    path,label[,split][,is_query,is_gallery][,item_id][,series][,x1,y1,x2,y2]
+
+==================  ==============================================================================
+path                an image file, relative to the folder of the CSV (or absolute); each only once
+label               any text; equal text means "similar"
+split               any text, e.g. train, validation, test
+is_query            1/0, true/false or yes/no; without the column every image is a query
+is_gallery          likewise
+item_id             any text; equal for photos of one product
+series              any text; equal for photos of one shoot
+x1, y1, x2, y2      box of the garment in pixels, all four or none
+==================  ==============================================================================
+
+Without a ``split`` column the rows are split here, 80 % train, 10 % validation, 10 % test, see
+:func:`assign_splits`. Other columns are ignored, and named on stderr.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.datasets.progress import progress
+from cbam_jax.datasets.retrieval import RetrievalDataset, is_decodable
+
+BOX = ("x1", "y1", "x2", "y2")
+COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
+LABELS = ("label", "item_id", "series")
+_TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles(Sequence):
+    """Paths of image files, read when they are indexed."""
+
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"cannot read {self.paths[index]} ({error.strerror}): restore the file or remove "
+                "its row from the manifest"
+            ) from error
+
+
+def open_manifest(
+    path: str | os.PathLike, split: str, *, label: str = "label", on_bad_image: str = "fail"
+) -> RetrievalDataset:
+    """Opens one split of a CSV manifest. Nothing is converted or copied.
+
+    The whole table is checked, whatever the split, and labels are numbered over the whole table in
+    sorted order, so that the splits agree. ``item`` and ``series`` are numbered the same way.
+
+    Bad images: ``"fail"`` checks that every file exists and begins like an image that OpenCV reads;
+    a damaged one beyond that fails when it is decoded. ``"skip"`` has to know what to skip, so it
+    decodes every file of the table once (at an eighth of the resolution), leaves out what fails,
+    and writes the list beside the CSV, as ``<name>.skipped.txt``, which later calls read until a
+    file changes.
+
+    Args:
+        path: the CSV file, UTF-8 with or without BOM.
+        split: a value of the ``split`` column, or one of :func:`assign_splits`.
+        label: the column that decides what is similar: ``label``, ``item_id`` or ``series``.
+        on_bad_image: ``"fail"`` or ``"skip"``.
+
+    Raises:
+        InputError: names the file, the row (as a spreadsheet numbers it: the header is row 1) and
+            the remedy.
+    """
+    path = Path(path)
+    table = read_table(path)
+    if label not in LABELS or label not in table:
+        found = [column for column in LABELS if column in table]
+        raise InputError(f"label='{label}' is not a column of {path}: choose one of {found}")
+    if "split" not in table:
+        table["split"] = assign_splits(table)
+        counts = {name: table["split"].count(name) for name in ("train", "validation", "test")}
+        print(f"{path} has no split column; split by hash into {counts}", file=sys.stderr)
+    here = np.array([name == split for name in table["split"]])
+    if not here.any():
+        names = sorted(set(table["split"]))
+        raise InputError(f"split '{split}' has no rows in {path}: choose one of {names}")
+    here &= good_images(path, table["path"], on_bad_image=on_bad_image)
+    return _select(path, split, table, label, np.flatnonzero(here))
+
+
+def read_table(path: Path) -> dict[str, list]:
+    """Reads and checks the columns of a manifest; paths come back joined to the CSV's folder."""
+    header, rows = _read_rows(path)
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    table: dict[str, list] = dict(zip(header, columns, strict=True))
+    _check_filled(path, table)
+    _check_unique(path, table["path"])
+    for column in ("is_query", "is_gallery"):
+        if column in table:
+            table[column] = [
+                _boolean(path, row, column, text) for row, text in enumerate(table[column], 2)
+            ]
+    if BOX[0] in table:
+        boxes = zip(*(table.pop(column) for column in BOX), strict=True)
+        table["bbox"] = [_box(path, row, box) for row, box in enumerate(boxes, 2)]
+    table["id"] = [Path(name).as_posix() for name in table["path"]]
+    table["path"] = [os.path.join(path.parent, name) for name in table["path"]]
+    return table
+
+
+def assign_splits(table: dict[str, list]) -> list[str]:
+    """Splits rows into train, validation and test (80/10/10), the same way every time.
+
+    All photos of one ``item_id`` stay together (of one ``path``, without that column). Within each
+    label the items are put in the order of the SHA-256 of their names; the first tenth (rounded) is
+    test, the second validation. So the splits are stratified, and don't depend on the order of the
+    rows. A label with fewer than five items is in train only.
+
+    Example:
+        >>> table = {"label": ["hat"] * 10, "id": [f"{i}.jpg" for i in range(10)]}
+        >>> splits = assign_splits(table)
+        >>> {name: splits.count(name) for name in ("train", "validation", "test")}
+        {'train': 8, 'validation': 1, 'test': 1}
+    """
+    items = table.get("item_id") or table["id"]
+    label_of: dict[str, str] = {}
+    for item, label in zip(items, table["label"], strict=True):
+        label_of.setdefault(item, label)
+    members: dict[str, list[str]] = {}
+    for item in sorted(label_of, key=_digest):
+        members.setdefault(label_of[item], []).append(item)
+    split_of: dict[str, str] = {}
+    for ordered in members.values():
+        tenth = round(len(ordered) / 10)
+        names = ["test"] * tenth + ["validation"] * tenth + ["train"] * (len(ordered) - 2 * tenth)
+        split_of |= dict(zip(ordered, names, strict=True))
+    return [split_of[item] for item in items]
+
+
+def good_images(
+    path: Path, files: Sequence[str], *, on_bad_image: str, decode: bool = False
+) -> np.ndarray:
+    """bool [n], which image files can be used; reports what is bad, and skips it or fails.
+
+    Args:
+        path: the manifest, for the messages and for the list of what was skipped.
+        files: paths of image files.
+        on_bad_image: ``"fail"`` or ``"skip"``.
+        decode: decode every file now, also where ``"fail"`` would not, or ``"skip"`` has a list
+            that holds for these files (same sizes and times).
+
+    Raises:
+        InputError: a bad image and ``"fail"``, or nothing left with ``"skip"``.
+    """
+    skip = on_bad_image == "skip"
+    known = _read_skipped(path, files) if skip and not decode else None
+    if known is not None:
+        problems: list[str | None] = [known.get(file) for file in files]
+    elif skip or decode:
+        with ThreadPoolExecutor() as pool:
+            checked = pool.map(_decode_problem, files)
+            problems = list(progress(checked, "checking images", total=len(files)))
+    else:
+        problems = [_file_problem(file) for file in files]
+    bad = {file: problem for file, problem in zip(files, problems, strict=True) if problem}
+    few = "; ".join(f"{file} ({problem})" for file, problem in list(bad.items())[:3])
+    few += "; ..." if len(bad) > 3 else ""
+    found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {few}"
+    if bad and not skip:
+        raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
+    if len(bad) == len(files):
+        raise InputError(f"{found}: nothing is left; paths are relative to {path.parent}")
+    if skip:
+        skipped = _write_skipped(path, files, bad)
+    if bad:
+        print(f"skipped: {found}; the whole list is in {skipped}", file=sys.stderr)
+    return np.array([not problem for problem in problems])
+
+
+def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
+    """Decodes every image of a manifest (all splits), and returns how many can be used.
+
+    Raises:
+        InputError: as :func:`good_images`.
+    """
+    path = Path(path)
+    files = read_table(path)["path"]
+    return int(good_images(path, files, on_bad_image=on_bad_image, decode=True).sum())
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [[cell.strip() for cell in cells] for cells in csv.reader(file, strict=True)]
+    except FileNotFoundError:
+        raise InputError(f"there is no manifest {path}: give the path of a CSV file") from None
+    except OSError as error:
+        raise InputError(f"cannot read the manifest {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as 'CSV UTF-8'") from error
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV file: {error}") from error
+    while lines and not any(lines[-1]):
+        lines.pop()
+    header, rows = (lines[0], lines[1:]) if lines else ([], [])
+    _check_header(path, header)
+    if not rows:
+        raise InputError(f"{path} has no rows below its header: list one image a row")
+    for number, cells in enumerate(rows, 2):
+        if len(cells) != len(header):
+            raise InputError(
+                f"{path} row {number} has {len(cells)} cells and the header {len(header)}: fill "
+                "it up or remove it, and put quotes around text that holds a comma"
+            )
+    return header, rows
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    missing = [column for column in ("path", "label") if column not in header]
+    if missing:
+        raise InputError(
+            f"{path} has no column {missing[0]}: its first line must name path and label, "
+            f"separated by commas, and has {header}"
+        )
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
+        raise InputError(f"{path} names the column '{repeated[0]}' twice: rename or remove one")
+    box = [column for column in BOX if column in header]
+    if box and len(box) < 4:
+        raise InputError(f"{path} has the box columns {box} only: give x1,y1,x2,y2 or none")
+    ignored = [column for column in header if column not in COLUMNS]
+    if ignored:
+        print(f"{path}: ignored the columns {ignored}; known are {list(COLUMNS)}", file=sys.stderr)
+
+
+def _check_filled(path: Path, table: dict[str, list]) -> None:
+    for column in ("path", "label", "split", "item_id", "series"):
+        for row, text in enumerate(table.get(column, []), 2):
+            if not text:
+                raise InputError(f"{path} row {row}: {column} is empty: fill it or remove the row")
+
+
+def _check_unique(path: Path, names: list[str]) -> None:
+    first: dict[str, int] = {}
+    for row, name in enumerate(names, 2):
+        earlier = first.setdefault(os.path.normpath(name), row)
+        if earlier != row:
+            raise InputError(
+                f"{path} row {row}: the path {name} is also in row {earlier}: remove one of them"
+            )
+
+
+def _boolean(path: Path, row: int, column: str, text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise InputError(
+            f"{path} row {row}: {column} is '{text}': write 1 or 0, true or false, yes or no"
+        )
+    return text.lower() in _TRUE
+
+
+def _box(path: Path, row: int, texts: tuple[str, ...]) -> tuple[float, ...]:
+    box = []
+    for column, text in zip(BOX, texts, strict=True):
+        try:
+            box.append(float(text))
+        except ValueError:
+            raise InputError(
+                f"{path} row {row}: {column} is '{text}': boxes are numbers, in pixels"
+            ) from None
+    if not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+        raise InputError(f"{path} row {row}: the box {box} is empty: x1 < x2 and y1 < y2 must hold")
+    return tuple(box)
+
+
+def _file_problem(file: str) -> str | None:
+    if not os.path.isfile(file):
+        return "no such file"
+    return None if cv2.haveImageReader(file) else "not an image"
+
+
+def _decode_problem(file: str) -> str | None:
+    try:
+        return None if is_decodable(Path(file).read_bytes()) else "cannot be decoded"
+    except OSError as error:
+        return error.strerror or "cannot be read"
+
+
+def _skipped_path(path: Path) -> Path:
+    return path.with_suffix(".skipped.txt")
+
+
+def _files_line(files: Sequence[str]) -> str:
+    # The list holds as long as no file appears, disappears or changes.
+    def state(file: str) -> str:
+        stat = os.stat(file) if os.path.isfile(file) else None
+        return f"{file} {stat.st_size} {stat.st_mtime_ns}" if stat else file
+
+    return f"# checked: {_digest(chr(10).join(map(state, files))).hex()}"
+
+
+def _read_skipped(path: Path, files: Sequence[str]) -> dict[str, str] | None:
+    try:
+        first, *lines = _skipped_path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    bad = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
+    return bad if first == _files_line(files) else None
+
+
+def _write_skipped(path: Path, files: Sequence[str], bad: dict[str, str]) -> str:
+    text = "".join(f"{file}\t{problem}\n" for file, problem in bad.items())
+    part = Path(f"{_skipped_path(path)}.{os.getpid()}")
+    try:
+        part.write_text(f"{_files_line(files)}\n{text}", encoding="utf-8")
+        part.replace(_skipped_path(path))
+    except OSError as error:  # a read-only folder is no reason to stop
+        return f"{_skipped_path(path)}, which could not be written ({error.strerror})"
+    return str(_skipped_path(path))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _numbered(texts: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    names, numbers = np.unique(np.array(texts), return_inverse=True)
+    return numbers.astype(np.int64), tuple(names.tolist())
+
+
+def _select(
+    path: Path, split: str, table: dict[str, list], label: str, rows: np.ndarray
+) -> RetrievalDataset:
+    labels, label_names = _numbered(table[label])
+
+    def number(column: str) -> np.ndarray | None:
+        return _numbered(table[column])[0][rows] if column in table else None
+
+    def flag(column: str) -> np.ndarray:
+        return np.array(table.get(column, [True] * len(labels)), bool)[rows]
+
+    return RetrievalDataset(
+        name=str(path),
+        split=split,
+        label=labels[rows].astype(np.int32),
+        label_names=label_names,
+        id=np.array(table["id"])[rows],
+        is_query=flag("is_query"),
+        is_gallery=flag("is_gallery"),
+        item=number("item_id"),
+        series=number("series"),
+        bbox=np.array(table["bbox"], np.float32)[rows] if "bbox" in table else None,
+        images=ImageFiles(tuple(table["path"][row] for row in rows)),
+    )

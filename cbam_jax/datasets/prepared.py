@@ -1,0 +1,325 @@
+"""Datasets of TensorFlow Datasets (TFDS), prepared as ArrayRecord and opened without TensorFlow."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import io
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from cbam_jax import InputError
+from cbam_jax.datasets import tfds_without_tensorflow
+from cbam_jax.datasets.progress import progress
+from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
+
+OURS = {
+    "clothing_dataset_small": "cbam_jax.datasets.clothing_dataset_small",
+    "synthetic_garments": "cbam_jax.datasets.synthetic_garments",
+}
+SKIPPED_LIST = "skipped_images.txt"  # in a prepared dataset: one line for each image left out
+_COLUMNS = ("id", "is_query", "is_gallery", "item_id", "series", "bbox")
+
+tfds_without_tensorflow.install()
+
+
+class EncodedImages(Sequence):
+    """The encoded images of a TFDS data source, by index."""
+
+    def __init__(self, source: Sequence) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[int(index)]["image"]
+
+
+def open_prepared(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    manual_dir: str | os.PathLike | None = None,
+    label: str = "label",
+    on_bad_image: str = "fail",
+) -> RetrievalDataset:
+    """Opens one split of a TFDS dataset, preparing it first if necessary.
+
+    The features ``image`` and ``label`` (any integer feature) are required; ``id``, ``is_query``,
+    ``is_gallery``, ``item_id``, ``series`` and ``bbox`` are used where they exist. A ``ClassLabel``
+    keeps its numbers and names. Another integer column, such as ``item_id``, is numbered within the
+    split; its names are the numbers of the dataset, and those are comparable between splits.
+    Without unique ``id``s an image is called ``<split>/<index>``. The columns are read once, and
+    kept in ``columns-*.npz`` in the folder of the prepared dataset.
+
+    Raises:
+        InputError: unknown dataset or split, unsuitable features, missing files.
+    """
+    builder = prepare(
+        name, data_dir=data_dir, manual_dir=manual_dir, label=label, on_bad_image=on_bad_image
+    )
+    source = _open_source(builder, split)
+    columns = _read_columns(builder, source, split, label)
+    labels, label_names = _number_labels(builder, split, label, columns["label"])
+    every = np.ones(len(labels), bool)
+    return RetrievalDataset(
+        name=name,
+        split=split,
+        label=labels,
+        label_names=label_names,
+        id=columns["id"],
+        is_query=columns.get("is_query", every).astype(bool),
+        is_gallery=columns.get("is_gallery", every).astype(bool),
+        item=columns["item_id"].astype(np.int64) if "item_id" in columns else None,
+        series=columns["series"].astype(np.int64) if "series" in columns else None,
+        bbox=columns["bbox"].astype(np.float32) if "bbox" in columns else None,
+        images=EncodedImages(source),
+    )
+
+
+def prepare(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    manual_dir: str | os.PathLike | None = None,
+    label: str = "label",
+    on_bad_image: str = "fail",
+) -> tfds.core.DatasetBuilder:
+    """Downloads and writes a dataset unless that is done, and returns its builder.
+
+    The files appear all at once, when they are complete. Processes that prepare the same dataset
+    wait for one another, so one of them does the work.
+
+    Raises:
+        InputError: see :func:`open_prepared`; also a dataset that was prepared with
+            ``on_bad_image="skip"`` and lacks images, when ``on_bad_image="fail"``.
+    """
+    builder = make_builder(name, data_dir, manual_dir, on_bad_image)
+    _check_features(name, builder, label)
+    if not _is_prepared(builder):
+        with _locked(Path(builder.data_dir_root) / f".{builder.name}.lock", name):
+            # Made anew: a builder reads what is on disk when it is made, and that may have changed
+            # while this process waited.
+            builder = make_builder(name, data_dir, manual_dir, on_bad_image)
+            if not _is_prepared(builder):
+                _write(name, builder, manual_dir)
+    _check_skipped(name, builder, on_bad_image)
+    return builder
+
+
+def make_builder(
+    name: str,
+    data_dir: str | os.PathLike | None,
+    manual_dir: str | os.PathLike | None,
+    on_bad_image: str,
+) -> tfds.core.DatasetBuilder:
+    """Finds the builder of ``name``, ``name/config`` or ``package.module.name``; writes nothing."""
+    module, _, plain_name = re.split("[/:]", name)[0].rpartition(".")
+    module = OURS.get(plain_name, module)
+    options: dict = {"data_dir": None if data_dir is None else os.path.expanduser(data_dir)}
+    if plain_name == "clothing_dataset_small":
+        options |= {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
+    builder_name = name[re.split("[/:]", name)[0].rfind(".") + 1 :]
+    try:
+        if module:
+            importlib.import_module(module)
+        return tfds.builder(builder_name, **options)
+    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
+        raise InputError(
+            f"unknown dataset '{name}': ours are {', '.join(OURS)}; a dataset of an installed TFDS "
+            "goes by its name there; for your own photos give the path of a CSV manifest, "
+            "photos.csv, with the columns path,label"
+        ) from error
+    except ValueError as error:
+        configs = sorted(tfds.builder_cls(builder_name.split("/")[0]).builder_configs)
+        raise InputError(
+            f"dataset '{name}' cannot be made: its configs are {configs}, and a version must exist"
+        ) from error
+
+
+def _check_features(name: str, builder: tfds.core.DatasetBuilder, label: str) -> None:
+    features = dict(builder.info.features or {})
+    found = ", ".join(f"{key} ({type(value).__name__})" for key, value in features.items())
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise InputError(f"dataset '{name}' has no feature image (Image): it has {found}")
+    feature = features.get(label)
+    dtype = getattr(feature, "np_dtype", None)
+    if getattr(feature, "shape", None) != () or dtype is None or np.dtype(dtype).kind not in "iu":
+        raise InputError(
+            f"dataset '{name}' has no integer feature '{label}' to tell what is similar: choose "
+            f"another label among {found}"
+        )
+
+
+def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    # Not builder.is_prepared(), which warns about a folder that is not there. TFDS renames the
+    # folder into place when it is complete.
+    return (Path(builder.data_dir) / "dataset_info.json").is_file()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise InputError(
+            f"cannot prepare '{name}' in {path.parent} ({error.strerror}): choose another data_dir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {name}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock, also when the process is killed
+
+
+def _write(name: str, builder: tfds.core.DatasetBuilder, manual_dir) -> None:
+    folder = Path(builder.data_dir)
+    if folder.exists():
+        raise InputError(f"{folder} is not a complete dataset: delete it, and run again")
+    for stale in folder.parent.glob("incomplete.*"):  # left by a process that was killed
+        shutil.rmtree(stale)
+    print(f"preparing {name} in {folder}", file=sys.stderr)
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    with _quiet(builder):
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    print(f"prepared {name}: {counts}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _quiet(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+    """TFDS prints to stdout, which belongs to results; ours also show their own progress."""
+    ours = builder.name in OURS
+    if ours:
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO() if ours else sys.stderr):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _check_skipped(name: str, builder: tfds.core.DatasetBuilder, on_bad_image: str) -> None:
+    path = Path(builder.data_dir) / SKIPPED_LIST
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines:
+        return
+    few = "; ".join(lines[:3]) + ("; ..." if len(lines) > 3 else "")
+    report = f"{name} was prepared with on_bad_image='skip' and is not complete ({few})"
+    if on_bad_image == "fail":
+        raise InputError(
+            f"{report}: accept that with on_bad_image='skip', or delete {path.parent} to prepare "
+            "it again"
+        )
+    print(f"{report}; the whole list is in {path}", file=sys.stderr)
+
+
+def _open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence:
+    splits = builder.info.splits
+    if split not in splits:
+        try:
+            splits[split]  # an expression, such as train[:10%] or train+test
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"dataset '{builder.name}' has no split '{split}': choose one of {list(splits)}"
+            ) from error
+    missing = [path for path in splits[split].filepaths if not os.path.exists(path)]
+    if missing:
+        raise InputError(f"{missing[0]} is missing: delete {builder.data_dir} to prepare it again")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise InputError(
+            f"{builder.data_dir} was prepared as {builder.info.file_format.value}, which only "
+            "TensorFlow reads: choose another data_dir, and it is prepared as array_record"
+        )
+    images = [
+        key
+        for key, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    ]
+    skip = {key: tfds.decode.SkipDecoding() for key in images}
+    return builder.as_data_source(split, decoders=skip)
+
+
+def _read_columns(
+    builder: tfds.core.DatasetBuilder, source: Sequence, split: str, label: str
+) -> dict[str, np.ndarray]:
+    digest = hashlib.sha256(f"{split}\n{label}".encode()).hexdigest()[:12]
+    path = Path(builder.data_dir) / f"columns-{digest}.npz"
+    state = _state(Path(builder.data_dir))
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with np.load(path) as file:
+            columns = {key: file[key] for key in file.files}
+        if str(columns.pop("state")) == state and len(columns["label"]) == len(source):
+            return columns
+    columns = _collect_columns(builder, source, split, label)
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
+    with contextlib.suppress(OSError):  # a read-only folder: read them again next time
+        np.savez(part, allow_pickle=False, state=np.array(state), **columns)
+        part.replace(path)
+    return columns
+
+
+def _state(folder: Path) -> str:
+    """Changes whenever the dataset is prepared anew."""
+    files = sorted(path for path in folder.iterdir() if ".npz" not in path.suffixes)
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _collect_columns(
+    builder: tfds.core.DatasetBuilder, source: Sequence, split: str, label: str
+) -> dict[str, np.ndarray]:
+    features = dict(builder.info.features)
+    keys = {"label": label} | {key: key for key in _COLUMNS if key in features}
+    values: dict[str, list] = {key: [] for key in keys}
+    relative_box = isinstance(features.get("bbox"), tfds.features.BBoxFeature)
+    for record in progress(source, f"reading labels of {split}", total=len(source)):
+        for key, feature in keys.items():
+            values[key].append(record[feature])
+        if relative_box:
+            values["bbox"][-1] = _to_pixels(record["bbox"], decode_image(record["image"]))
+    columns = {key: np.array(value) for key, value in values.items()}
+    columns["id"] = _ids(split, len(source), values.get("id"))
+    return columns
+
+
+def _to_pixels(box: np.ndarray, image: np.ndarray) -> list[float]:
+    # TFDS boxes are ymin, xmin, ymax, xmax in fractions of the image.
+    height, width = image.shape[:2]
+    return [box[1] * width, box[0] * height, box[3] * width, box[2] * height]
+
+
+def _ids(split: str, count: int, values: list | None) -> np.ndarray:
+    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values or []]
+    if len(set(texts)) < count:
+        texts = [f"{split}/{index:06d}" for index in range(count)]
+    return np.array(texts, dtype=np.str_)
+
+
+def _number_labels(
+    builder: tfds.core.DatasetBuilder, split: str, label: str, values: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    feature = builder.info.features[label]
+    if not isinstance(feature, tfds.features.ClassLabel):
+        names, numbers = np.unique(values, return_inverse=True)
+        return numbers.astype(np.int32), tuple(str(name) for name in names)
+    unlabelled = int((values < 0).sum())
+    if unlabelled:
+        raise InputError(
+            f"{unlabelled} of {len(values)} images of '{builder.name}' have no {label} in split "
+            f"'{split}': choose another split"
+        )
+    return values.astype(np.int32), tuple(feature.names)

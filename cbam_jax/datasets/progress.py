@@ -1,0 +1,29 @@
+"""One plain progress display: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+_LOG_SECONDS = 10
+T = TypeVar("T")
+
+
+def progress(
+    iterable: Iterable[T], description: str, *, total: int, unit: str = " images"
+) -> Iterator[T]:
+    """Yields the elements of ``iterable`` and shows on stderr how far it is.
+
+    A log gets a line every ten seconds and one at the end, instead of a bar that overwrites itself.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(iterable, description, total=total, unit=unit, leave=False)
+        return
+    last = time.monotonic()
+    for done, element in enumerate(iterable, 1):
+        yield element
+        if done == total or time.monotonic() - last > _LOG_SECONDS:
+            last = time.monotonic()
+            print(f"{description}: {done} of {total}{unit}", file=sys.stderr, flush=True)
