@@ -1,0 +1,198 @@
+"""Triplet losses by masks over the full pair or triplet matrix: static shapes, no index lists."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cbam_jax.distances import pairwise_distances
+
+MININGS = ("batch_hard", "semi_hard", "batch_all")
+# Anchors per step of batch_all: its [b, b, b] matrix is never whole in memory.
+_ANCHORS = 16
+
+
+def triplet_loss(
+    embeddings: jax.Array,
+    labels: jax.Array,
+    margin: float = 0.2,
+    mining: str = "batch_hard",
+    soft: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Triplet loss on a batch, with the triplets mined inside the batch.
+
+    With Euclidean distances (not squared) d(a,p) to an image of the anchor's label and d(a,n) to
+    one of another label, a triplet costs ``relu(margin + d(a,p) - d(a,n))``, or, if ``soft``,
+    ``log(1 + exp(d(a,p) - d(a,n)))``, which takes the margin's place. An anchor is valid when the
+    batch holds another image of its label and an image of another label. ``mining`` is one of
+
+    * ``"batch_hard"``: each valid anchor's farthest positive and nearest negative; mean over the
+      valid anchors (Hermans et al. 2017, eq. 5).
+    * ``"semi_hard"``: for each pair of a valid anchor and a positive, the nearest negative that is
+      farther than the positive, or the farthest negative where there is none; mean over the
+      pairs (Schroff et al. 2015; the second choice is TensorFlow's).
+    * ``"batch_all"``: every triplet of the valid anchors; mean over the triplets with a loss above
+      0 (pytorch-metric-learning does the same; open-metric-learning divides by all triplets). With
+      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^3.
+
+    Without any valid anchor the loss is 0. The gradient is finite everywhere, and 0 through a pair
+    at distance 0, so embeddings that are all equal get none.
+
+    Args:
+      embeddings: ``[b, d]``, any float dtype; L2-normalised where the margin is meant so.
+      labels: ``[b]``, integers.
+      margin: In the unit of the distances, not negative. Unused if ``soft``.
+      mining: One of the above.
+      soft: Whether to use the soft margin.
+
+    Returns:
+      The loss, a float32 scalar, and a dict of float32 scalars: ``distance_positive`` and
+      ``distance_negative`` (means over the positives and negatives used; 0 without any),
+      ``active_fraction`` (triplets with a loss above 0; if ``soft``, with d(a,p) >= d(a,n)),
+      ``valid_anchors`` (their fraction of the batch), ``embedding_spread`` (root mean square
+      distance to the batch's centroid; 0 once collapsed).
+
+    Raises:
+      ValueError: For an unknown mining, a negative margin, or other shapes or dtypes.
+
+    Example:
+      >>> embeddings = jnp.array([[0.0], [1.0], [1.5], [3.5]])
+      >>> labels = jnp.array([0, 0, 1, 1])
+      >>> loss, stats = triplet_loss(embeddings, labels, margin=0.2)
+      >>> round(float(loss), 3)  # (0 + 0.7 + 1.7 + 0) / 4
+      0.6
+      >>> float(stats["active_fraction"])
+      0.5
+    """
+    _check(embeddings, labels, margin, mining)
+    labels = jnp.asarray(labels)
+    distances = pairwise_distances(embeddings, embeddings)
+    same = labels[:, None] == labels[None, :]
+    positive, negative = same & ~jnp.eye(labels.shape[0], dtype=bool), ~same
+    valid = positive.any(axis=1) & negative.any(axis=1)
+    positive, negative = positive & valid[:, None], negative & valid[:, None]
+
+    mine = {"batch_hard": _batch_hard, "semi_hard": _semi_hard, "batch_all": _batch_all}[mining]
+    loss, stats = mine(distances, positive, negative, None if soft else margin)
+    stats["valid_anchors"] = jnp.mean(valid.astype(jnp.float32))
+    stats["embedding_spread"] = _spread(embeddings)
+    return loss, {name: jax.lax.stop_gradient(value) for name, value in stats.items()}
+
+
+def collapse_warning(
+    stats: dict[str, jax.Array], margin: float = 0.2, soft: bool = False
+) -> str | None:
+    """Says in one line that the embeddings have collapsed to a point, and what helps.
+
+    Collapsed embeddings pin the loss at the margin (log 2 = 0.693 if ``soft``), where the gradient
+    is next to nothing. Its sign is a spread below a hundredth of the margin (of 1 if ``soft``).
+
+    Args:
+      stats: What `triplet_loss` returned.
+      margin: The margin it was given.
+      soft: The ``soft`` it was given.
+
+    Returns:
+      The line, or None where all is well or the batch had no valid anchor.
+
+    Example:
+      >>> _, stats = triplet_loss(jnp.ones((4, 8)), jnp.array([0, 0, 1, 1]))
+      >>> collapse_warning(stats)[:38]
+      'embeddings have collapsed: spread 0.0e'
+    """
+    spread = float(stats["embedding_spread"])
+    pinned = math.log(2.0) if soft else margin
+    if float(stats["valid_anchors"]) == 0 or spread >= 0.01 * (1.0 if soft else margin):
+        return None
+    return (
+        f"embeddings have collapsed: spread {spread:.1e}, the loss is pinned at {pinned:.3f}; "
+        "lower the learning rate, start with mining 'batch_all' or 'semi_hard', use the soft "
+        "margin, or L2-normalise the embeddings"
+    )
+
+
+def _batch_hard(distances, positive, negative, margin):
+    farthest = jnp.max(jnp.where(positive, distances, 0.0), axis=1)
+    nearest = jnp.min(jnp.where(negative, distances, jnp.inf), axis=1)
+    valid = positive.any(axis=1)
+    return _mean_loss(farthest, jnp.where(valid, nearest, 0.0), valid, margin)
+
+
+def _semi_hard(distances, positive, negative, margin):
+    ascending = jnp.sort(jnp.where(negative, distances, jnp.inf), axis=1)
+    # side="right" skips negatives at the positive's own distance: strictly farther is asked for.
+    farther = jax.vmap(lambda row, d: jnp.searchsorted(row, d, side="right"))
+    rank = farther(jax.lax.stop_gradient(ascending), jax.lax.stop_gradient(distances))
+    last = jnp.sum(negative, axis=1, keepdims=True) - 1
+    mined = jnp.take_along_axis(ascending, jnp.clip(rank, 0, jnp.maximum(last, 0)), axis=1)
+    return _mean_loss(distances, jnp.where(positive, mined, 0.0), positive, margin)
+
+
+def _batch_all(distances, positive, negative, margin):
+    # Recomputed in the backward pass: its residuals would be the [b, b, b] matrix.
+    @jax.checkpoint
+    def anchor(row):
+        to, is_positive, is_negative = row
+        triplets = is_positive[:, None] & is_negative[None, :]
+        costs = jnp.where(triplets, _cost(to[:, None], to[None, :], margin), 0.0)
+        violated = triplets & _active(to[:, None], to[None, :], margin)
+        return jnp.sum(costs), jnp.sum(costs > 0), jnp.sum(violated), jnp.sum(triplets)
+
+    rows = (distances, positive, negative)
+    costs, *counts = jax.lax.map(anchor, rows, batch_size=_ANCHORS)
+    # In float32: the number of triplets in a batch of 2,048 leaves int32.
+    nonzero, active, total = (jnp.sum(count.astype(jnp.float32)) for count in counts)
+    stats = {
+        "distance_positive": _masked_mean(distances, positive),
+        "distance_negative": _masked_mean(distances, negative),
+        "active_fraction": active / jnp.maximum(total, 1.0),
+    }
+    return jnp.sum(costs) / jnp.maximum(nonzero, 1.0), stats
+
+
+def _mean_loss(to_positive, to_negative, mask, margin):
+    active = _active(to_positive, to_negative, margin).astype(jnp.float32)
+    stats = {
+        "distance_positive": _masked_mean(to_positive, mask),
+        "distance_negative": _masked_mean(to_negative, mask),
+        "active_fraction": _masked_mean(active, mask),
+    }
+    return _masked_mean(_cost(to_positive, to_negative, margin), mask), stats
+
+
+def _cost(to_positive, to_negative, margin):
+    """Costs of triplets; ``margin`` None means the soft margin."""
+    if margin is None:
+        return jax.nn.softplus(to_positive - to_negative)
+    return jax.nn.relu(margin + to_positive - to_negative)
+
+
+def _active(to_positive, to_negative, margin):
+    if margin is None:
+        return to_positive >= to_negative
+    return margin + to_positive - to_negative > 0
+
+
+def _masked_mean(values, mask):
+    total = jnp.sum(jnp.where(mask, values, 0.0))
+    return total / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+
+
+def _spread(embeddings):
+    embeddings = embeddings.astype(jnp.float32)
+    centered = embeddings - jnp.mean(embeddings, axis=0, keepdims=True)
+    return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(centered), axis=1)))
+
+
+def _check(embeddings, labels, margin, mining):
+    if mining not in MININGS:
+        raise ValueError(f"unknown mining {mining!r}; choose one of {', '.join(MININGS)}")
+    if not margin >= 0:
+        raise ValueError(f"margin is {margin}, expected a number of at least 0")
+    shape, label_shape = jnp.shape(embeddings), jnp.shape(labels)
+    if len(shape) != 2 or label_shape != shape[:1] or 0 in shape:
+        raise ValueError(
+            f"embeddings have shape {shape} and labels {label_shape}, expected [b, d] and [b]"
+        )
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise ValueError(f"labels have dtype {jnp.result_type(labels)}, expected integers")

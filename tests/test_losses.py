@@ -1,0 +1,214 @@
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbam_jax.losses import MININGS, collapse_warning, triplet_loss
+
+GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
+LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive
+
+
+def triplets_of(distances, labels, mining):
+    """(anchor, positive, negative) lists by loops, straight from the definitions."""
+    n = range(len(labels))
+    chosen = []
+    for a in n:
+        positives = [p for p in n if labels[p] == labels[a] and p != a]
+        negatives = [q for q in n if labels[q] != labels[a]]
+        if not positives or not negatives:
+            continue
+        to = distances[a]
+        if mining == "batch_hard":
+            positives = [max(positives, key=lambda p: to[p])]
+        for p in positives:
+            farther = [q for q in negatives if to[q] > to[p]]
+            if mining == "batch_hard":
+                picked = [min(negatives, key=lambda q: to[q])]
+            elif mining == "batch_all":
+                picked = negatives
+            elif farther:
+                picked = [min(farther, key=lambda q: to[q])]
+            else:
+                picked = [max(negatives, key=lambda q: to[q])]
+            chosen += [(a, p, q) for q in picked]
+    return chosen
+
+
+def reference_loss(embeddings, labels, margin, mining, soft):
+    distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1)
+    costs = []
+    for a, p, q in triplets_of(distances, labels, mining):
+        gap = distances[a, p] - distances[a, q]
+        costs.append(math.log1p(math.exp(gap)) if soft else max(0.0, margin + gap))
+    if mining == "batch_all":
+        costs = [cost for cost in costs if cost > 0]
+    return sum(costs) / len(costs) if costs else 0.0
+
+
+def central_differences(f, x, step=1e-6):
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += step
+        down[i] -= step
+        gradient[i] = (f(up) - f(down)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("margin", [0.0, 0.6])
+def test_value_and_gradient_match_float64(rng, mining, soft, margin):
+    embeddings = rng.normal(size=(len(LABELS), 3)).astype(np.float32)
+
+    def reference(x):
+        return reference_loss(x, LABELS, margin, mining, soft)
+
+    def loss(x):
+        return triplet_loss(x, LABELS, margin, mining, soft)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(embeddings)
+    embeddings = embeddings.astype(np.float64)
+    np.testing.assert_allclose(value, reference(embeddings), rtol=2e-6)
+    np.testing.assert_allclose(gradient, central_differences(reference, embeddings), atol=2e-6)
+    assert np.abs(gradient).max() > 0.01
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_stats_match_loops(rng, mining):
+    embeddings = rng.normal(size=(len(LABELS), 3)).astype(np.float32)
+    _, stats = triplet_loss(embeddings, LABELS, 0.3, mining)
+    distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1)
+    chosen = triplets_of(distances, LABELS, mining)
+    # batch_all averages over pairs: a positive counts once, however many negatives it meets.
+    positives = [(a, p) for a, p, _ in chosen]
+    negatives = [(a, q) for a, _, q in chosen]
+    if mining == "batch_all":
+        positives, negatives = sorted(set(positives)), sorted(set(negatives))
+    active = [distances[a, p] - distances[a, q] + 0.3 > 0 for a, p, q in chosen]
+    spread = np.sqrt(np.mean(np.sum((embeddings - embeddings.mean(0)) ** 2, axis=1)))
+    expected = {
+        "distance_positive": np.mean([distances[pair] for pair in positives]),
+        "distance_negative": np.mean([distances[pair] for pair in negatives]),
+        "active_fraction": np.mean(active),
+        "valid_anchors": 8 / 9,
+        "embedding_spread": spread,
+    }
+    assert stats.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(stats[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_golden_pytorch_metric_learning():
+    """golden/make_metrics.py: its losses where the definitions agree."""
+    golden = np.load(GOLDEN)
+    embeddings, labels = golden["loss_embeddings"], golden["loss_labels"]
+    for mining in ("batch_hard", "batch_all"):
+        loss, gradient = jax.value_and_grad(
+            lambda x, mining=mining: triplet_loss(x, labels, 0.2, mining)[0]
+        )(embeddings)
+        np.testing.assert_allclose(loss, golden[f"{mining}_loss"], rtol=2e-6)
+        np.testing.assert_allclose(gradient, golden[f"{mining}_gradient"], atol=1e-6)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("labels", [[5, 5, 5, 5], [1, 2, 3, 4], [0]])
+def test_no_valid_anchor_costs_nothing(rng, mining, soft, labels):
+    embeddings = rng.normal(size=(len(labels), 6)).astype(np.float32)
+    labels = np.array(labels)
+    (loss, stats), gradient = jax.value_and_grad(
+        lambda x: triplet_loss(x, labels, mining=mining, soft=soft), has_aux=True
+    )(embeddings)
+    assert loss == 0
+    assert not np.any(np.asarray(gradient))
+    assert stats["valid_anchors"] == 0
+    assert all(np.isfinite(value) for value in stats.values())
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("mining", MININGS)
+def test_collapsed_batch_has_zero_gradient_and_a_warning(mining, soft):
+    embeddings = jnp.full((6, 16), 0.37)
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    (loss, stats), gradient = jax.value_and_grad(
+        lambda x: triplet_loss(x, labels, 0.2, mining, soft), has_aux=True
+    )(embeddings)
+    np.testing.assert_allclose(loss, math.log(2) if soft else 0.2, rtol=1e-6)
+    assert not np.any(np.asarray(gradient))
+    warning = collapse_warning(stats, 0.2, soft)
+    assert "learning rate" in warning
+    assert "semi_hard" in warning
+    assert "\n" not in warning
+
+
+def test_no_warning_when_spread_or_without_anchors(rng):
+    embeddings = rng.normal(size=(6, 16)).astype(np.float32)
+    _, stats = triplet_loss(embeddings, np.array([0, 0, 1, 1, 2, 2]))
+    assert collapse_warning(stats) is None
+    _, stats = triplet_loss(jnp.ones((3, 4)), np.array([0, 1, 2]))
+    assert collapse_warning(stats) is None
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_duplicates_have_finite_gradient(rng, mining):
+    embeddings = np.repeat(rng.normal(size=(4, 5)), 2, axis=0).astype(np.float32)
+    labels = np.array([0, 0, 1, 2, 1, 2, 0, 0])  # duplicates within a label and across labels
+    value, gradient = jax.value_and_grad(lambda x: triplet_loss(x, labels, mining=mining)[0])(
+        embeddings
+    )
+    assert value > 0
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_huge_distances_do_not_overflow(rng, mining):
+    embeddings = 1e4 * rng.normal(size=(6, 4)).astype(np.float32)
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    for soft in (False, True):
+        loss, gradient = jax.value_and_grad(
+            lambda x, soft=soft: triplet_loss(x, labels, mining=mining, soft=soft)[0]
+        )(embeddings)
+        assert np.isfinite(loss)
+        assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_order_of_the_batch_and_dtype_do_not_matter(rng, mining):
+    embeddings = jnp.asarray(rng.normal(size=(len(LABELS), 8)), jnp.bfloat16)
+    order = rng.permutation(len(LABELS))
+    loss, _ = triplet_loss(embeddings, LABELS, mining=mining)
+    shuffled, _ = triplet_loss(embeddings[order], LABELS[order], mining=mining)
+    exact, _ = triplet_loss(embeddings.astype(jnp.float32), LABELS, mining=mining)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, shuffled, rtol=1e-6)
+    np.testing.assert_allclose(loss, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_sharded_batch_equals_one_device(rng, mining):
+    embeddings = rng.normal(size=(32, 12)).astype(np.float32)
+    labels = rng.integers(0, 6, 32).astype(np.int32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    step = jax.jit(jax.value_and_grad(lambda x, y: triplet_loss(x, y, mining=mining)[0]))
+    one = step(embeddings, labels)
+    many = step(jax.device_put(embeddings, sharding), jax.device_put(labels, sharding))
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-6)
+    np.testing.assert_allclose(many[1], one[1], atol=1e-7)
+
+
+def test_wrong_arguments_are_named():
+    x, y = jnp.ones((4, 2)), jnp.zeros(4, jnp.int32)
+    with pytest.raises(ValueError, match="'hard'; choose one of batch_hard, semi_hard, batch_all"):
+        triplet_loss(x, y, mining="hard")
+    with pytest.raises(ValueError, match=r"margin is -0\.1"):
+        triplet_loss(x, y, margin=-0.1)
+    with pytest.raises(ValueError, match=r"\(4, 2\) and labels \(3,\)"):
+        triplet_loss(x, y[:3])
+    with pytest.raises(ValueError, match="float32, expected integers"):
+        triplet_loss(x, y.astype(jnp.float32))

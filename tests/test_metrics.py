@@ -1,0 +1,234 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from cbam_jax.metrics import (
+    METRIC_DEFINITIONS,
+    bootstrap_interval,
+    count_relevant,
+    label_matches,
+    per_category_metrics,
+    per_query_metrics,
+    retrieval_metrics,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
+
+# Worked by hand: hits, R, K, then map@K, map_min@K, map_all@K, precision@K, recall@K, mrr, and
+# map@R, r_precision where the list reaches R.
+WORKED = [
+    ("10100", 3, 5, 0.8333, 0.5556, 0.5556, 0.4, 1, 1, 0.5556, 0.6667),
+    ("11011", 20, 5, 0.8875, 0.71, 0.1775, 0.8, 1, 1, None, None),
+    ("00110", 2, 5, 0.4167, 0.4167, 0.4167, 0.4, 1, 1 / 3, 0, 0),
+    ("00000", 2, 5, 0, 0, 0, 0, 0, 0, 0, 0),
+    ("10000", 1, 5, 1, 1, 1, 0.2, 1, 1, 1, 1),
+    ("1111101111", 333, 10, 0.9468, 0.8521, 0.0256, 0.9, 1, 1, None, None),
+]
+
+
+def loops(hits, relevant, ks):
+    """One query's metrics, by loops, in Python floats."""
+    precision = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits))]
+
+    def precision_sum(k):
+        return math.fsum(precision[i] for i in range(k) if hits[i])
+
+    values = {}
+    for k in ks:
+        retrieved = sum(hits[:k])
+        values[f"map@{k}"] = precision_sum(k) / retrieved if retrieved else 0.0
+        values[f"map_min@{k}"] = precision_sum(k) / min(k, relevant)
+        values[f"map_all@{k}"] = precision_sum(k) / relevant
+        values[f"precision@{k}"] = retrieved / k
+        values[f"recall@{k}"] = float(any(hits[:k]))
+    if relevant <= len(hits):
+        values["map@R"] = precision_sum(relevant) / relevant
+        values["r_precision"] = sum(hits[:relevant]) / relevant
+    values["mrr"] = next((1 / (i + 1) for i, hit in enumerate(hits) if hit), 0.0)
+    return values
+
+
+def random_hits(rng, queries, k):
+    matches = rng.random((queries, k)) < rng.uniform(0, 0.7, (queries, 1))
+    relevant = matches.sum(1) + rng.integers(0, 4, queries)
+    return matches, relevant
+
+
+@pytest.mark.parametrize("row", WORKED, ids=[row[0] for row in WORKED])
+def test_worked_vectors(row):
+    hits, relevant, k, *expected = row
+    metrics = retrieval_metrics([[h == "1" for h in hits]], [relevant], ks=(k,))
+    families = ("map", "map_min", "map_all", "precision", "recall")
+    names = [f"{family}@{k}" for family in families] + ["mrr", "map@R", "r_precision"]
+    for name, value in zip(names, expected, strict=True):
+        if value is None:
+            assert name not in metrics
+        else:
+            assert metrics[name] == pytest.approx(value, abs=5e-5), name
+
+
+def test_per_query_matches_loops(rng):
+    matches, relevant = random_hits(rng, 60, 33)
+    matches[3], relevant[3] = False, 0
+    relevant = np.minimum(relevant, 33)
+    values = per_query_metrics(matches, relevant, ks=(1, 5, 33))
+    for i in range(60):
+        if relevant[i]:
+            expected = loops(matches[i].tolist(), int(relevant[i]), (1, 5, 33))
+            assert values.keys() == expected.keys()
+            for name, value in expected.items():
+                assert values[name][i] == pytest.approx(value, abs=1e-12), (i, name)
+        else:
+            assert all(np.isnan(value[i]) for value in values.values())
+
+
+def test_means_leave_out_queries_without_relevant_items(rng):
+    matches, relevant = random_hits(rng, 41, 20)
+    empty = rng.choice(41, 6, replace=False)
+    matches[empty], relevant[empty] = False, 0
+    metrics = retrieval_metrics(matches, relevant)
+    rows = [
+        loops(m.tolist(), int(r), (5, 10, 20)) for m, r in zip(matches, relevant, strict=True) if r
+    ]
+    left_out = int(np.sum(relevant == 0))
+    assert (metrics["num_queries"], metrics["num_left_out"]) == (41, left_out)
+    for name in ("map@5", "map_min@10", "map_all@20", "precision@10", "recall@5", "mrr"):
+        assert metrics[name] == pytest.approx(np.mean([row[name] for row in rows]), abs=1e-12)
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_blocks_of_queries_change_nothing(rng, monkeypatch):
+    matches, relevant = random_hits(rng, 50, 12)
+    expected = per_query_metrics(matches, relevant, ks=(5,))
+    monkeypatch.setattr("cbam_jax.metrics._ROWS", 7)
+    for name, values in per_query_metrics(matches, relevant, ks=(5,)).items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+def test_full_ranking_is_average_precision_of_sklearn(rng):
+    matches, _ = random_hits(rng, 30, 80)
+    matches[:, 40] = True
+    values = per_query_metrics(matches, matches.sum(1), ks=(80,))["map_all@80"]
+    expected = [average_precision_score(row, -np.arange(80.0)) for row in matches]
+    np.testing.assert_allclose(values, expected, atol=1e-12)
+
+
+def test_golden_torchmetrics():
+    golden = np.load(GOLDEN)
+    matches = golden["matches"]
+    values = per_query_metrics(matches, matches.sum(1), ks=(10, 60))
+    for name in ("map_all@60", "map@10", "precision@10", "recall@10", "r_precision", "mrr"):
+        np.testing.assert_allclose(values[name], golden[name], atol=1e-6, err_msg=name)
+
+
+def test_golden_pytorch_metric_learning():
+    golden = np.load(GOLDEN)
+    embeddings, labels = golden["embeddings"].astype(np.float64), golden["labels"]
+    distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :-1]
+    relevant = count_relevant(labels, labels, query_in_gallery=True)
+    metrics = retrieval_metrics(label_matches(order, labels, labels), relevant)
+    names = {
+        "map@R": "mean_average_precision_at_r",
+        "r_precision": "r_precision",
+        "mrr": "mean_reciprocal_rank",
+    }
+    for ours, theirs in names.items():
+        assert metrics[ours] == pytest.approx(float(golden[f"pml_{theirs}"]), abs=1e-6)
+
+
+def test_short_ranking_omits_metrics_at_r():
+    matches = np.array([[True, True], [True, False]])
+    assert "map@R" in retrieval_metrics(matches, [2, 2], ks=(2,))
+    short = retrieval_metrics(matches, [2, 3], ks=(2,))
+    assert "map@R" not in short
+    assert "r_precision" not in short
+
+
+def test_every_key_has_a_definition(rng):
+    matches, relevant = random_hits(rng, 5, 30)
+    for key in retrieval_metrics(matches, np.minimum(relevant, 30)):
+        family = key if key in METRIC_DEFINITIONS else key.split("@")[0] + "@K"
+        assert METRIC_DEFINITIONS[family]
+
+
+def test_all_left_out_is_nan():
+    metrics = retrieval_metrics(np.zeros((2, 5), bool), [0, 0], ks=(5,))
+    assert math.isnan(metrics["map@5"])
+    assert (metrics["num_queries"], metrics["num_left_out"]) == (2, 2)
+
+
+def test_per_category(rng):
+    matches, relevant = random_hits(rng, 60, 20)
+    relevant[:3], matches[:3] = 0, False
+    categories = rng.choice(["coat", "dress", "shoes"], 60)
+    table = per_category_metrics(matches, relevant, categories)
+    assert list(table) == ["coat", "dress", "shoes"]
+    for category, metrics in table.items():
+        rows = categories == category
+        # Whether map@R is there is decided over all queries, so that columns do not differ.
+        alone = retrieval_metrics(matches[rows], relevant[rows])
+        for name in metrics:
+            np.testing.assert_equal(metrics[name], alone[name])
+    assert all(isinstance(key, int) for key in per_category_metrics(matches, relevant, relevant))
+
+
+def test_bootstrap_interval(rng):
+    values = rng.gamma(2.0, size=400)
+    low, high = bootstrap_interval(values, seed=3)
+    assert (low, high) == bootstrap_interval(values, seed=3)
+    assert (low, high) != bootstrap_interval(values, seed=4)
+    # The normal approximation of the mean's interval, close at 400 values.
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.2 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.2 * half)
+    narrow = bootstrap_interval(values, confidence=0.5, seed=3)
+    assert low < narrow[0] < narrow[1] < high
+    assert bootstrap_interval([*values, np.nan], seed=3) == (low, high)
+    assert bootstrap_interval([2.5] * 7) == (2.5, 2.5)
+    assert all(math.isnan(bound) for bound in bootstrap_interval([np.nan]))
+
+
+def test_label_matches_and_ragged_rows():
+    matches = label_matches([[1, 2, -1], [0, -1, -1]], ["b", "c"], ["a", "b", "c"])
+    assert matches.tolist() == [[True, False, False], [False, False, False]]
+    # Index -1 must not read the last gallery item.
+    assert not label_matches([[-1]], [5], [4, 5]).any()
+
+
+def test_count_relevant_matches_loops(rng):
+    query_labels, gallery_labels = rng.integers(0, 5, 23), rng.integers(0, 6, 40)
+    query_group, gallery_group = rng.integers(0, 4, 23), rng.integers(0, 5, 40)
+    plain = [sum(g == q for g in gallery_labels) for q in query_labels]
+    assert count_relevant(query_labels, gallery_labels).tolist() == plain
+    inside = rng.random(23) < 0.5
+    ignored = count_relevant(query_labels, gallery_labels, query_in_gallery=inside)
+    assert ignored.tolist() == [c - int(i) for c, i in zip(plain, inside, strict=True)]
+    grouped = [
+        sum(gallery_labels[j] == q and gallery_group[j] != s for j in range(40))
+        for q, s in zip(query_labels, query_group, strict=True)
+    ]
+    result = count_relevant(
+        query_labels.astype(str),
+        gallery_labels.astype(str),
+        query_group=query_group,
+        gallery_group=gallery_group,
+    )
+    assert result.tolist() == grouped
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"\(2, 3\) and num_relevant \(3,\)"):
+        retrieval_metrics(np.zeros((2, 3), bool), [1, 1, 1])
+    with pytest.raises(ValueError, match="int64"):
+        retrieval_metrics(np.zeros((2, 3), np.int64), [1, 1])
+    with pytest.raises(ValueError, match="K is 20, but matches have 3 ranks"):
+        retrieval_metrics(np.zeros((2, 3), bool), [1, 1], ks=(3, 20))
+    with pytest.raises(ValueError, match="query 1 has 2 hits but num_relevant 1"):
+        retrieval_metrics([[True, False], [True, True]], [1, 1], ks=(2,))
+    with pytest.raises(ValueError, match="confidence 1"):
+        bootstrap_interval([1.0], confidence=1)
