@@ -60,7 +60,6 @@ class ClothingDatasetSmall(tfds.core.GeneratorBasedBuilder):
             name="256px", description="Short side 256 px (area average), JPEG quality 90."
         ),
     )
-    SPLITS = tuple(NUM_IMAGES)
 
     def __init__(
         self, *, manual_dir: str | None = None, on_bad_image: str = "fail", **kwargs
@@ -95,7 +94,7 @@ class ClothingDatasetSmall(tfds.core.GeneratorBasedBuilder):
         names = [name for name in images if name.startswith(f"{split}/")]
         for name in progress(names, f"writing {split}", total=len(names)):
             encoded = images[name]
-            if self.builder_config.name == "256px":
+            if self.builder_config and self.builder_config.name == "256px":
                 encoded = shrink(encoded)
             label = name.split("/")[1]
             yield name, {"image": io.BytesIO(encoded), "label": label, "id": name}

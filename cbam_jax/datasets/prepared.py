@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -148,7 +149,7 @@ def make_builder(
 
 
 def _check_features(name: str, builder: tfds.core.DatasetBuilder, label: str) -> None:
-    features = dict(builder.info.features or {})
+    features = _features(builder)
     found = ", ".join(f"{key} ({type(value).__name__})" for key, value in features.items())
     if not isinstance(features.get("image"), tfds.features.Image):
         raise InputError(f"dataset '{name}' has no feature image (Image): it has {found}")
@@ -159,6 +160,10 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder, label: str) ->
             f"dataset '{name}' has no integer feature '{label}' to tell what is similar: choose "
             f"another label among {found}"
         )
+
+
+def _features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
+    return dict(cast(Any, builder.info.features) or {})
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -239,18 +244,16 @@ def _open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence:
     missing = [path for path in splits[split].filepaths if not os.path.exists(path)]
     if missing:
         raise InputError(f"{missing[0]} is missing: delete {builder.data_dir} to prepare it again")
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+    file_format = builder.info.file_format
+    if file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
-            f"{builder.data_dir} was prepared as {builder.info.file_format.value}, which only "
+            f"{builder.data_dir} was prepared as {file_format and file_format.value}, which only "
             "TensorFlow reads: choose another data_dir, and it is prepared as array_record"
         )
-    images = [
-        key
-        for key, feature in builder.info.features.items()
-        if isinstance(feature, tfds.features.Image)
-    ]
-    skip = {key: tfds.decode.SkipDecoding() for key in images}
-    return builder.as_data_source(split, decoders=skip)
+    features = _features(builder).items()
+    images = [key for key, feature in features if isinstance(feature, tfds.features.Image)]
+    skip: dict = {key: tfds.decode.SkipDecoding() for key in images}
+    return cast(Any, builder).as_data_source(split, decoders=skip)
 
 
 def _read_columns(
@@ -282,7 +285,7 @@ def _state(folder: Path) -> str:
 def _collect_columns(
     builder: tfds.core.DatasetBuilder, source: Sequence, split: str, label: str
 ) -> dict[str, np.ndarray]:
-    features = dict(builder.info.features)
+    features = _features(builder)
     keys = {"label": label} | {key: key for key in _COLUMNS if key in features}
     values: dict[str, list] = {key: [] for key in keys}
     relative_box = isinstance(features.get("bbox"), tfds.features.BBoxFeature)
@@ -312,7 +315,7 @@ def _ids(split: str, count: int, values: list | None) -> np.ndarray:
 def _number_labels(
     builder: tfds.core.DatasetBuilder, split: str, label: str, values: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    feature = builder.info.features[label]
+    feature = _features(builder)[label]
     if not isinstance(feature, tfds.features.ClassLabel):
         names, numbers = np.unique(values, return_inverse=True)
         return numbers.astype(np.int32), tuple(str(name) for name in names)
