@@ -101,6 +101,10 @@ class EmbeddingModel(nnx.Module):
         self.embedding_dim = embedding_dim or width
         self.normalize = normalize
 
+    def preprocess(self, images: jax.Array) -> jax.Array:
+        """Turn uint8 pixels [b, h, w, 3] into what the backbone expects; see normalize_images."""
+        return normalize_images(images)
+
     def features(self, images: jax.Array) -> jax.Array:
         """Return the last feature map [b, h', w', c], after its attention."""
         return self.backbone(images)

@@ -1,0 +1,220 @@
+"""Checkpoints of a run: model, optimizer, data iterator and config as separate Orbax items.
+
+Arrays are stored under flat dotted names (``params.backbone.conv1.kernel``), so that a part can be
+read without building the rest. Orbax notices a truncated file, but not overwritten bytes: each
+array's CRC-32 is stored beside it and compared on the way back, and a damaged checkpoint falls
+back to the one before.
+"""
+
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from cbam_jax import InputError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Checkpoint(NamedTuple):
+    """What was read: ``optimizer`` is empty when only the model was asked for."""
+
+    step: int
+    model: Arrays
+    optimizer: Arrays
+    data: dict[str, Any]
+    config: dict[str, Any]
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """Copy a pytree's arrays to the host under dotted names.
+
+    Copies, since a step that donates its state may reuse the memory while a save is under way.
+
+    >>> flatten({"a": [np.zeros(2), np.ones(3)]}).keys()
+    dict_keys(['a.0', 'a.1'])
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path): np.array(leaf) for path, leaf in leaves}
+
+
+def unflatten(tree: Any, arrays: Arrays) -> Any:
+    """Return ``tree`` with each array replaced by the one of its name.
+
+    Raises:
+        InputError: when names or shapes differ; one line with the first of each kind.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    expected = {_name(path): np.shape(leaf) for path, leaf in leaves}
+    missing = sorted(expected.keys() - arrays.keys())
+    unexpected = sorted(arrays.keys() - expected.keys())
+    wrong = sorted(
+        name for name in expected.keys() & arrays.keys() if arrays[name].shape != expected[name]
+    )
+    if missing or unexpected or wrong:
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+        found = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names]
+        raise InputError(
+            f"the checkpoint is of another model or optimizer: arrays {', '.join(found)}; "
+            "use the config it was trained with, or a new --workdir"
+        )
+    return jax.tree_util.tree_unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
+
+
+def _name(path: Any) -> str:
+    # NNX ends the path of a variable's array in ".value"; it says nothing.
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+class Checkpoints:
+    """The checkpoints below one folder: the newest ``keep`` and the best by one metric.
+
+    Saving is asynchronous: ``wait`` or ``close`` before the process ends.
+
+    Args:
+        directory: where they lie; made when needed.
+        best_metric: the metric, larger is better, that decides which one is the best.
+        keep: how many of the newest stay beside the best; 2, so that a damaged one has another
+            behind it.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, best_metric: str, keep: int = 2):
+        def metric(metrics: dict[str, float]) -> float:
+            value = metrics.get(best_metric, float("nan"))
+            return -float("inf") if np.isnan(value) else value
+
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(
+                get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            best_fn=metric,
+            best_mode="max",
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        )
+        self.directory = os.path.abspath(directory)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        """Return itself; closed on the way out."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for saves under way and close."""
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Return the steps saved whole, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """Return the step with the best metric, None when no checkpoint has any."""
+        scored = any(self._manager.metrics(step) for step in self.steps())
+        return self._manager.best_step() if scored else None
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Any,
+        optimizer: Any,
+        data: dict[str, Any],
+        config: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Save two pytrees and two JSON documents, in the background.
+
+        A step that is there already is left as it is.
+        """
+        if step in self._manager.all_steps():
+            return
+        arrays = {"model": flatten(model), "optimizer": flatten(optimizer)}
+        checksums = {item: _checksums(value) for item, value in arrays.items()}
+        items = {
+            **{item: ocp.args.StandardSave(value) for item, value in arrays.items()},
+            "data": ocp.args.JsonSave(data),
+            "config": ocp.args.JsonSave(config),
+            "checksums": ocp.args.JsonSave(checksums),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+    def restore(self, which: str | int = "last", *, optimizer: bool = True) -> Checkpoint:
+        """Read ``"last"``, ``"best"`` or one step; a damaged last one falls back to those before.
+
+        Raises:
+            InputError: when there is none, or none that is whole; the line says what is there.
+        """
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"no checkpoint in {self.directory}: train first, or check --workdir")
+        if which == "last":
+            return self._restore_newest(steps, optimizer)
+        step = self.best_step() if which == "best" else which
+        if step not in steps:
+            raise InputError(
+                f"no checkpoint {which!r} in {self.directory}: it has steps "
+                f"{', '.join(map(str, steps))}; choose one, or last"
+            )
+        checkpoint = self._try_restore(int(step), optimizer)
+        if isinstance(checkpoint, str):
+            raise InputError(f"{checkpoint}; choose another of {', '.join(map(str, steps))}")
+        return checkpoint
+
+    def _restore_newest(self, steps: list[int], optimizer: bool) -> Checkpoint:
+        for step in reversed(steps):
+            checkpoint = self._try_restore(step, optimizer)
+            if not isinstance(checkpoint, str):
+                return checkpoint
+            print(f"{checkpoint}; trying the one before", flush=True)
+        raise InputError(
+            f"every checkpoint in {self.directory} is damaged (steps "
+            f"{', '.join(map(str, steps))}): restore a copy, or start with a new --workdir"
+        )
+
+    def _try_restore(self, step: int, optimizer: bool) -> Checkpoint | str:
+        """Return the checkpoint, or one line on what is wrong with it."""
+        arrays = ("model", "optimizer") if optimizer else ("model",)
+        items = {item: ocp.args.StandardRestore() for item in arrays}
+        items |= {item: ocp.args.JsonRestore() for item in ("data", "config", "checksums")}
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax raises many kinds, by the file that is damaged.
+            return f"checkpoint {step} is damaged ({type(error).__name__})"
+        for item in arrays:
+            if _checksums(read[item]) != read["checksums"][item]:
+                return f"checkpoint {step} is damaged (the {item}'s checksums differ)"
+        kept = read["optimizer"] if optimizer else {}
+        return Checkpoint(step, read["model"], kept, read["data"], read["config"])
+
+    def delete_after(self, step: int) -> None:
+        """Delete what is newer than ``step``: damaged, and about to be trained again."""
+        for newer in self.steps():
+            if newer > step:
+                self._manager.delete(newer)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machines' scheduler asked all processes of a distributed run to stop."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Wait until every save has ended."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for saves under way and release the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _checksums(arrays: Arrays) -> dict[str, int]:
+    return {
+        name: zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,236 @@
+"""The jitted steps of training and embedding, over a device mesh.
+
+The only jit boundaries of training. A model is split once into a graph definition and its state;
+the state is donated to the step and merged inside, which costs a sixth of ``nnx.jit``'s Python
+time a call. The batch is sharded over the mesh's one axis ``data`` and everything else is
+replicated, so that mining and BatchNorm see the global batch: n devices give the loss of one.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+OPTIMIZERS = ("sgd", "adamw")
+# Parameters under these names are never in a pretrained backbone.
+NEW_LAYERS = ("attention", "projection", "pool")
+
+Batch = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. ``ema`` is None, or a moving average of ``params``."""
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    ema: Any
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes along one axis, ``data``."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Put every array of a pytree whole on every device of the mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        return jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
+def to_devices(batches: Iterable[Batch], mesh: Mesh, depth: int = 2) -> Iterator[Batch]:
+    """Shard host batches over the mesh, ``depth`` of them ahead of the one in use.
+
+    Transfers are asynchronous, so that they overlap with the step that is running.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    queue: deque[Batch] = deque()
+    for batch in batches:
+        queue.append(
+            {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        )
+        if len(queue) >= depth:
+            yield queue.popleft()
+    yield from queue
+
+
+def learning_rate_schedule(
+    learning_rate: float, *, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to 0 at ``total_steps``.
+
+    >>> schedule = learning_rate_schedule(0.1, warmup_steps=10, total_steps=110)
+    >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
+    # In float32: optax's own integer count does not pass strict dtype promotion.
+    return lambda count: schedule(jnp.asarray(count, jnp.float32))
+
+
+def create_optimizer(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    new_layer_multiple: float = 1.0,
+    clip_norm: float | None = None,
+    accumulate_steps: int = 1,
+) -> optax.GradientTransformation:
+    """SGD with momentum or AdamW, as torch defines them.
+
+    Args:
+        name: ``"sgd"`` (weight decay is added to the gradient, as in torch) or ``"adamw"``
+            (decoupled).
+        learning_rate: a number, or a schedule over optimizer updates.
+        weight_decay: of parameters with two or more dimensions only: never of biases, BatchNorm
+            or the pooling exponent.
+        momentum: of SGD.
+        new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
+            pooling) is multiplied by, since they start from nothing beside a pretrained backbone.
+        clip_norm: largest global norm of the gradient; None: unlimited.
+        accumulate_steps: batches whose mean gradient makes one update.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    if name == "sgd":
+        decay = optax.add_decayed_weights(weight_decay, mask=_is_matrix)
+        update = optax.chain(decay, optax.sgd(learning_rate, momentum=momentum))
+    elif name == "adamw":
+        update = optax.adamw(learning_rate, weight_decay=weight_decay, mask=_is_matrix)
+    else:
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    # Both updates are proportional to the learning rate, so scaling them is scaling the rate.
+    multiple = optax.masked(optax.scale(new_layer_multiple), _is_new)
+    chain = optax.chain(clip, update, multiple)
+    if accumulate_steps == 1:
+        return chain
+    return optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda param: param.ndim > 1, params)
+
+
+def _is_new(params: Any) -> Any:
+    def new(path: Any, _: Any) -> bool:
+        return any(name in jax.tree_util.keystr(path) for name in NEW_LAYERS)
+
+    return jax.tree_util.tree_map_with_path(new, params)
+
+
+def create_train_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+) -> TrainState:
+    """Split a model into its arrays, start the optimizer's, and replicate all over the mesh."""
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    # Donation gives each buffer away once: the average must own its copy.
+    average = jax.tree.map(np.array, params) if ema else None
+    step = np.zeros((), np.int32)
+    return replicate(TrainState(step, params, batch_stats, optimizer.init(params), average), mesh)
+
+
+def make_train_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    loss_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    *,
+    freeze_batch_norm: bool = False,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the jitted ``train_step(state, batch) -> state, scalars``; the state is donated.
+
+    Args:
+        model: whose structure is trained; its arrays are the state's, not its own.
+        optimizer: from ``create_optimizer``.
+        loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars.
+        freeze_batch_norm: normalise by the running statistics and leave them as they are; scale
+            and bias are still trained.
+        ema_decay: share of the moving average of the parameters that a step keeps.
+    """
+    graphdef = nnx.graphdef(nnx.view(model, use_running_average=freeze_batch_norm))
+
+    def compute_loss(params: Any, batch_stats: Any, batch: Batch):
+        # A copy: the statistics are of the outer trace, and BatchNorm writes to them in this one.
+        model = nnx.merge(graphdef, params, batch_stats, copy=True)
+        loss, scalars = loss_fn(model(model.preprocess(batch["image"])), batch["label"])
+        return loss, (scalars, nnx.state(model, nnx.BatchStat))
+
+    def train_step(state: TrainState, batch: Batch):
+        gradient = jax.value_and_grad(compute_loss, has_aux=True)
+        (loss, (scalars, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        scalars = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **scalars}
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), scalars
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_embed_step(
+    model: nnx.Module, mesh: Mesh
+) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+    """Return the jitted ``embed_step(params, batch_stats, batch)``.
+
+    It gives ``embedding`` [b, d] beside the batch's other entries, whole on every device, so that
+    each process holds the global batch.
+    """
+    graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
+
+    def embed_step(params: Any, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
+        model = nnx.merge(graphdef, params, batch_stats)
+        rest = {name: value for name, value in batch.items() if name != "image"}
+        return {"embedding": model(model.preprocess(batch["image"])), **rest}
+
+    return jax.jit(embed_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def evaluation_params(state: TrainState) -> Any:
+    """Return the moving average where there is one, else the parameters."""
+    return state.params if state.ema is None else state.ema
+
+
+def embed_batches(
+    embed_step: Callable[[Any, Any, Batch], dict[str, jax.Array]],
+    params: Any,
+    batch_stats: Any,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    size: int,
+) -> np.ndarray:
+    """Embed a dataset: batches with ``index`` and ``mask`` to [size, d] float32, by index.
+
+    Raises:
+        ValueError: when the batches do not hold every index below ``size`` exactly once.
+    """
+    embeddings: np.ndarray | None = None
+    seen = np.zeros(size, np.int64)
+    for batch in to_devices(batches, mesh):
+        output = jax.device_get(embed_step(params, batch_stats, batch))
+        mask, index = output["mask"], output["index"]
+        if embeddings is None:
+            embeddings = np.zeros((size, output["embedding"].shape[1]), np.float32)
+        embeddings[index[mask]] = output["embedding"][mask]
+        np.add.at(seen, index[mask], 1)
+    if embeddings is None or not np.all(seen == 1):
+        raise ValueError(f"{np.sum(seen != 1)} of {size} images were not embedded exactly once")
+    return embeddings

@@ -1,0 +1,144 @@
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbam_jax import InputError
+from cbam_jax.checkpoint import Checkpoints, flatten, unflatten
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", best_metric="map@10") as opened:
+        yield opened
+
+
+def trees(seed):
+    rng = np.random.default_rng(seed)
+    model = {"params": [rng.normal(size=(3, 5)).astype(np.float32), np.float32(rng.normal())]}
+    optimizer = {"count": np.int32(seed), "trace": rng.normal(size=(3, 5)).astype(np.float32)}
+    return model, optimizer
+
+
+def save(checkpoints, step, value=None):
+    model, optimizer = trees(step)
+    metrics = None if value is None else {"map@10": value}
+    checkpoints.save(
+        step,
+        model=model,
+        optimizer=optimizer,
+        data={"next_step": step},
+        config={"seed": 3},
+        metrics=metrics,
+    )
+    checkpoints.wait()
+
+
+def assert_equal(tree, arrays):
+    expected = flatten(tree)
+    assert expected.keys() == dict(arrays).keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array)
+        assert arrays[name].dtype == array.dtype
+
+
+def test_round_trip_is_exact(checkpoints):
+    save(checkpoints, 4)
+    read = checkpoints.restore()
+    model, optimizer = trees(4)
+    assert_equal(model, read.model)
+    assert_equal(optimizer, read.optimizer)
+    assert (read.step, read.data, read.config) == (4, {"next_step": 4}, {"seed": 3})
+    assert checkpoints.restore(optimizer=False).optimizer == {}
+
+
+def test_keeps_the_newest_two_and_the_best_across_a_restart(tmp_path):
+    values = {1: 0.2, 2: 0.9, 3: float("nan"), 4: None, 5: 0.3}
+    for step, value in values.items():  # Opened anew for every step, as after interruptions.
+        with Checkpoints(tmp_path, best_metric="map@10") as checkpoints:
+            save(checkpoints, step, value)
+    with Checkpoints(tmp_path, best_metric="map@10") as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
+        assert checkpoints.best_step() == 2
+        assert_equal(trees(2)[0], checkpoints.restore("best").model)
+        assert_equal(trees(4)[0], checkpoints.restore(4).model)
+
+
+def array_files(directory, step):
+    item = Path(directory, str(step), "model")
+    return [path for path in item.rglob("*") if "/d/" in str(path) and path.is_file()]
+
+
+def damage(path, kind):
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 16] = bytes(255 - byte for byte in content[middle : middle + 16])
+        path.write_bytes(content)
+
+
+# Orbax leaves coroutines behind when a read fails; they are collected inside the test.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["missing", "truncated", "overwritten"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(checkpoints, capsys, kind):
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    files = array_files(checkpoints.directory, 2)
+    assert files
+    for path in files:
+        damage(path, kind)
+    read = checkpoints.restore()
+    assert read.step == 1
+    assert_equal(trees(1)[0], read.model)
+    assert "checkpoint 2 is damaged" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"checkpoint 2 is damaged.*choose another of 1, 2"):
+        checkpoints.restore(2)
+    gc.collect()
+
+
+def test_checksums_find_changed_values(checkpoints, monkeypatch):
+    save(checkpoints, 1)
+    read = checkpoints._manager.restore
+
+    def flipped(*args, **kwargs):
+        items = dict(read(*args, **kwargs).items())
+        if "optimizer" in items:
+            items["optimizer"] = {**items["optimizer"], "count": np.int32(77)}
+        return items
+
+    monkeypatch.setattr(checkpoints._manager, "restore", flipped)
+    with pytest.raises(InputError, match=r"every checkpoint .* is damaged \(steps 1\)"):
+        checkpoints.restore()
+    assert checkpoints.restore(optimizer=False).step == 1
+
+
+def test_delete_after(checkpoints):
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    checkpoints.delete_after(1)
+    assert checkpoints.steps() == [1]
+
+
+def test_errors_say_what_is_there(checkpoints):
+    with pytest.raises(InputError, match="no checkpoint in .*train first"):
+        checkpoints.restore()
+    save(checkpoints, 1)
+    with pytest.raises(InputError, match=r"no checkpoint 7 in .* it has steps 1"):
+        checkpoints.restore(7)
+    with pytest.raises(InputError, match=r"no checkpoint 'best' in .* it has steps 1"):
+        checkpoints.restore("best")
+
+
+def test_unflatten_is_strict():
+    tree = {"a": np.zeros(2), "b": np.zeros((2, 3)), "c": np.zeros(1)}
+    arrays = flatten({"a": np.ones(2), "b": np.ones((3, 2)), "d": np.ones(1)})
+    with pytest.raises(InputError, match=r"1 missing \(c\), 1 unexpected \(d\), 1 of another"):
+        unflatten(tree, arrays)
+    restored = unflatten({"a": np.zeros(2)}, {"a": np.ones(2)})
+    np.testing.assert_array_equal(restored["a"], np.ones(2))
