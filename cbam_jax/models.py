@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cbam_jax.attention import CBAM, GATE_INITS, SqueezeExcite
-from cbam_jax.backbones import resnet
+from cbam_jax.backbones import googlenet, resnet, vgg
 from cbam_jax.distances import l2_normalize
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
@@ -21,9 +21,16 @@ BACKBONES = {
     "resnet50": resnet.ResNet50,
     "resnet101": resnet.ResNet101,
     "resnet152": resnet.ResNet152,
+    "vgg16": vgg.VGG16,
+    "vgg16_bn": vgg.VGG16BN,
+    "googlenet": googlenet.GoogLeNet,
 }
 ATTENTIONS = {"": None, "_se": SqueezeExcite, "_cbam": CBAM}
-MODELS = tuple(backbone + attention for backbone in BACKBONES for attention in ATTENTIONS)
+MODELS = {
+    backbone + attention: (backbone, attention)
+    for backbone in BACKBONES
+    for attention in ATTENTIONS
+}
 POOLINGS = ("average", "gem")
 
 
@@ -155,8 +162,8 @@ def create_model(
     if attention_init not in GATE_INITS:
         choices = ", ".join(GATE_INITS)
         raise ValueError(f"unknown attention_init {attention_init!r}: choose one of {choices}")
-    backbone_name, underscore, suffix = name.partition("_")
-    block = ATTENTIONS[underscore + suffix]
+    backbone_name, suffix = MODELS[name]
+    block = ATTENTIONS[suffix]
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
     backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs)
     return EmbeddingModel(

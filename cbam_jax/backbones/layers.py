@@ -3,7 +3,7 @@
 Parameters are float32 and shaped as ``nnx.Conv`` and ``nnx.BatchNorm`` shape them.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def _normalize(
     return _normalize_forward(epsilon, x, scale, bias)[0]
 
 
-def _normalize_forward(epsilon, x, scale, bias):
+def _normalize_forward(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array):
     axes = tuple(range(x.ndim - 1))
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=axes)
@@ -158,20 +158,40 @@ def _normalize_backward(epsilon, residuals, gradients):
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def max_pool_3x3(x: jax.Array) -> jax.Array:
-    """Max-pool 3 x 3, stride 2, padding 1, of [b, h, w, c], as the maximum of nine strided slices.
+def max_pool(
+    x: jax.Array, size: int, strides: int, *, padding: int = 0, ceil_mode: bool = False
+) -> jax.Array:
+    """Max-pool [b, h, w, c] as torch's ``MaxPool2d`` does: the maximum of size^2 strided slices.
 
     ``reduce_window``'s backward pass costs several times as much on the CPU. At ties the gradient
-    is split, where torch picks one entry.
+    is split, where torch picks one entry. With ``ceil_mode`` the last window may hang over the
+    edge, as long as it starts inside the input.
+
+    >>> max_pool(jnp.arange(5.0).reshape(1, 5, 1, 1), 2, 2, ceil_mode=True).flatten()
+    Array([1., 3., 4.], dtype=float32)
     """
-    height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    height = _pooled_length(x.shape[1], size, strides, padding, ceil_mode)
+    width = _pooled_length(x.shape[2], size, strides, padding, ceil_mode)
+    rows, columns = (height - 1) * strides, (width - 1) * strides
+    bottom = max(rows + size - x.shape[1] - padding, 0)
+    right = max(columns + size - x.shape[2] - padding, 0)
+    border = ((0, 0), (padding, bottom), (padding, right), (0, 0))
+    x = jnp.pad(x, border, constant_values=-jnp.inf)
     slices = [
-        x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2]
-        for i in range(3)
-        for j in range(3)
+        x[:, i : i + rows + 1 : strides, j : j + columns + 1 : strides]
+        for i in range(size)
+        for j in range(size)
     ]
-    pooled = slices[0]
-    for window in slices[1:]:
-        pooled = jnp.maximum(pooled, window)
-    return pooled
+    return reduce(jnp.maximum, slices)
+
+
+def _pooled_length(length: int, size: int, strides: int, padding: int, ceil_mode: bool) -> int:
+    span = length + 2 * padding - size
+    pooled = (span + (strides - 1 if ceil_mode else 0)) // strides + 1
+    # torch drops a last window that would start in the padding beyond the end.
+    return pooled - (ceil_mode and (pooled - 1) * strides >= length + padding)
+
+
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+    """Max-pool 3 x 3, stride 2, padding 1: the ResNet stem's."""
+    return max_pool(x, 3, 2, padding=1)

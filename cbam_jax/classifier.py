@@ -1,0 +1,86 @@
+"""A backbone under torchvision's classification head, to check ported weights by their logits.
+
+Submodules carry torchvision's names (``fc``, or VGG's ``classifier.0``, ``.3`` and ``.6``).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cbam_jax.backbones.vgg import VGG
+from cbam_jax.models import BACKBONES
+
+
+class Classifier(nnx.Module):
+    """Backbone and head: [b, h, w, 3] to logits [b, num_classes], float32.
+
+    ResNets and GoogLeNet average the last feature map and apply one linear layer; VGG has three
+    on the map averaged to 7 x 7. Without torchvision's dropout, which only training sees.
+
+    Args:
+        backbone: maps [b, h, w, 3] to [b, h', w', backbone.num_features].
+        num_classes: length of the logits; torchvision's weights have ImageNet's 1000.
+        rngs: for the parameters.
+
+    >>> model = create_classifier("resnet18", num_classes=5, rngs=nnx.Rngs(0))
+    >>> model(jnp.ones((2, 64, 64, 3))).shape
+    (2, 5)
+    """
+
+    def __init__(self, backbone, num_classes: int = 1000, *, rngs: nnx.Rngs):
+        self.backbone = backbone
+        if isinstance(backbone, VGG):
+            self.classifier = nnx.Dict(
+                {
+                    "0": nnx.Linear(7 * 7 * backbone.num_features, 4096, rngs=rngs),
+                    "3": nnx.Linear(4096, 4096, rngs=rngs),
+                    "6": nnx.Linear(4096, num_classes, rngs=rngs),
+                }
+            )
+        else:
+            self.fc = nnx.Linear(backbone.num_features, num_classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return the logits of images normalised as the backbone expects."""
+        x = self.backbone(images).astype(jnp.float32)
+        if isinstance(self.backbone, VGG):
+            # torch's order of the entries, channels first: the weights of layer 0 follow it.
+            x = adaptive_average_pool(x, 7).transpose(0, 3, 1, 2).reshape(len(x), -1)
+            x = nnx.relu(self.classifier["0"](x))
+            x = nnx.relu(self.classifier["3"](x))
+            return self.classifier["6"](x)
+        return self.fc(jnp.mean(x, axis=(1, 2)))
+
+
+def create_classifier(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs) -> Classifier:
+    """Build a classifier on one of ``models.BACKBONES``, without attention.
+
+    Raises:
+        ValueError: on an unknown name; the message lists the choices.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+    return Classifier(BACKBONES[name](rngs=rngs), num_classes, rngs=rngs)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Average [b, h, w, c] to [b, size, size, c] as torch's ``AdaptiveAvgPool2d`` does.
+
+    Bin i of n spans the entries from floor(i h / n) up to ceil((i + 1) h / n), so bins overlap
+    where n does not divide h, and repeat entries where h < n.
+
+    >>> adaptive_average_pool(jnp.arange(3.0).reshape(1, 3, 1, 1), 2)[0, :, 0, 0]
+    Array([0.5, 1.5], dtype=float32)
+    """
+    rows, columns = _bins(x.shape[1], size), _bins(x.shape[2], size)
+    return jnp.einsum("bhwc,ih,jw->bijc", x, rows, columns, precision="highest")
+
+
+def _bins(length: int, size: int) -> np.ndarray:
+    """Averaging weights [size, length], float32."""
+    weights = np.zeros((size, length), np.float32)
+    for i in range(size):
+        start, end = i * length // size, -(-(i + 1) * length // size)
+        weights[i, start:end] = 1 / (end - start)
+    return weights
