@@ -457,7 +457,7 @@ def test_clothing_bad_images_fail_or_are_skipped(tmp_path, copy, rng, damage, ca
         "missing": "13 of 14 images .*train: has 6 images instead of 7",
         "changed": "14 of 14 images .*differ from the published",
     }[damage]
-    with pytest.raises(InputError, match=f"{told}.*on_bad_image='skip'"):
+    with pytest.raises(InputError, match=f"^{told}.*on_bad_image='skip'$"):
         open_copy(tmp_path)
     assert not list((tmp_path / "tfds").rglob("*.array_record*"))
     capsys.readouterr()
@@ -678,6 +678,22 @@ def test_incomplete_folder_of_another_kind_is_named(tmp_path, copy):
         open_copy(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "overwritten"])
+def test_damaged_records_are_told(tmp_path, copy, damage):
+    dataset = open_copy(tmp_path)
+    (path,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    data = path.read_bytes()
+    middle = len(data) // 2
+    overwritten = data[: middle // 4] + bytes(middle) + data[middle // 4 + middle :]
+    changed = {"truncated": data[:middle], "empty": b"", "overwritten": overwritten}[damage]
+    path.write_bytes(changed)
+    with pytest.raises(InputError, match=r"full/1\.0\.0 are damaged .* delete that folder"):
+        open_copy(tmp_path)
+    if damage == "overwritten":  # under an open dataset
+        with pytest.raises(InputError, match="are damaged"):
+            [dataset.encoded(index) for index in range(7)]
+
+
 # ------------------------------------------------------------------------- TFDS without TensorFlow
 
 
@@ -730,6 +746,7 @@ class TinyBoxes(tfds.core.GeneratorBasedBuilder):
             "weight": np.float32,
             "is_query": np.bool_,
             "bbox": tfds.features.BBoxFeature(),
+            "series": tfds.features.Text(),
             "id": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -749,6 +766,7 @@ class TinyBoxes(tfds.core.GeneratorBasedBuilder):
                     "weight": 0.5,
                     "is_query": index % 2 == 0,
                     "bbox": tfds.features.BBox(ymin=0.1, xmin=0.25, ymax=0.9, xmax=0.75),
+                    "series": f"shoot {9 - index % 2}",
                     "id": "same for all",
                 },
             )
@@ -764,6 +782,8 @@ def test_any_tfds_dataset(tmp_path):
     assert dataset.is_gallery.all()
     assert dataset.item is not None
     assert dataset.item.tolist() == [70 - 10 * (index // 2) for index in brightness]
+    assert dataset.series is not None
+    assert dataset.series.tolist() == [1 - index % 2 for index in brightness]
     assert dataset.bbox is not None
     np.testing.assert_allclose(dataset.bbox, [[5, 1, 15, 9]] * 5, rtol=1e-6)
     assert dataset.id.tolist() == [f"train/{index:06d}" for index in range(5)]

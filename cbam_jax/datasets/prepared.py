@@ -35,14 +35,16 @@ tfds_without_tensorflow.install()
 class EncodedImages(Sequence):
     """The encoded images of a TFDS data source, by index."""
 
-    def __init__(self, source: Sequence) -> None:
+    def __init__(self, source: Sequence, folder: str) -> None:
         self.source = source
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index):
-        return self.source[int(index)]["image"]
+        with _damage_told(self.folder):
+            return self.source[int(index)]["image"]
 
 
 def open_prepared(
@@ -69,8 +71,10 @@ def open_prepared(
     builder = prepare(
         name, data_dir=data_dir, manual_dir=manual_dir, label=label, on_bad_image=on_bad_image
     )
-    source = _open_source(builder, split)
-    columns = _read_columns(builder, source, split, label)
+    folder = os.fspath(builder.data_dir)
+    with _damage_told(folder):
+        source = _open_source(builder, split)
+        columns = _read_columns(builder, source, split, label)
     labels, label_names = _number_labels(builder, split, label, columns["label"])
     every = np.ones(len(labels), bool)
     return RetrievalDataset(
@@ -81,10 +85,10 @@ def open_prepared(
         id=columns["id"],
         is_query=columns.get("is_query", every).astype(bool),
         is_gallery=columns.get("is_gallery", every).astype(bool),
-        item=columns["item_id"].astype(np.int64) if "item_id" in columns else None,
-        series=columns["series"].astype(np.int64) if "series" in columns else None,
+        item=_as_integers(columns.get("item_id")),
+        series=_as_integers(columns.get("series")),
         bbox=columns["bbox"].astype(np.float32) if "bbox" in columns else None,
-        images=EncodedImages(source),
+        images=EncodedImages(source, folder),
     )
 
 
@@ -207,11 +211,13 @@ def _write(name: str, builder: tfds.core.DatasetBuilder, manual_dir) -> None:
 @contextlib.contextmanager
 def _quiet(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
     """TFDS prints to stdout, which belongs to results; ours also show their own progress."""
-    ours = builder.name in OURS
-    if ours:
-        tfds.disable_progress_bar()
+    if builder.name not in OURS:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO() if ours else sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         tfds.enable_progress_bar()
@@ -256,6 +262,17 @@ def _open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence:
     return cast(Any, builder).as_data_source(split, decoders=skip)
 
 
+@contextlib.contextmanager
+def _damage_told(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what array_record raises
+        raise InputError(
+            f"the records in {folder} are damaged ({' '.join(str(error).split())[:120]}): delete "
+            "that folder to prepare it again"
+        ) from error
+
+
 def _read_columns(
     builder: tfds.core.DatasetBuilder, source: Sequence, split: str, label: str
 ) -> dict[str, np.ndarray]:
@@ -286,9 +303,12 @@ def _collect_columns(
     builder: tfds.core.DatasetBuilder, source: Sequence, split: str, label: str
 ) -> dict[str, np.ndarray]:
     features = _features(builder)
-    keys = {"label": label} | {key: key for key in _COLUMNS if key in features}
+    keys = {"label": label}
+    for key in _COLUMNS:  # scalars and one box an image; anything else of that name is not ours
+        if getattr(features.get(key), "shape", None) == ((4,) if key == "bbox" else ()):
+            keys[key] = key
     values: dict[str, list] = {key: [] for key in keys}
-    relative_box = isinstance(features.get("bbox"), tfds.features.BBoxFeature)
+    relative_box = "bbox" in keys and isinstance(features["bbox"], tfds.features.BBoxFeature)
     for record in progress(source, f"reading labels of {split}", total=len(source)):
         for key, feature in keys.items():
             values[key].append(record[feature])
@@ -310,6 +330,12 @@ def _ids(split: str, count: int, values: list | None) -> np.ndarray:
     if len(set(texts)) < count:
         texts = [f"{split}/{index:06d}" for index in range(count)]
     return np.array(texts, dtype=np.str_)
+
+
+def _as_integers(values: np.ndarray | None) -> np.ndarray | None:
+    if values is None or values.dtype.kind in "iub":
+        return None if values is None else values.astype(np.int64)
+    return np.unique(values, return_inverse=True)[1].astype(np.int64)  # names, such as b"id_07"
 
 
 def _number_labels(
