@@ -21,7 +21,7 @@ from cbam_jax.datasets.synthetic_garments import (
 
 TINY = {
     "image_size": 48, "train_items": 3, "validation_items": 1, "test_items": 2,
-    "views_per_item": 2, "clutter": 0.7, "seed": 5,
+    "views_per_item": 4, "clutter": 0.7, "seed": 5,
 }  # fmt: skip
 
 
@@ -155,10 +155,27 @@ def test_silhouettes_tell_categories_apart_and_colours_do_not():
     assert nearest_centroid_accuracy(means, labels, split) < 0.25
 
 
+def test_neighbours_by_colour_are_of_other_categories():
+    colours, labels = [], []
+    for label, category in enumerate(CATEGORIES):
+        for item in range(10):
+            for view in range(2):  # as in validation and test
+                drawn = draw_garment(seed=0, category=category, item=item, view=view, image_size=48)
+                counts = cv2.calcHist([drawn["image"]], [0, 1, 2], None, [6] * 3, [0, 256] * 3)
+                colours.append(np.sqrt(counts.ravel() / counts.sum()))
+                labels.append(label)
+    labels = np.array(labels)
+    similarity = np.stack(colours) @ np.stack(colours).T
+    np.fill_diagonal(similarity, -1)
+    neighbours = labels[np.argsort(-similarity, axis=1)[:, :5]]
+    assert (neighbours == labels[:, None]).mean() < 0.15
+
+
 def test_prepared_dataset_is_what_is_drawn(prepared):
     for split in ("train", "validation", "test"):
         source = prepared.as_data_source(split)
-        assert len(source) == len(CATEGORIES) * TINY[f"{split}_items"] * 2
+        views = 4 if split == "train" else 2
+        assert len(source) == len(CATEGORIES) * TINY[f"{split}_items"] * views
         for record in [source[i] for i in range(0, len(source), 5)]:
             category, item, view = record["id"].decode().split("/")
             domain = DOMAINS[record["domain"]]
@@ -185,7 +202,7 @@ def test_splits_share_no_item_and_have_every_category(prepared):
         assert {int(row["domain"]) for row in rows} == {0, 1}
         columns[split] = {int(row["item_id"]) for row in rows}
         assert len({row["id"] for row in rows}) == len(rows)
-        # Two views of an item, one in each domain, hence one image a series.
+        # Each item is seen in both domains.
         assert len({int(row["series"]) for row in rows}) == 2 * len(columns[split])
     assert len(set.union(*columns.values())) == sum(map(len, columns.values())) == 16 * 6
 

@@ -8,7 +8,7 @@ category from another.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -318,8 +318,8 @@ def _photograph(flat: _Flat, rng: np.random.Generator, size: int, domain: str) -
     fine = cv2.resize(coarse, (canvas * 12 // 8, canvas * 12 // 8), interpolation=cv2.INTER_LINEAR)
     edge = canvas * 2 // 8
     source = fine[edge : edge + canvas, edge : edge + canvas]
-    x, y = cv2.split(source)
-    placed = cv2.remap(flat.rgba, x, y, cv2.INTER_LINEAR, borderValue=(0, 0, 0, 0))
+    # cv2's stubs don't know that the second map may be None.
+    placed = cv2.remap(flat.rgba, source, cast(Any, None), cv2.INTER_LINEAR, borderValue=0)
     return cv2.resize(placed, (size, size), interpolation=cv2.INTER_AREA)
 
 

@@ -43,6 +43,8 @@ __all__ = [
 FIRST_ITEM = {"train": 0, "validation": 100_000, "test": 200_000}
 _ITEMS_PER_CATEGORY = 1_000_000  # item_id = this * category + item
 
+_LEAST = {"image_size": 32, "views_per_item": 1, "eval_views_per_item": 1, "seed": 0}
+
 _JPEG = (
     cv2.IMWRITE_JPEG_QUALITY, 92,
     cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
@@ -61,7 +63,9 @@ class SyntheticGarmentsConfig(tfds.core.BuilderConfig):
         train_items: items of each category in the train split.
         validation_items: the same of validation.
         test_items: the same of test.
-        views_per_item: images of each item.
+        views_per_item: images of each item in the train split.
+        eval_views_per_item: images of each item in validation and test. With two, one of each
+            domain, an item has no second photo of its kind: similar colours find no category.
         clutter: of the consumer images, from 0 (plain background) to 1 (heavy, often occluded).
         consumer_fraction: part of the views of each item that are consumer images, 0 to 1.
         seed: another one gives other items.
@@ -72,9 +76,10 @@ class SyntheticGarmentsConfig(tfds.core.BuilderConfig):
 
     image_size: int = 128
     train_items: int = 40
-    validation_items: int = 10
-    test_items: int = 10
+    validation_items: int = 30
+    test_items: int = 30
     views_per_item: int = 6
+    eval_views_per_item: int = 2
     clutter: float = 0.5
     consumer_fraction: float = 0.5
     seed: int = 0
@@ -86,13 +91,17 @@ class SyntheticGarmentsConfig(tfds.core.BuilderConfig):
         for name in ("train_items", "validation_items", "test_items"):
             if not 1 <= getattr(self, name) <= 100_000:
                 raise InputError(f"{name}={getattr(self, name)}: give a number from 1 to 100000")
-        for name, least in (("image_size", 32), ("views_per_item", 1), ("seed", 0)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}: give at least {least}")
 
     def items(self, split: str) -> range:
         """The numbers of a split's items, the same in each category."""
         return range(FIRST_ITEM[split], FIRST_ITEM[split] + getattr(self, f"{split}_items"))
+
+    def views(self, split: str) -> range:
+        """The numbers of the views of each of a split's items."""
+        return range(self.views_per_item if split == "train" else self.eval_views_per_item)
 
 
 class SyntheticGarments(tfds.core.GeneratorBasedBuilder):
@@ -110,7 +119,7 @@ class SyntheticGarments(tfds.core.GeneratorBasedBuilder):
         SyntheticGarmentsConfig(name="cluttered", description="Heavy clutter.", clutter=1.0),
         SyntheticGarmentsConfig(
             name="quickstart", description="80 px, few items: prepared in seconds.",
-            image_size=80, train_items=12, validation_items=5, test_items=5,
+            image_size=80, train_items=12, validation_items=15, test_items=15,
         ),
     )  # fmt: skip
 
@@ -144,7 +153,7 @@ class SyntheticGarments(tfds.core.GeneratorBasedBuilder):
             (category, item, view)
             for category in CATEGORIES
             for item in config.items(split)
-            for view in range(config.views_per_item)
+            for view in config.views(split)
         ]
         for category, item, view in progress(keys, f"drawing {split}", total=len(keys)):
             example = make_example(config, category, item, view)
