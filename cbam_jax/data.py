@@ -75,8 +75,8 @@ def train_batches(
             factor from [max(0, 1 - c), 1 + c]. 0 switches it off.
         random_erasing: probability that a rectangle is replaced by noise.
         crop_to_box: whether to use only the part of an image inside its ``dataset.bbox``.
-        workers: processes that load batches; 0 loads them in threads of this process, which is
-            the faster on a machine of few cores. Workers are spawned, so a script that uses them
+        workers: processes that load batches; 0 loads them in threads of this process, one a core
+            (at most 16), which starts at once and is as fast on a machine of few cores. Workers are spawned, so a script that uses them
             needs ``if __name__ == "__main__":``.
         start_step: the first batch to deliver.
         num_steps: how many batches to deliver; None never ends.
@@ -92,6 +92,17 @@ def train_batches(
         InputError: at the call, for an argument that is out of range, a dataset without images,
             with fewer than P classes or with a class of one image; while iterating, for an image
             that cannot be read.
+
+    Example:
+        >>> png, everyone = cv2.imencode(".png", np.ones((8, 9, 3)))[1].tobytes(), np.ones(6, bool)
+        >>> dataset = RetrievalDataset(
+        ...     name="toy", split="train", label=np.array([0, 0, 0, 1, 1, 1]),
+        ...     label_names=("coat", "hat"), id=np.array(list("abcdef")), is_query=everyone,
+        ...     is_gallery=everyone, item=None, series=None, bbox=None, images=[png] * 6)
+        >>> batches = train_batches(
+        ...     dataset, seed=0, classes_per_batch=2, images_per_class=2, image_size=4, num_steps=3)
+        >>> [batch["image"].shape for batch in batches]
+        [(4, 4, 4, 3), (4, 4, 4, 3), (4, 4, 4, 3)]
     """
     _check_common(dataset, image_size, crop_to_box, workers, process_index, process_count)
     _check_augmentation(crop_scale, crop_ratio, color_jitter, random_erasing)
