@@ -76,8 +76,8 @@ def train_batches(
         random_erasing: probability that a rectangle is replaced by noise.
         crop_to_box: whether to use only the part of an image inside its ``dataset.bbox``.
         workers: processes that load batches; 0 loads them in threads of this process, one a core
-            (at most 16), which starts at once and is as fast on a machine of few cores. Workers are spawned, so a script that uses them
-            needs ``if __name__ == "__main__":``.
+            (at most 16), which starts at once and is as fast on a machine of few cores. Workers
+            are spawned, so a script that uses them needs ``if __name__ == "__main__":``.
         start_step: the first batch to deliver.
         num_steps: how many batches to deliver; None never ends.
         process_index: which of the processes this is.
