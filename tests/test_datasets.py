@@ -203,7 +203,8 @@ def test_manifest_defaults_and_pickle(tmp_path, rng, monkeypatch):
 def test_assign_splits_is_stratified_disjoint_and_independent_of_row_order(rng):
     items = [f"item{n}" for n in range(300) for _ in range(1 + n % 3)]
     label_of = {item: "hat" if int(item[4:]) < 60 else "shoes" for item in set(items)}
-    table = {"label": [label_of[item] for item in items], "item_id": items, "id": items}
+    names = [f"{n}.jpg" for n in range(len(items))]
+    table = {"label": [label_of[item] for item in items], "item_id": items, "id": names}
     splits = assign_splits(table)
     split_of = {}
     for item, split in zip(items, splits, strict=True):

@@ -96,7 +96,10 @@ def open_manifest(
     here = np.array([name == split for name in table["split"]])
     if not here.any():
         names = sorted(set(table["split"]))
-        raise InputError(f"split '{split}' has no rows in {path}: choose one of {names}")
+        raise InputError(
+            f"split '{split}' has no rows in {path}: choose one of {names}, or name it "
+            "in the split column"
+        )
     here &= good_images(path, table["path"], on_bad_image=on_bad_image)
     return _select(path, split, table, label, np.flatnonzero(here))
 
@@ -127,7 +130,7 @@ def assign_splits(table: dict[str, list]) -> list[str]:
     All photos of one ``item_id`` stay together (of one ``path``, without that column). Within each
     label the items are put in the order of the SHA-256 of their names; the first tenth (rounded) is
     test, the second validation. So the splits are stratified, and don't depend on the order of the
-    rows. A label with fewer than five items is in train only.
+    rows. A label with five items or fewer is in train only.
 
     Example:
         >>> table = {"label": ["hat"] * 10, "id": [f"{i}.jpg" for i in range(10)]}
@@ -138,7 +141,7 @@ def assign_splits(table: dict[str, list]) -> list[str]:
     items = table.get("item_id") or table["id"]
     label_of: dict[str, str] = {}
     for item, label in zip(items, table["label"], strict=True):
-        label_of.setdefault(item, label)
+        label_of[item] = min(label, label_of.get(item, label))
     members: dict[str, list[str]] = {}
     for item in sorted(label_of, key=_digest):
         members.setdefault(label_of[item], []).append(item)
