@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Rng = np.random.Generator
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -115,7 +117,9 @@ def _bodice(torso: Torso, pose, depth: float, paint: str = "main") -> list[Shape
     return [_back_of_neck(torso, depth), Shape(torso.outline, paint), *folds]
 
 
-def _folds(pose, width: float, top: float, bottom: float, *, count: int, flare=1.0) -> list[Shape]:
+def _folds(
+    pose: Rng, width: float, top: float, bottom: float, *, count: int, flare=1.0
+) -> list[Shape]:
     """Soft folds that widen between two heights, a light one beside each dark one."""
     shapes = []
     for x in pose.uniform(-width, width, count):
@@ -297,7 +301,7 @@ def _emblem(cut, y: float) -> list[Shape]:
     return []
 
 
-def t_shirt(cut, pose) -> list[Shape]:
+def t_shirt(cut: Rng, pose: Rng) -> list[Shape]:
     """Short sleeves, a neckband."""
     depth = cut.uniform(0.24, 0.42)
     torso = _torso(
@@ -328,7 +332,7 @@ def _hem_seam(torso: Torso) -> list[Shape]:
     return [Shape(curve((-x, y - 0.1), (0, y - 0.04), (x, y - 0.1)), "seam", stroke=0.025)]
 
 
-def long_sleeve(cut, pose) -> list[Shape]:
+def long_sleeve(cut: Rng, pose: Rng) -> list[Shape]:
     """A t-shirt with sleeves to the wrist."""
     depth = cut.uniform(0.24, 0.45)
     torso = _torso(
@@ -352,7 +356,7 @@ def long_sleeve(cut, pose) -> list[Shape]:
     return [*shapes, *(_emblem(cut, 1.25) if cut.random() < 0.4 else []), *_hem_seam(torso)]
 
 
-def shirt(cut, pose) -> list[Shape]:
+def shirt(cut: Rng, pose: Rng) -> list[Shape]:
     """A collar, a row of buttons, cuffs and a hem that is longer in the middle."""
     length = cut.uniform(2.7, 3.1)
     torso = _torso(
@@ -384,7 +388,7 @@ def shirt(cut, pose) -> list[Shape]:
     )
 
 
-def sweater(cut, pose) -> list[Shape]:
+def sweater(cut: Rng, pose: Rng) -> list[Shape]:
     """A roll-neck of thick knit: ribbed neck, hem and cuffs, wide sleeves."""
     length, rib = cut.uniform(2.3, 2.7), cut.choice(("main", "trim"))
     torso = _torso(
@@ -431,7 +435,7 @@ def sweater(cut, pose) -> list[Shape]:
     return shapes + (cable if cut.random() < 0.5 else [])
 
 
-def hoodie(cut, pose) -> list[Shape]:
+def hoodie(cut: Rng, pose: Rng) -> list[Shape]:
     """A hood behind the neck, cords, a pouch pocket or a zip, ribbed hem and cuffs."""
     length, rib = cut.uniform(2.4, 2.8), cut.choice(("main", "trim"))
     torso = _torso(
@@ -503,10 +507,10 @@ def _open_front(length: float, neck: float, gap: float, hem: float, flare: float
     half = curve(
         (neck * 0.8, 0.1), (gap * 0.7, 1.0), (gap, length * 0.6), (gap + flare, length + 0.02)
     )
-    return Shape(np.concatenate([mirrored(half)]), "lining")
+    return Shape(mirrored(half), "lining")
 
 
-def jacket(cut, pose) -> list[Shape]:
+def jacket(cut: Rng, pose: Rng) -> list[Shape]:
     """Short and open in front, a standing collar, a zip edge and a wide ribbed waist."""
     length, rib = cut.uniform(2.05, 2.35), cut.choice(("trim", "second", "main"))
     torso = _torso(
@@ -552,7 +556,7 @@ def jacket(cut, pose) -> list[Shape]:
     return shapes + _slit((0.5, length - 0.85), (0.66, length - 0.6), (0.76, length - 0.35))
 
 
-def coat(cut, pose) -> list[Shape]:
+def coat(cut: Rng, pose: Rng) -> list[Shape]:
     """Long, with lapels, buttons and often a belt."""
     length, flare = cut.uniform(4.1, 5.0), cut.uniform(1.1, 1.45)
     waist = cut.uniform(0.86, 1.0)
@@ -621,7 +625,7 @@ def _belt(width: float, y: float, paint: str) -> list[Shape]:
     ]
 
 
-def waistcoat(cut, pose) -> list[Shape]:
+def waistcoat(cut: Rng, pose: Rng) -> list[Shape]:
     """No sleeves, a deep V, buttons and two points at the hem."""
     length, depth = cut.uniform(2.2, 2.6), cut.uniform(0.95, 1.35)
     neckline = curve((0, depth), (0.26, depth * 0.5), (0.4, 0.0))
@@ -660,7 +664,7 @@ def waistcoat(cut, pose) -> list[Shape]:
     )
 
 
-def tank(cut, pose) -> list[Shape]:
+def tank(cut: Rng, pose: Rng) -> list[Shape]:
     """Two straps, a low neckline, deep armholes, a narrow body."""
     depth, strap = cut.uniform(0.55, 0.85), cut.uniform(0.1, 0.22)
     neck = cut.uniform(0.4, 0.52)
@@ -688,7 +692,7 @@ def tank(cut, pose) -> list[Shape]:
     return [*shapes, *(_emblem(cut, 1.45) if cut.random() < 0.4 else []), *_hem_seam(torso)]
 
 
-def poncho(cut, pose) -> list[Shape]:
+def poncho(cut: Rng, pose: Rng) -> list[Shape]:
     """One wide piece over both arms, with fringes."""
     width, length, drop = cut.uniform(1.9, 2.4), cut.uniform(2.2, 2.8), cut.uniform(0.0, 0.7)
     neck, depth = 0.4, cut.uniform(0.2, 0.5)
@@ -747,7 +751,7 @@ def _skirt(
     return [Shape(outline), *folds, Shape(arc - (0, 0.1), "seam", stroke=0.025)]
 
 
-def dress(cut, pose) -> list[Shape]:
+def dress(cut: Rng, pose: Rng) -> list[Shape]:
     """A bodice and a flared skirt in one."""
     waist, at, depth = cut.uniform(0.6, 0.72), cut.uniform(1.75, 2.1), cut.uniform(0.3, 0.7)
     kind = cut.integers(3)
@@ -796,7 +800,7 @@ def dress(cut, pose) -> list[Shape]:
     ]
 
 
-def jumpsuit(cut, pose) -> list[Shape]:
+def jumpsuit(cut: Rng, pose: Rng) -> list[Shape]:
     """A bodice and long trousers in one."""
     waist, at, depth = cut.uniform(0.7, 0.8), 2.0, cut.uniform(0.3, 0.75)
     sleeved = cut.random() < 0.6
@@ -843,7 +847,7 @@ def jumpsuit(cut, pose) -> list[Shape]:
     return shapes + _belt(waist * 1.04, at - 0.14, cut.choice(("trim", "main", "second")))
 
 
-def dungarees(cut, pose) -> list[Shape]:
+def dungarees(cut: Rng, pose: Rng) -> list[Shape]:
     """A bib on two straps, and trousers, long or short."""
     bib, top = cut.uniform(0.52, 0.68), cut.uniform(0.7, 0.9)
     length = cut.choice((cut.uniform(2.4, 2.8), cut.uniform(0.6, 1.0)), p=(0.7, 0.3))
@@ -871,7 +875,7 @@ def dungarees(cut, pose) -> list[Shape]:
     return shapes + _slit((0.5, 2.05), (0.62, 2.32), (hip * 0.96, 2.42))
 
 
-def skirt(cut, pose) -> list[Shape]:
+def skirt(cut: Rng, pose: Rng) -> list[Shape]:
     """A waistband and a skirt, from straight to full circle."""
     waist = cut.uniform(0.7, 0.82)
     hem, length = waist * cut.uniform(1.15, 2.3), cut.uniform(1.5, 3.2)
@@ -890,7 +894,7 @@ def skirt(cut, pose) -> list[Shape]:
     )
 
 
-def trousers(cut, pose) -> list[Shape]:
+def trousers(cut: Rng, pose: Rng) -> list[Shape]:
     """A waistband, a fly, pockets and two long legs."""
     waist, hip = cut.uniform(0.72, 0.82), cut.uniform(0.92, 1.02)
     shapes = _legs(
@@ -914,7 +918,7 @@ def _trouser_details(cut, waist: float, hip: float) -> list[Shape]:
     return [*shapes, _disc(0.02, 0.03, 0.055, "metal")]
 
 
-def shorts(cut, pose) -> list[Shape]:
+def shorts(cut: Rng, pose: Rng) -> list[Shape]:
     """Trousers that end above the knee."""
     waist, hip, length = cut.uniform(0.72, 0.82), cut.uniform(0.95, 1.06), cut.uniform(0.6, 1.3)
     wide = cut.uniform(0.48, 0.6)
@@ -929,7 +933,7 @@ def shorts(cut, pose) -> list[Shape]:
     return shapes
 
 
-CUTS: dict[str, Callable[[np.random.Generator, np.random.Generator], list[Shape]]] = {
+CUTS: dict[str, Callable[[Rng, Rng], list[Shape]]] = {
     "t_shirt": t_shirt,
     "long_sleeve": long_sleeve,
     "shirt": shirt,
