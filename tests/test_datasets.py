@@ -822,7 +822,7 @@ class OnlyText(tfds.core.GeneratorBasedBuilder):
         open_dataset("my_builders.only_text", "train", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["clothes", "no.such.module", "clothes/config", "photos.txt"])
+@pytest.mark.parametrize("name", ["clothes", "clothes/a/b", "./photos", "/photos", "..", "a b", ""])
 def test_unknown_dataset(tmp_path, name):
     with pytest.raises(
         InputError, match=r"ours are clothing_dataset_small.*CSV manifest"
@@ -832,8 +832,13 @@ def test_unknown_dataset(tmp_path, name):
 
 
 def test_unknown_config_and_unusable_data_dir(tmp_path, copy):
-    with pytest.raises(InputError, match=r"its configs are \['256px', 'full'\]"):
-        open_copy(tmp_path, config="/64px")
+    for config in ("/64px", "/full:9.0.0", "/full/x"):
+        with pytest.raises(
+            InputError, match=r"version is 1.0.0, .*configs are \['256px', 'full'\]"
+        ):
+            open_copy(tmp_path, config=config)
+    with pytest.raises(InputError, match="'no.such.name' needs the module 'no'"):
+        open_dataset("no.such.name", "train", data_dir=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another data_dir"):
         open_copy(tmp_path, data_dir=tmp_path / "file" / "tfds")

@@ -141,7 +141,7 @@ def assign_splits(table: dict[str, list]) -> list[str]:
     items = table.get("item_id") or table["id"]
     label_of: dict[str, str] = {}
     for item, label in zip(items, table["label"], strict=True):
-        label_of[item] = min(label, label_of.get(item, label))
+        label_of[item] = min(label, label_of[item]) if item in label_of else label
     members: dict[str, list[str]] = {}
     for item in sorted(label_of, key=_digest):
         members.setdefault(label_of[item], []).append(item)

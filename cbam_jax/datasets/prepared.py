@@ -129,27 +129,46 @@ def make_builder(
     on_bad_image: str,
 ) -> tfds.core.DatasetBuilder:
     """Finds the builder of ``name``, ``name/config`` or ``package.module.name``; writes nothing."""
+    if not re.fullmatch(r"[a-zA-Z_]\w*(\.\w+)*([/:].*)?", name):
+        raise _unknown(name)
     module, _, plain_name = re.split("[/:]", name)[0].rpartition(".")
+    builder_name = name.removeprefix(f"{module}.")
     module = OURS.get(plain_name, module)
     options: dict = {"data_dir": None if data_dir is None else os.path.expanduser(data_dir)}
     if plain_name == "clothing_dataset_small":
         options |= {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
-    builder_name = name[re.split("[/:]", name)[0].rfind(".") + 1 :]
     try:
         if module:
             importlib.import_module(module)
         return tfds.builder(builder_name, **options)
-    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
+    except tfds.core.DatasetNotFoundError as error:
+        raise _unknown(name) from error
+    except ModuleNotFoundError as error:
         raise InputError(
-            f"unknown dataset '{name}': ours are {', '.join(OURS)}; a dataset of an installed TFDS "
-            "goes by its name there; for your own photos give the path of a CSV manifest, "
-            "photos.csv, with the columns path,label"
+            f"dataset '{name}' needs the module '{error.name}', which is not installed: install "
+            f"it, or correct the name; ours are {', '.join(OURS)}"
         ) from error
-    except ValueError as error:
-        configs = sorted(tfds.builder_cls(builder_name.split("/")[0]).builder_configs)
-        raise InputError(
-            f"dataset '{name}' cannot be made: its configs are {configs}, and a version must exist"
-        ) from error
+    except (ValueError, AssertionError) as error:  # TFDS's for a config and for a version
+        raise _unknown_config(name, plain_name) from error
+
+
+def _unknown(name: str) -> InputError:
+    return InputError(
+        f"unknown dataset '{name}': ours are {', '.join(OURS)}; a dataset of an installed TFDS "
+        "goes by its name there; for your own photos give the path of a CSV manifest, "
+        "photos.csv, with the columns path,label"
+    )
+
+
+def _unknown_config(name: str, plain_name: str) -> InputError:
+    try:
+        builder = tfds.builder_cls(plain_name)
+    except (tfds.core.DatasetNotFoundError, ValueError):
+        return _unknown(name)
+    return InputError(
+        f"dataset '{name}' cannot be made: its version is {builder.VERSION}, and its configs are "
+        f"{sorted(builder.builder_configs)}"
+    )
 
 
 def _check_features(name: str, builder: tfds.core.DatasetBuilder, label: str) -> None:
