@@ -80,6 +80,9 @@ class VGG(nnx.Module):
         self.stem_attention = attention(64, rngs=rngs) if attention is not None else None
         self.last_attention = attention(512, rngs=rngs) if attention is not None else None
 
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Take what ``nnx.view`` is given for every backbone; without BatchNorm it would raise."""
+
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the last feature map, after its attention and pool5."""
         x = images
