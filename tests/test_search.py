@@ -1,66 +1,249 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbam_jax.search import search
+import cbam_jax.search
+from cbam_jax.search import METRICS, search
 
 
-def brute_force(queries, gallery, k, ignored=None):
-    """Distances and indices by loops in float64, ties by gallery index."""
-    distances = np.full((len(queries), k), np.inf)
+def brute_force(queries, gallery, k, metric="euclidean", ignored=None):
+    """Distances and indices by loops in float64; ties by (distance in float32, index)."""
+    distances = np.full((len(queries), k), np.inf, np.float32)
     indices = np.full((len(queries), k), -1)
+    gallery = np.asarray(gallery, np.float64)
     for i, query in enumerate(np.asarray(queries, np.float64)):
-        to = np.sqrt(np.sum((np.asarray(gallery, np.float64) - query) ** 2, axis=1))
+        to = all_distances(query, gallery, metric).astype(np.float32)
         left = [j for j in range(len(gallery)) if ignored is None or not ignored[i, j]]
         ranked = sorted(left, key=lambda j, to=to: (to[j], j))[:k]
         distances[i, : len(ranked)], indices[i, : len(ranked)] = to[ranked], ranked
     return distances, indices
 
 
-@pytest.mark.parametrize("blocks", [(1024, 8192), (4, 7), (1, 1)])
-def test_matches_float64(rng, blocks):
-    queries = rng.normal(size=(11, 9)).astype(np.float32)
-    gallery = rng.normal(size=(31, 9)).astype(np.float32)
-    gallery[[4, 20]] = gallery[9]
-    queries[3] = gallery[20]
-    found = search(queries, gallery, 6, query_block=blocks[0], gallery_block=blocks[1])
-    expected = brute_force(queries, gallery, 6)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+def all_distances(query, gallery, metric):
+    if metric == "inner_product":
+        return -np.sum(gallery * query, axis=1)
+    if metric == "cosine":
+        lengths = np.linalg.norm(gallery, axis=1) * np.linalg.norm(query)
+        cosines = np.sum(gallery * query, axis=1) / np.where(lengths > 0, lengths, 1.0)
+        return 1 - cosines
+    squares = np.sum((gallery - query) ** 2, axis=1)
+    return squares if metric == "squared_euclidean" else np.sqrt(squares)
+
+
+def assert_same(found, expected):
     np.testing.assert_array_equal(found[1], expected[1])
-    assert found[1][3, :3].tolist() == [4, 9, 20]
-    assert found[0][3, :3].tolist() == [0.0, 0.0, 0.0]
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
-def test_masks_and_ragged_rows(rng):
-    gallery = rng.normal(size=(20, 5)).astype(np.float32)
-    own = rng.permutation(20)[:8]
-    query_group, gallery_group = rng.integers(0, 2, 8), rng.integers(0, 2, 20)
-    ignored = query_group[:, None] == gallery_group[None, :]
-    ignored |= own[:, None] == np.arange(20)[None, :]
-    distances, indices = search(
-        gallery[own],
-        gallery,
-        15,
-        exclude_self=own,
-        query_group=query_group,
-        gallery_group=gallery_group,
-        gallery_block=6,
-    )
-    expected = brute_force(gallery[own], gallery, 15, ignored)
+def test_random_shapes_match_float64(rng):
+    """Sizes come from short lists: each new combination is compiled."""
+    for _ in range(60):
+        q, n, d = rng.choice([1, 7]), rng.choice([1, 9, 150, 1111]), rng.choice([1, 17, 200])
+        queries = rng.normal(1.0, 2.0, (q, d)).astype(np.float32)
+        gallery = rng.normal(1.0, 2.0, (n, d)).astype(np.float32)
+        k = min(int(rng.choice([1, 5, 1111])), n)
+        distances, indices = search(queries, gallery, k)
+        expected = brute_force(queries, gallery, k)
+        assert distances.dtype == np.float32
+        assert indices.dtype == np.int32
+        np.testing.assert_array_equal(indices, expected[1])
+        np.testing.assert_allclose(distances, expected[0], rtol=1e-7)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_match_float64(rng, metric):
+    queries = rng.normal(0.5, 1.0, (6, 40)).astype(np.float32)
+    gallery = rng.normal(0.5, 1.0, (1500, 40)).astype(np.float32)
+    gallery[700] = 0.0
+    distances, indices = search(queries, gallery, 9, metric=metric, gallery_block=600)
+    expected = brute_force(queries, gallery, 9, metric)
     np.testing.assert_array_equal(indices, expected[1])
-    np.testing.assert_allclose(distances, expected[0], rtol=1e-5)
-    assert (indices == -1).any()
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
+    if metric == "cosine":
+        assert search(queries * 0, gallery, 2, metric=metric)[0].tolist() == [[1.0, 1.0]] * 6
+        assert not search(gallery[:5], gallery, 1, metric=metric)[0].any()
+
+
+@pytest.fixture(scope="module")
+def tied():
+    """Points of a small grid: nearly every distance occurs many times."""
+    rng = np.random.default_rng(7)
+    gallery = rng.integers(0, 3, (2100, 4)).astype(np.float32)
+    queries = np.concatenate([gallery[50:56], rng.integers(0, 3, (5, 4)).astype(np.float32)])
+    return queries, gallery, brute_force(queries, gallery, 20)
+
+
+@pytest.mark.parametrize("blocks", [(256, 16320), (4, 999), (1, 64), (11, 2100)])
+def test_exact_ties_for_any_block_size(tied, blocks):
+    queries, gallery, expected = tied
+    found = search(queries, gallery, 20, query_block=blocks[0], gallery_block=blocks[1])
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_exact_ties_for_any_device_count(tied, count):
+    queries, gallery, expected = tied
+    devices = jax.devices()[:count]
+    assert_same(search(queries, gallery, 20, devices=devices), expected)
+    assert_same(search(queries, jnp.asarray(gallery), 20, devices=devices), expected)
+    if len(gallery) % count == 0:
+        mesh = jax.make_mesh((count,), ("data",), devices=devices)
+        spec = jax.sharding.PartitionSpec("data")
+        sharded = jax.device_put(gallery, jax.sharding.NamedSharding(mesh, spec))
+        assert_same(search(queries, sharded, 20), expected)
+
+
+def test_batching_of_queries_changes_no_bit(rng):
+    queries = rng.normal(size=(11, 33)).astype(np.float32)
+    gallery = rng.normal(size=(1200, 33)).astype(np.float32)
+    whole = search(queries, gallery, 7)
+    for size in (1, 4):
+        parts = [search(queries[i : i + size], gallery, 7) for i in range(0, 11, size)]
+        assert_same([np.concatenate(part) for part in zip(*parts, strict=True)], whole)
+    assert_same(search(queries, gallery, 7, gallery_block=300), whole)
+    assert_same(search(queries, gallery, 7, devices=jax.devices()), whole)
+
+
+def test_more_duplicates_than_candidates(rng):
+    gallery = np.repeat(rng.normal(size=(3, 12)), 400, axis=0).astype(np.float32)
+    gallery = gallery[rng.permutation(1200)]
+    queries = np.concatenate([gallery[:2], rng.normal(size=(2, 12)).astype(np.float32)])
+    for devices in (None, jax.devices()[:2]):
+        assert_same(
+            search(queries, gallery, 30, devices=devices), brute_force(queries, gallery, 30)
+        )
+    ones = np.ones((900, 5), np.float32)
+    distances, indices = search(ones[:2], ones, 25)
+    assert not distances.any()
+    assert indices.tolist() == [list(range(25))] * 2
+
+
+def test_near_duplicates_are_ordered_as_in_float64(rng):
+    """Far from the origin, float32 products lose what tells these apart."""
+    center = rng.normal(size=24) * 1000
+    steps = np.concatenate([np.arange(1, 51), np.arange(2000, 4000)])
+    gallery = (center + np.outer(steps, rng.normal(size=24) * 1e-3)).astype(np.float32)
+    gallery = gallery[rng.permutation(len(gallery))]
+    query = center[None].astype(np.float32)
+    assert_same(search(query, gallery, 30), brute_force(query, gallery, 30))
+
+
+def test_query_in_the_gallery_is_at_distance_zero(rng):
+    gallery = rng.normal(5.0, 1.0, (1300, 64)).astype(np.float32)
+    distances, indices = search(gallery[100:140], gallery, 1)
+    assert not distances.any()
+    assert indices[:, 0].tolist() == list(range(100, 140))
+
+
+@pytest.mark.parametrize("blocks", [(256, 16320), (3, 700)])
+def test_masks_and_ragged_rows(rng, blocks):
+    n, q = 1500, 8
+    gallery = rng.normal(size=(n, 6)).astype(np.float32)
+    own = rng.permutation(n)[:q]
+    own[2] = -1
+    labels = {
+        "query_group": rng.integers(0, 3, q),
+        "gallery_group": rng.integers(0, 3, n),
+        "query_category": rng.integers(0, 40, q),
+        "gallery_category": rng.integers(0, 40, n),
+    }
+    labels["query_category"][3] = 99  # in no gallery
+    ignored = labels["query_group"][:, None] == labels["gallery_group"][None, :]
+    ignored |= labels["query_category"][:, None] != labels["gallery_category"][None, :]
+    ignored |= own[:, None] == np.arange(n)[None, :]
+    sizes = {"query_block": blocks[0], "gallery_block": blocks[1]}
+    found = search(gallery[own], gallery, 30, exclude_self=own, **labels, **sizes)
+    assert_same(found, brute_force(gallery[own], gallery, 30, ignored=ignored))
+    assert found[1][3].tolist() == [-1] * 30
+    assert np.isinf(found[0][found[1] == -1]).all()
+    assert 0 < np.sum(found[1] == -1) < found[1].size
+
+
+def test_masks_hold_for_queries_that_are_searched_again(rng):
+    gallery = np.ones((800, 3), np.float32)
+    groups = rng.integers(0, 4, 800)
+    found = search(
+        gallery, gallery, 20, exclude_self=True, query_group=groups, gallery_group=groups
+    )
+    ignored = (groups[:, None] == groups[None, :]) | np.eye(800, dtype=bool)
+    for i in range(800):
+        assert found[1][i].tolist() == np.flatnonzero(~ignored[i])[:20].tolist()
+
+
+def test_k_equal_to_the_gallery_and_one_query(rng):
+    gallery = rng.normal(size=(1040, 3)).astype(np.float32)
+    found = search(gallery[:1], gallery, 1040)
+    assert_same(found, brute_force(gallery[:1], gallery, 1040))
+    excluded = search(gallery, gallery, 1040, exclude_self=True)
+    assert (excluded[1][:, -1] == -1).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e15, 1e37])
+def test_extreme_magnitudes(rng, scale):
+    gallery = (rng.normal(size=(900, 8)) * scale).astype(np.float32)
+    gallery[3] = 0.0
+    queries = gallery[:4] * np.float32(1.5)
+    assert_same(search(queries, gallery, 5), brute_force(queries, gallery, 5))
+
+
+def test_memory_mapped_and_large_host_galleries(rng, tmp_path, monkeypatch):
+    gallery = rng.normal(size=(1100, 10)).astype(np.float32)
+    mapped = np.memmap(tmp_path / "gallery", np.float32, "w+", shape=gallery.shape)
+    mapped[:] = gallery
+    expected = brute_force(gallery[:5], gallery, 12)
+    assert_same(search(gallery[:5], mapped, 12, gallery_block=256), expected)
+    monkeypatch.setattr(cbam_jax.search, "_RESIDENT", 0)
+    assert_same(search(gallery[:5], gallery, 12, gallery_block=256), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
+def test_every_float_dtype(rng, dtype):
+    gallery = rng.normal(size=(800, 20)).astype(dtype)
+    expected = brute_force(gallery[:3].astype(np.float32), gallery.astype(np.float32), 6)
+    assert_same(search(gallery[:3], gallery, 6), expected)
+    assert_same(search(jnp.asarray(gallery[:3].astype(np.float32)), gallery, 6), expected)
+
+
+def test_bfloat16_first_pass_ranks_its_candidates_exactly(rng):
+    gallery = rng.normal(size=(3000, 32)).astype(np.float32)
+    distances, indices = search(gallery[:20], gallery, 5, first_pass="bfloat16")
+    expected = brute_force(gallery[:20], gallery, 5)
+    same = indices == expected[1]
+    assert same.mean() > 0.95
+    np.testing.assert_array_equal(distances[same], expected[0][same])
 
 
 def test_wrong_arguments_are_named(rng):
     x = rng.normal(size=(4, 3)).astype(np.float32)
-    with pytest.raises(ValueError, match="k is 5, but the gallery has 4"):
-        search(x, x, 5)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k is {k}, but the gallery has 4"):
+            search(x, x, k)
     with pytest.raises(ValueError, match="queries are 2 wide, the gallery 3"):
         search(x[:, :2], x, 1)
     with pytest.raises(ValueError, match="int64"):
         search(x.astype(np.int64), x, 1)
+    with pytest.raises(ValueError, match=r"queries have shape \(3,\)"):
+        search(x[0], x, 1)
     with pytest.raises(ValueError, match="pass the gallery index"):
         search(x[:2], x, 1, exclude_self=True)
-    x[2, 1] = np.nan
-    with pytest.raises(ValueError, match="gallery have NaN or infinity in 1 rows, first in 2"):
-        search(x[:1], x, 1)
+    with pytest.raises(ValueError, match="'l1'; choose one of euclidean"):
+        search(x, x, 1, metric="l1")
+    with pytest.raises(ValueError, match="'float16'; choose float32 or bfloat16"):
+        search(x, x, 1, first_pass="float16")
+    with pytest.raises(ValueError, match="query_group and gallery_group are given together"):
+        search(x, x, 1, query_group=np.arange(4))
+    with pytest.raises(ValueError, match=r"gallery_category has shape \(3,\)"):
+        search(x, x, 1, query_category=np.arange(4), gallery_category=np.arange(3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_found_before_the_search(rng, value):
+    x = rng.normal(size=(900, 3)).astype(np.float32)
+    bad = x.copy()
+    bad[[640, 777], 1] = value
+    for gallery in (bad, jnp.asarray(bad)):
+        with pytest.raises(ValueError, match="gallery: NaN or infinity in 2 rows.* is row 640"):
+            search(x, gallery, 1)
+    with pytest.raises(ValueError, match="queries: NaN or infinity in 2 rows.* is row 640"):
+        search(bad, x, 1)
