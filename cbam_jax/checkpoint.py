@@ -7,6 +7,7 @@ back to the one before.
 """
 
 import os
+import signal
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -211,6 +212,33 @@ class Checkpoints:
         """Wait for saves under way and release the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT (Ctrl-C) only set ``received``; a second one interrupts.
+
+    So the step under way is finished and saved before the process ends.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Take over the two signals."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
 
 
 def _checksums(arrays: Arrays) -> dict[str, int]:

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from cbam_jax.backbones import resnet
-from cbam_jax.backbones.layers import BatchNorm, PointwiseConv, conv, max_pool_3x3
+from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool_3x3
 
 # Without the classifier; torchvision's published totals less 1000 * (features + 1).
 PARAMETERS = {
@@ -46,28 +46,34 @@ def direct_conv(x, kernel, strides):
 
 
 @pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
-def test_conv_pads_as_torch(rng, kernel_size, strides):
-    x = rng.normal(size=(2, 9, 12, 5)).astype(np.float32)
-    layer = conv(5, 4, kernel_size, strides, dtype=jnp.float32, rngs=nnx.Rngs(1))
+@pytest.mark.parametrize("shape", [(2, 9, 12, 5), (3, 4, 3, 5), (2, 1, 2, 5)])
+def test_conv_pads_as_torch(rng, kernel_size, strides, shape):
+    x = rng.normal(size=shape).astype(np.float32)
+    layer = Conv(5, 4, kernel_size, strides, dtype=jnp.float32, rngs=nnx.Rngs(1))
     expected = direct_conv(x, np.asarray(layer.kernel[...], np.float64), strides)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pointwise_conv_gradient_is_the_convolutions(rng):
-    x = jnp.asarray(rng.normal(size=(2, 5, 7, 6)), jnp.float32)
+@pytest.mark.parametrize(
+    ("shape", "size", "strides"), [((2, 5, 7, 6), 1, 2), ((2, 4, 3, 6), 3, 1), ((3, 8, 6, 6), 3, 2)]
+)
+def test_conv_as_a_product_has_the_convolutions_gradient(rng, shape, size, strides):
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def by_product(x, kernel):
-        layer = PointwiseConv(6, 3, 2, dtype=jnp.float32, rngs=nnx.Rngs(1))
+        layer = Conv(6, 3, size, strides, dtype=jnp.float32, rngs=nnx.Rngs(1))
         layer.kernel[...] = kernel
         return jnp.sum(jnp.sin(layer(x)))
 
     def by_convolution(x, kernel):
+        padding = ((size // 2, size // 2),) * 2
+        layout = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(
-            x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel, (strides, strides), padding, dimension_numbers=layout
         )
         return jnp.sum(jnp.sin(y))
 
-    kernel = jnp.asarray(rng.normal(size=(1, 1, 6, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 6, 3)), jnp.float32)
     expected = jax.grad(by_convolution, argnums=(0, 1))(x, kernel)
     for ours, theirs in zip(jax.grad(by_product, argnums=(0, 1))(x, kernel), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, conv, max_pool
+from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool
 
 # Input width, then the widths of 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: the
 # paper's Table 1.
@@ -58,7 +58,7 @@ class BasicConv(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.conv = conv(in_features, features, kernel_size, strides, dtype=dtype, rngs=rngs)
+        self.conv = Conv(in_features, features, kernel_size, strides, dtype=dtype, rngs=rngs)
         self.bn = BatchNorm(features, epsilon=1e-3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

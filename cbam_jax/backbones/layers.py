@@ -15,59 +15,67 @@ from jax.typing import DTypeLike
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def conv(
-    in_features: int,
-    features: int,
-    kernel_size: int,
-    strides: int = 1,
-    *,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Module:
+# Output pixels up to which a convolution is written as a product over patches; see Conv.
+_FEW_PIXELS = 16
+
+
+class Conv(nnx.Module):
     """A convolution without bias, padded by kernel_size // 2 on every side, as torch pads it.
 
     ``"SAME"`` with stride 2 would pad one side only, and no ported weight would land exactly.
-    """
-    if kernel_size == 1:
-        return PointwiseConv(in_features, features, strides, dtype=dtype, rngs=rngs)
-    return nnx.Conv(
-        in_features,
-        features,
-        (kernel_size, kernel_size),
-        strides,
-        padding=((kernel_size // 2, kernel_size // 2),) * 2,
-        use_bias=False,
-        kernel_init=kaiming_normal,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
-class PointwiseConv(nnx.Module):
-    """A 1 x 1 convolution as a matrix product; ``kernel`` is [1, 1, c, d], as ``nnx.Conv`` has it.
 
     XLA's CPU backend runs a product over two dimensions about three times as fast as the same
-    work written as a convolution; results are equal but for the order of the sum.
+    1 x 1 convolution, and is up to fifty times as slow as a product over patches for 3 x 3 kernels
+    on maps of a few pixels (2 x 2, as the last stage has for images of 64 px). The form is chosen
+    by shape; results are equal but for the order of the sum. ``kernel`` is [k, k, c, d] float32.
     """
 
     def __init__(
         self,
         in_features: int,
         features: int,
+        kernel_size: int,
         strides: int = 1,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(kaiming_normal(rngs.params(), (1, 1, in_features, features)))
+        shape = (kernel_size, kernel_size, in_features, features)
+        self.kernel = nnx.Param(kaiming_normal(rngs.params(), shape))
         self.strides = strides
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to [b, h', w', d]."""
-        x = x[:, :: self.strides, :: self.strides].astype(self.dtype)
-        kernel = self.kernel[0, 0].astype(self.dtype)
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        kernel = self.kernel[...].astype(self.dtype)
+        size = kernel.shape[0]
+        x = x.astype(self.dtype)
+        height, width = (-(-side // self.strides) for side in x.shape[1:3])
+        if size > 1 and height * width > _FEW_PIXELS:
+            padding = ((size // 2, size // 2),) * 2
+            layout = ("NHWC", "HWIO", "NHWC")
+            strides = (self.strides, self.strides)
+            return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+        patches = _windows(x, size, self.strides, height, width, size // 2, 0.0)
+        columns = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * x.shape[-1])
+        product = columns @ kernel.reshape(columns.shape[1], -1)
+        return product.reshape(x.shape[0], height, width, -1)
+
+
+def _windows(
+    x: jax.Array, size: int, strides: int, height: int, width: int, padding: int, value: float
+) -> list[jax.Array]:
+    """Return size x size shifted, strided views [b, height, width, c] of the padded map, by row."""
+    rows, columns = strides * (height - 1) + 1, strides * (width - 1) + 1
+    bottom = max(rows + size - 1 - x.shape[1] - padding, 0)
+    right = max(columns + size - 1 - x.shape[2] - padding, 0)
+    border = ((0, 0), (padding, bottom), (padding, right), (0, 0))
+    x = jnp.pad(x, border, constant_values=value)
+    return [
+        x[:, i : i + rows : strides, j : j + columns : strides]
+        for i in range(size)
+        for j in range(size)
+    ]
 
 
 class BatchNorm(nnx.Module):
@@ -172,16 +180,7 @@ def max_pool(
     """
     height = _pooled_length(x.shape[1], size, strides, padding, ceil_mode)
     width = _pooled_length(x.shape[2], size, strides, padding, ceil_mode)
-    rows, columns = (height - 1) * strides, (width - 1) * strides
-    bottom = max(rows + size - x.shape[1] - padding, 0)
-    right = max(columns + size - x.shape[2] - padding, 0)
-    border = ((0, 0), (padding, bottom), (padding, right), (0, 0))
-    x = jnp.pad(x, border, constant_values=-jnp.inf)
-    slices = [
-        x[:, i : i + rows + 1 : strides, j : j + columns + 1 : strides]
-        for i in range(size)
-        for j in range(size)
-    ]
+    slices = _windows(x, size, strides, height, width, padding, -jnp.inf)
     return reduce(jnp.maximum, slices)
 
 

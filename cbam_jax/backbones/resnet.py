@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, conv, max_pool_3x3
+from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool_3x3
 
 
 def _downsample(
@@ -21,7 +21,7 @@ def _downsample(
 ) -> nnx.List | None:
     if strides == 1 and in_features == features:
         return None
-    convolution = conv(in_features, features, 1, strides, dtype=dtype, rngs=rngs)
+    convolution = Conv(in_features, features, 1, strides, dtype=dtype, rngs=rngs)
     return nnx.List([convolution, BatchNorm(features, rngs=rngs)])
 
 
@@ -45,9 +45,9 @@ class BasicBlock(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.conv1 = conv(in_features, features, 3, strides, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(in_features, features, 3, strides, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(features, rngs=rngs)
-        self.conv2 = conv(features, features, 3, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(features, features, 3, dtype=dtype, rngs=rngs)
         self.bn2 = BatchNorm(features, rngs=rngs)
         self.downsample = _downsample(in_features, features, strides, dtype, rngs)
 
@@ -74,11 +74,11 @@ class Bottleneck(nnx.Module):
         rngs: nnx.Rngs,
     ):
         out_features = features * self.expansion
-        self.conv1 = conv(in_features, features, 1, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(in_features, features, 1, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(features, rngs=rngs)
-        self.conv2 = conv(features, features, 3, strides, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(features, features, 3, strides, dtype=dtype, rngs=rngs)
         self.bn2 = BatchNorm(features, rngs=rngs)
-        self.conv3 = conv(features, out_features, 1, dtype=dtype, rngs=rngs)
+        self.conv3 = Conv(features, out_features, 1, dtype=dtype, rngs=rngs)
         self.bn3 = BatchNorm(out_features, rngs=rngs)
         self.downsample = _downsample(in_features, out_features, strides, dtype, rngs)
 
@@ -117,7 +117,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.num_features = 512 * block.expansion
-        self.conv1 = conv(3, 64, 7, 2, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(3, 64, 7, 2, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(64, rngs=rngs)
         self.stem_attention = attention(64, rngs=rngs) if attention is not None else None
         widths = (64, 64 * block.expansion, 128 * block.expansion, 256 * block.expansion)

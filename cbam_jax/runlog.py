@@ -1,0 +1,212 @@
+"""What a run leaves to look at: ``metrics.jsonl``, TensorBoard scalars, lines or a progress bar."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+# Steps whose scalars are left on the device while later ones are dispatched: reading them at once
+# would make the device wait for Python.
+_IN_FLIGHT = 2
+
+
+class RunLog:
+    """Log of one run; goes on where an interrupted run stopped.
+
+    Args:
+        workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
+        step: the step that the run starts from. Records of later steps, written between the last
+            checkpoint and an interruption, are dropped: they are about to be made again.
+        total: steps of the whole run, for the progress bar.
+        active: False on all processes but one of a distributed run: writes and prints nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, step: int, total: int, active: bool = True):
+        self._active = active
+        if not active:
+            return
+        # Imported late: reading a log needs no TensorBoard.
+        from tensorboardX import SummaryWriter
+
+        path = Path(workdir, "metrics.jsonl")
+        _drop_after(path, step)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=step + 1)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=step, unit="step", disable=not terminal)
+
+    def __enter__(self) -> "RunLog":
+        """Return itself; closed on the way out."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close all files."""
+        if self._active:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self._active:
+            self._bar.update()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record one object: to ``metrics.jsonl`` and to TensorBoard."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def line(self, text: str) -> None:
+        """Print one line, above the progress bar where there is one."""
+        if self._active:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+class StepMonitor:
+    """Follows the steps of a run: finite scalars, their means, throughput, waiting for data.
+
+    Args:
+        log: gets one record every ``log_every`` steps.
+        log_every: steps.
+        batch_size: images in a step, over all processes.
+        learning_rate: of a step, for the record.
+        warning: maps the mean scalars to a warning line or None.
+    """
+
+    def __init__(
+        self,
+        log: RunLog,
+        *,
+        log_every: int,
+        batch_size: int,
+        learning_rate: Callable[[int], Any],
+        warning: Callable[[Mapping[str, float]], str | None],
+    ):
+        self._log = log
+        self._log_every = log_every
+        self._batch_size = batch_size
+        self._learning_rate = learning_rate
+        self._warning = warning
+        self._pending: deque[tuple[int, Any, Any]] = deque()
+        self._window: list[dict[str, float]] = []
+        self._waited = 0.0
+        self._seconds = 0.0
+        self._start = time.perf_counter()
+        self.images = 0
+        self.seconds = 0.0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Hand on batches, and keep the seconds that were spent waiting for them."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def step_done(self, step: int, scalars: Any, index: Any) -> None:
+        """Take a dispatched step's scalars and its batch's ``index``; arrays may be under way.
+
+        Raises:
+            FloatingPointError: for a loss or gradient that is not finite, some steps later.
+        """
+        self._pending.append((step, scalars, index))
+        first = not self._window and not self.images
+        while len(self._pending) > (0 if first else _IN_FLIGHT):
+            self._fetch()
+        if first:  # It was spent compiling; throughput counts from here.
+            self._log.line(f"first step after {time.perf_counter() - self._start:.1f} s")
+            self._start, self._waited = time.perf_counter(), 0.0
+
+    def flush(self) -> None:
+        """Wait for all steps that are under way; raises as ``step_done`` does."""
+        while self._pending:
+            self._fetch()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside (evaluation, saving) out of the throughput."""
+        self.flush()
+        self._seconds += time.perf_counter() - self._start
+        yield
+        self._start = time.perf_counter()
+
+    def _fetch(self) -> None:
+        step, scalars, index = self._pending.popleft()
+        values = {name: float(value) for name, value in scalars.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            rows = np.asarray(index).tolist()
+            raise FloatingPointError(
+                f"loss {values['loss']} at step {step}, gradient norm {values['gradient_norm']}; "
+                f"statistics {values}; rows of the batch {rows}; lower the learning rate, clip the "
+                "gradient, or look at these images; earlier checkpoints are kept"
+            )
+        self._window.append(values)
+        self._log.advance()
+        if step % self._log_every == 0:
+            self._record(step)
+
+    def _record(self, step: int) -> None:
+        window, now = self._window, time.perf_counter()
+        means = {name: sum(v[name] for v in window) / len(window) for name in window[-1]}
+        seconds, images = self._seconds + now - self._start, len(window) * self._batch_size
+        values = {
+            **means,
+            "learning_rate": float(self._learning_rate(step)),
+            "images_per_second": images / seconds,
+            "data_wait_seconds": self._waited,
+        }
+        self._log.scalars(step, values)
+        self._log.line(
+            f"step {step:6d}  loss {means['loss']:.4f}  d(a,p) {means['distance_positive']:.3f}  "
+            f"d(a,n) {means['distance_negative']:.3f}  active {means['active_fraction']:.2f}  "
+            f"{images / seconds:.1f} images/s  waiting {100 * self._waited / seconds:.0f}%"
+        )
+        warning = self._warning(means)
+        if warning is not None:
+            self._log.line(f"warning at step {step}: {warning}")
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+        self._window, self._waited, self._seconds, self._start = [], 0.0, 0.0, now
+
+
+def read_log(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the records of ``metrics.jsonl``; a last line cut off by an interruption is left out.
+
+    >>> import tempfile
+    >>> read_log(tempfile.mkdtemp())
+    []
+    """
+    path = Path(workdir, "metrics.jsonl")
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read_log(path.parent) if record["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.replace(path)

@@ -1,0 +1,76 @@
+"""Every field of a run, with its unit. The other configs edit a few of them.
+
+Any field can be set on the command line: ``--config.data.image_size=160``.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Return the defaults: ResNet50 with CBAM, triplet loss, the drawn garments."""
+    config = ml_collections.ConfigDict()
+    # Of parameters, batches and augmentation. Same seed, same run.
+    config.seed = 0
+
+    config.data = data = ml_collections.ConfigDict()
+    # synthetic_garments[/config], clothing_dataset_small[/256px], any other installed TFDS dataset
+    # with an image and an integer label, or the path of a CSV manifest of your own photos.
+    data.name = "synthetic_garments"
+    data.data_dir = placeholder(str)  # folder of prepared datasets; None: ~/tensorflow_datasets
+    data.manual_dir = placeholder(str)  # folder of what was fetched by hand
+    data.train_split = "train"
+    data.eval_split = "validation"  # evaluated during training; chooses the best checkpoint
+    data.label = "label"  # integer column that decides what is similar; "item_id": by item
+    data.on_bad_image = "fail"  # or "skip": leave unreadable images out, and say how many
+    data.image_size = 224  # pixels, side of the square the model sees
+    data.classes_per_batch = 8  # P
+    data.images_per_class = 8  # K; the batch holds P x K images
+    data.workers = 0  # processes that load batches; 0: threads of this process
+    data.crop_scale = (0.2, 1.0)  # area of the random crop, as a fraction of the image's
+    data.crop_ratio = (0.75, 4 / 3)  # width / height of the random crop
+    data.flip = True  # mirror half of the images
+    data.color_jitter = 0.0  # strength; factors from [1 - c, 1 + c]
+    data.random_erasing = 0.0  # probability
+    data.crop_to_box = False  # use only the part inside the dataset's box
+    data.crop_fraction = 0.875  # evaluation: short side is image_size / crop_fraction
+
+    config.model = model = ml_collections.ConfigDict()
+    # resnet{18,34,50,101,152}, alone or with _se or _cbam.
+    model.name = "resnet50_cbam"
+    model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
+    model.normalize = True  # L2-normalise the embeddings, in training and evaluation alike
+    model.pooling = "average"  # or "gem"
+    model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
+    model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
+    model.freeze_batch_norm = False  # normalise by running statistics, and keep them
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.name = "triplet"
+    loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
+    loss.mining = "batch_hard"  # or "semi_hard", "batch_all"
+    loss.soft = False  # log(1 + exp(.)) in place of the margin
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.name = "adamw"  # or "sgd"
+    optimizer.learning_rate = 1e-3  # the peak, after warm-up; then a cosine to 0
+    optimizer.warmup_steps = 100
+    optimizer.weight_decay = 1e-4  # not of one-dimensional parameters
+    optimizer.momentum = 0.9  # of sgd
+    optimizer.new_layer_multiple = 1.0  # of the learning rate of attention and projection
+    optimizer.clip_norm = placeholder(float)  # largest norm of the gradient; None: unlimited
+    optimizer.accumulate_steps = 1  # batches whose mean gradient makes one update
+
+    config.train = train = ml_collections.ConfigDict()
+    train.steps = 5000  # batches
+    train.log_every = 20  # steps
+    train.eval_every = 500  # steps; also saves a checkpoint
+    train.checkpoint_every = 250  # steps
+    train.ema_decay = 0.0  # moving average of the parameters that is evaluated; 0: none
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    evaluation.ks = (5, 10, 20)  # 10 among them: map@10 chooses the best checkpoint
+    evaluation.batch_size = 64  # images
+    # Leave gallery images of the query's own item and series out, where a dataset has them.
+    evaluation.ignore_same_series = False
+    return config

@@ -1,0 +1,183 @@
+"""Measure a trained run: embed a split, search, and print every metric with its definition.
+
+python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP] [--figures]
+
+Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures); the last line on stdout is
+one JSON document.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cbam_jax import InputError, checkpoint, command_line, data, evaluation, steps
+from cbam_jax.datasets import RetrievalDataset, open_dataset
+from cbam_jax.models import EmbeddingModel, create_model
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def open_split(config: ConfigDict, split: str) -> RetrievalDataset:
+    """Open one split of the config's dataset; prepared first if need be."""
+    options = {name: config.data[name] for name in ("data_dir", "manual_dir", "on_bad_image")}
+    return open_dataset(config.data.name, split, label=config.data.label, **options)
+
+
+def build_model(config: ConfigDict) -> EmbeddingModel:
+    """Build the config's model, freshly initialised from its seed."""
+    options = dict(config.model)
+    options.pop("freeze_batch_norm")
+    options["dtype"] = DTYPES[options["dtype"]]
+    return create_model(**options, rngs=nnx.Rngs(config.seed))
+
+
+def split_protocol(config: ConfigDict, dataset: RetrievalDataset) -> evaluation.Protocol:
+    """Return who is searched among whom in a split, as the config asks."""
+    return evaluation.make_protocol(
+        dataset.is_query,
+        dataset.is_gallery,
+        item=dataset.item,
+        series=dataset.series,
+        ignore_same_series=config.eval.ignore_same_series,
+        ks=config.eval.ks,
+    )
+
+
+def embed_split(
+    config: ConfigDict, dataset: RetrievalDataset, embed_step: Any, state: Any, mesh: Any
+) -> np.ndarray:
+    """Embed every image of a split once: [n, d] float32. ``state`` is (params, batch_stats)."""
+    batches = data.eval_batches(
+        dataset,
+        image_size=config.data.image_size,
+        batch_size=config.eval.batch_size,
+        crop_fraction=config.data.crop_fraction,
+        crop_to_box=config.data.crop_to_box,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return steps.embed_batches(embed_step, *state, batches, mesh, len(dataset))
+
+
+def evaluate_split(
+    config: ConfigDict, dataset: RetrievalDataset, embed_step: Any, state: Any, mesh: Any
+) -> tuple[evaluation.Evaluation, np.ndarray]:
+    """Embed and measure a split; the evaluation and the embeddings."""
+    protocol = split_protocol(config, dataset)
+    embeddings = embed_split(config, dataset, embed_step, state, mesh)
+    result = evaluation.evaluate_embeddings(
+        embeddings, dataset.label, dataset.label_names, protocol, ks=config.eval.ks
+    )
+    return result, embeddings
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Read the config that a run was trained with."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError(f"no run in {workdir}: {path} is missing; train first, or check --workdir")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def restore_model(
+    config: ConfigDict, workdir: Path, which: str | int, mesh: Any
+) -> tuple[EmbeddingModel, tuple[Any, Any], int]:
+    """Read a checkpoint: the model's structure, its (params, batch_stats), and the step."""
+    with checkpoint.Checkpoints(
+        workdir / "checkpoints", best_metric=evaluation.HEADLINE
+    ) as checkpoints:
+        read = checkpoints.restore(which, optimizer=False)
+    model = nnx.eval_shape(lambda: build_model(config))
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    tree = {"params": params, "batch_stats": batch_stats}
+    if config.train.ema_decay:
+        tree["ema"] = params
+    tree = checkpoint.unflatten(tree, read.model)
+    state = tree.get("ema", tree["params"]), tree["batch_stats"]
+    return model, steps.replicate(state, mesh), read.step
+
+
+def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict[str, Any]:
+    """Measure one split of a run and write what was found."""
+    config = read_config(workdir)
+    mesh = steps.data_mesh()
+    model, state, step = restore_model(config, workdir, which, mesh)
+    dataset = open_split(config, split)
+    split_protocol(config, dataset)  # Its errors belong before the slow part.
+    print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
+    embed_step = steps.make_embed_step(model, mesh)
+    result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
+    report = {"dataset": config.data.name, "split": split, "step": step, **result.report}
+    folder = workdir / "eval" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    command_line.write_json(folder / "metrics.json", report)
+    save_embeddings(folder / "embeddings.npz", embeddings, dataset)
+    print(evaluation.format_report(report), flush=True)
+    if figures:
+        save_figures(folder, dataset, result)
+    return report
+
+
+def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDataset) -> None:
+    """Write the embeddings and what each row is; beside it first, then renamed."""
+    partial = path.with_name("partial-" + path.name)
+    np.savez(
+        partial,
+        embedding=embeddings,
+        label=dataset.label,
+        id=dataset.id,
+        is_query=dataset.is_query,
+        is_gallery=dataset.is_gallery,
+    )
+    os.replace(partial, path)
+
+
+def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation) -> None:
+    """Draw the nearest five of eight queries, spread evenly over the split, and of the worst."""
+    from cbam_jax import figures
+
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    spread = counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
+    worst = counted[np.argsort(result.headline[counted], kind="stable")[:8]]
+    for name, rows in {"results": spread, "worst": worst}.items():
+        figure = figures.result_rows(
+            [dataset.image(i) for i in result.query[rows]],
+            [[dataset.image(i) for i in line if i >= 0] for line in result.neighbour[rows, :5]],
+            result.match[rows, :5],
+            distances=result.distance[rows, :5],
+            titles=[dataset.label_names[dataset.label[i]] for i in result.query[rows]],
+        )
+        figures.save(figure, folder / f"{name}.png")
+        print(f"wrote {folder / f'{name}.png'}", flush=True)
+
+
+def main() -> None:
+    """Read the flags, evaluate, print the JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="the run, as given to train.py")
+    parser.add_argument("--split", default="test", help="split of the run's dataset")
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--figures", action="store_true", help="draw result rows")
+    flags = parser.parse_args()
+    which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
+    if which not in ("best", "last") and not isinstance(which, int):
+        raise InputError(f"--checkpoint={which}: give best, last or a step")
+    report = evaluate(flags.workdir, flags.split, which, flags.figures)
+    line = {key: report[key] for key in ("dataset", "split", "step", "metrics", "interval")}
+    print(json.dumps({"workdir": str(flags.workdir), **line}))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))

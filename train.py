@@ -1,0 +1,364 @@
+"""Train an embedding model: config -> data -> model -> loss -> step -> checkpoint.
+
+python train.py --config=configs/quickstart.py --workdir=RUN [--config.data.image_size=160 ...]
+
+The same command again resumes. RUN gets config.json, metrics.jsonl, tensorboard/, checkpoints/
+and eval/; the last line on stdout is one JSON document. SIGTERM or Ctrl-C finishes the step under
+way, saves it and stops. configs/default.py lists every field.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cbam_jax import InputError, command_line, data, evaluation, losses, steps
+from cbam_jax.checkpoint import Checkpoints, StopSignal, unflatten
+from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.runlog import RunLog, StepMonitor, read_log
+from evaluate import DTYPES, build_model, evaluate_split, open_split, split_protocol
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Train and evaluate along the way; go on from what is in ``workdir``. Return the summary."""
+    check_config(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    training = open_split(config, config.data.train_split)
+    validation = open_split(config, config.data.eval_split)
+    split_protocol(config, validation)
+    train_batches(config, training, step=0).close()  # Their errors belong before the slow part.
+
+    mesh = steps.data_mesh()
+    model = build_model(config)
+    optimizer, learning_rate = build_optimizer(config)
+    state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
+    train_step = steps.make_train_step(
+        model,
+        optimizer,
+        build_loss(config),
+        freeze_batch_norm=config.model.freeze_batch_norm,
+        ema_decay=config.train.ema_decay,
+    )
+    embed_step = steps.make_embed_step(model, mesh)
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
+        )
+        state, step = restore(config, checkpoints, state, mesh)
+        main = jax.process_index() == 0
+        if main:
+            command_line.write_json(workdir / "config.json", config.to_dict())
+        log = stack.enter_context(RunLog(workdir, step=step, total=config.train.steps, active=main))
+        log.line(describe(config, training, validation, state, step))
+        monitor = StepMonitor(
+            log,
+            log_every=config.train.log_every,
+            batch_size=config.data.classes_per_batch * config.data.images_per_class,
+            learning_rate=learning_rate,
+            warning=collapse_warning(config),
+        )
+
+        def evaluate(step: int) -> dict[str, float]:
+            arrays = steps.evaluation_params(state), state.batch_stats
+            result, _ = evaluate_split(config, validation, embed_step, arrays, mesh)
+            return record_evaluation(config, log, step, result.report)
+
+        if step == 0:
+            with monitor.paused():
+                evaluate(0)
+        stop = stack.enter_context(StopSignal())
+        batches = stack.enter_context(contextlib.closing(train_batches(config, training, step)))
+        for batch in monitor.waiting(steps.to_devices(batches, mesh)):
+            state, scalars = train_step(state, batch)
+            step += 1
+            monitor.step_done(step, scalars, batch["index"])
+            stopped = stop_requested(stop, checkpoints, step)
+            last = step == config.train.steps
+            evaluates = not stopped and (last or step % config.train.eval_every == 0)
+            if evaluates or stopped or step % config.train.checkpoint_every == 0:
+                with monitor.paused():  # Steps under way are found finite before they are saved.
+                    save(config, checkpoints, step, state, evaluate(step) if evaluates else None)
+            if stopped:
+                log.line(f"stopped by {stopped}; step {step} is saved: the same command resumes")
+                break
+        return summarize(config, workdir, checkpoints, step, monitor)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise InputError for what the fields alone show to be wrong, before anything slow."""
+    devices = jax.device_count()
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    for field, size in {
+        "data.classes_per_batch x data.images_per_class": batch,
+        "eval.batch_size": config.eval.batch_size,
+    }.items():
+        if size < 1 or size % devices:
+            raise InputError(
+                f"{field} = {size} cannot be divided among {devices} devices: "
+                f"make it a multiple of {devices}"
+            )
+    for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
+        if config.train[field] < 1:
+            raise InputError(f"train.{field}={config.train[field]}: give at least 1 step")
+    if not 0 <= config.optimizer.warmup_steps < config.train.steps:
+        raise InputError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+            f"train.steps={config.train.steps}: lower it"
+        )
+    if not 0 <= config.train.ema_decay < 1:
+        raise InputError(f"train.ema_decay={config.train.ema_decay}: give a share in [0, 1)")
+    if 10 not in config.eval.ks or min(config.eval.ks) < 1:
+        raise InputError(
+            f"eval.ks={tuple(config.eval.ks)}: give positive ks with 10 among them, since "
+            f"{evaluation.HEADLINE} chooses the best checkpoint"
+        )
+    check_choices(config)
+
+
+def check_choices(config: ConfigDict) -> None:
+    """Raise InputError where a field is none of its choices."""
+    for field, value, choices in (
+        ("model.dtype", config.model.dtype, DTYPES),
+        ("loss.name", config.loss.name, LOSSES),
+        ("loss.mining", config.loss.mining, losses.MININGS),
+        ("optimizer.name", config.optimizer.name, steps.OPTIMIZERS),
+    ):
+        if value not in choices:
+            raise InputError(f"{field}={value!r}: choose one of {', '.join(choices)}")
+    if config.loss.margin < 0:
+        raise InputError(f"loss.margin={config.loss.margin}: give a distance of at least 0")
+    try:
+        jax.eval_shape(lambda: build_model(config) and None)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+
+
+def train_batches(config: ConfigDict, dataset: RetrievalDataset, step: int) -> data.Batches:
+    """Return the batches after ``step``: a pure function of the seed and the step."""
+    fields = dict(config.data)
+    names = (
+        "classes_per_batch", "images_per_class", "image_size", "crop_scale", "crop_ratio", "flip",
+        "color_jitter", "random_erasing", "crop_to_box", "workers",
+    )  # fmt: skip
+    return data.train_batches(
+        dataset,
+        **{name: fields[name] for name in names},
+        seed=config.seed,
+        start_step=step,
+        num_steps=config.train.steps - step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+LOSSES = {"triplet": losses.triplet_loss}
+
+
+def build_loss(config: ConfigDict) -> Callable:
+    """Return loss(embeddings, labels) -> loss, scalars."""
+    options = dict(config.loss)
+    return functools.partial(LOSSES[options.pop("name")], **options)
+
+
+def collapse_warning(config: ConfigDict) -> Callable:
+    """Return what turns mean scalars into a warning when the embeddings have collapsed."""
+    options = {"margin": config.loss.margin, "soft": config.loss.soft}
+    return functools.partial(losses.collapse_warning, **options)
+
+
+def build_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, Callable]:
+    """Return the optimizer, and the learning rate as a function of the step."""
+    options = dict(config.optimizer)
+    accumulate = options["accumulate_steps"]
+    schedule = steps.learning_rate_schedule(
+        options.pop("learning_rate"),
+        warmup_steps=options.pop("warmup_steps") // accumulate,
+        total_steps=max(config.train.steps // accumulate, 1),
+    )
+    name = options.pop("name")
+    optimizer = steps.create_optimizer(name, schedule, **options)
+    return optimizer, lambda step: schedule(step // accumulate)
+
+
+def checkpoint_items(state: steps.TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort a state into what evaluation needs (the model) and what only training needs."""
+    model = {"params": state.params, "batch_stats": state.batch_stats}
+    if state.ema is not None:
+        model["ema"] = state.ema
+    return model, {"step": state.step, "opt_state": state.opt_state}
+
+
+def save(
+    config: ConfigDict,
+    checkpoints: Checkpoints,
+    step: int,
+    state: steps.TrainState,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Save the state after ``step``, in the background."""
+    model, optimizer = checkpoint_items(state)
+    position = {"seed": config.seed, "next_step": step}
+    checkpoints.save(
+        step,
+        model=model,
+        optimizer=optimizer,
+        data=position,
+        config=config.to_dict(),
+        metrics=metrics,
+    )
+
+
+def restore(
+    config: ConfigDict, checkpoints: Checkpoints, state: steps.TrainState, mesh: Any
+) -> tuple[steps.TrainState, int]:
+    """Return the newest saved state and its step, or what was given and 0 when there is none."""
+    if not checkpoints.steps():
+        return state, 0
+    read = checkpoints.restore("last")
+    check_same_run(config, ConfigDict(read.config), read.step)
+    model, optimizer = checkpoint_items(state)
+    model, optimizer = unflatten(model, read.model), unflatten(optimizer, read.optimizer)
+    checkpoints.delete_after(read.step)
+    restored = steps.TrainState(
+        step=optimizer["step"],
+        params=model["params"],
+        batch_stats=model["batch_stats"],
+        opt_state=optimizer["opt_state"],
+        ema=model.get("ema"),
+    )
+    return steps.replicate(restored, mesh), read.data["next_step"]
+
+
+def check_same_run(config: ConfigDict, saved: ConfigDict, step: int) -> None:
+    """Raise InputError when the workdir holds a run of another model; tell of other changes."""
+    now = json.loads(json.dumps(config.to_dict()))
+    changed = [
+        f"{section}.{field}"
+        for section, fields in now.items()
+        if isinstance(fields, dict)
+        for field, value in fields.items()
+        if saved.get(section, {}).get(field) != value
+    ]
+    changed += ["seed"] if now["seed"] != saved.seed else []
+    for field in changed:
+        section, _, name = field.partition(".")
+        if section == "model" and name != "freeze_batch_norm":
+            raise InputError(
+                f"the workdir holds a run with {field}={saved.model.get(name)!r}, not "
+                f"{config.model[name]!r}: use its config, or a new --workdir"
+            )
+    if step > config.train.steps:
+        raise InputError(
+            f"the workdir holds step {step}, beyond train.steps={config.train.steps}: "
+            "raise train.steps, or use a new --workdir"
+        )
+    if changed and jax.process_index() == 0:
+        print(f"resuming with changed fields: {', '.join(sorted(changed))}", flush=True)
+
+
+def stop_requested(stop: StopSignal, checkpoints: Checkpoints, step: int) -> str | None:
+    """Return why to stop after this step, or None; the same answer in all processes."""
+    if jax.process_count() == 1:
+        return stop.received
+    return "preemption" if checkpoints.reached_preemption(step) else None
+
+
+def describe(
+    config: ConfigDict,
+    training: RetrievalDataset,
+    validation: RetrievalDataset,
+    state: steps.TrainState,
+    step: int,
+) -> str:
+    """Say in one line what is about to be trained on what."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return (
+        f"{config.model.name} ({size / 1e6:.1f} M parameters) on {config.data.name}: "
+        f"{len(training)} training and {len(validation)} validation images of "
+        f"{len(training.label_names)} classes, {jax.device_count()} "
+        f"{jax.devices()[0].platform} device(s), steps {step} to {config.train.steps}"
+    )
+
+
+def record_evaluation(
+    config: ConfigDict, log: RunLog, step: int, report: dict[str, Any]
+) -> dict[str, float]:
+    """Log an evaluation; return its metrics."""
+    metrics = report["metrics"]
+    split = config.data.eval_split
+    log.scalars(step, {f"{split}/{name}": value for name, value in metrics.items()})
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("map@10", "precision@10", "mrr"))
+    log.line(f"step {step:6d}  {split}  {shown}" + ("  (untrained)" if step == 0 else ""))
+    return metrics
+
+
+def summarize(
+    config: ConfigDict, workdir: Path, checkpoints: Checkpoints, step: int, monitor: StepMonitor
+) -> dict[str, Any]:
+    """Return the run's last line: where it stands, how fast it was, what it reached."""
+    name = f"{config.data.eval_split}/{evaluation.HEADLINE}"
+    values = {record["step"]: record[name] for record in read_log(workdir) if name in record}
+    best = checkpoints.best_step()
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    speed = round(monitor.images / monitor.seconds, 2) if monitor.seconds else None
+    return {
+        "workdir": str(workdir),
+        "step": step,
+        "finished": step == config.train.steps,
+        "images_seen": step * batch,
+        "images_per_second": speed,
+        "metric": name,
+        "untrained": values.get(0),
+        "best": values.get(best),
+        "best_step": best,
+    }
+
+
+def parse_flags() -> tuple[ConfigDict, Path]:
+    """Read --config, --workdir and overrides; InputError for an unknown field or a wrong type."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a file of configs/")
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes; jax.distributed finds them from the cluster's environment",
+    )
+    known, overrides = parser.parse_known_args()
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    try:
+        rest = values(["train.py", f"--config={known.config}", *overrides])
+    except FileNotFoundError as error:
+        raise InputError(f"--config={known.config}: no such file") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"{message}; configs/default.py lists every field") from error
+    if rest[1:]:
+        raise InputError(f"unknown argument {rest[1]!r}: see python train.py --help")
+    if known.distributed:
+        jax.distributed.initialize()
+    return config.value, known.workdir
+
+
+def main() -> None:
+    """Train, and print the JSON line."""
+    summary = train_and_evaluate(*parse_flags())
+    if jax.process_index() == 0:
+        print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))
