@@ -4,6 +4,7 @@ Parameters are float32 and shaped as ``nnx.Conv`` and ``nnx.BatchNorm`` shape th
 """
 
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ class BatchNorm(nnx.Module):
             inverse = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             y = _per_channel(x.astype(jnp.float32), self.mean[...], inverse, self.bias[...])
             return y.astype(x.dtype)
-        y, mean, var = _normalize(self.epsilon, x, self.scale[...], self.bias[...])
+        results: Any = _normalize(self.epsilon, x, self.scale[...], self.bias[...])
+        y, mean, var = results
         count = x.size // x.shape[-1]
         self._update(mean, var * (count / max(count - 1, 1)))
         return y
