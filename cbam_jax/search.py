@@ -28,6 +28,7 @@ _GROUP = 16  # Gallery items whose minimum stands for them in the selection.
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
 _CHUNK = 2**20  # Numbers in a chunk of pairs of the second step: 4 MiB stay in the cache.
+_DOUBLE_BLOCK = (64, 4096)  # Queries and gallery items at a time in the float64 search.
 _RESIDENT = 2**30  # Bytes up to which a NumPy gallery is copied to the device once.
 
 
@@ -367,18 +368,16 @@ def _exhaustive(
     metric: str,
     query: _Labels,
     items: _Labels,
-    tile: int = 64,
-    size: int = 4096,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The search for queries with many near ties: float64 bounds, any number of candidates."""
     nothing = np.full((len(queries), k), np.inf, np.float32)
     keys = _keys(nothing, np.full(nothing.shape, -1, np.int32))
     for shard in shards:
-        for first, fresh, rows in _blocks(shard, size):
+        for first, fresh, rows in _blocks(shard, _DOUBLE_BLOCK[1]):
             y = np.asarray(rows).astype(np.float32)
             labels = _row(_taken(items, slice(first, first + len(y))))
-            for i in range(0, len(queries), tile):
-                t = slice(i, i + tile)
+            for i in range(0, len(queries), _DOUBLE_BLOCK[0]):
+                t = slice(i, i + _DOUBLE_BLOCK[0])
                 ignored = _ignored(_column(_taken(query, t)), labels)
                 ignored = np.broadcast_to(ignored, (len(queries[t]), len(y))).copy()
                 ignored[:, :fresh] = True

@@ -43,7 +43,8 @@ def test_random_shapes_match_float64(rng):
         queries = rng.normal(1.0, 2.0, (q, d)).astype(np.float32)
         gallery = rng.normal(1.0, 2.0, (n, d)).astype(np.float32)
         k = min(int(rng.choice([1, 5, 1111])), n)
-        distances, indices = search(queries, gallery, k)
+        block = int(rng.choice([16320, 300]))  # 1,111 rows make 4 blocks of 278, with an overlap
+        distances, indices = search(queries, gallery, k, gallery_block=block)
         expected = brute_force(queries, gallery, k)
         assert distances.dtype == np.float32
         assert indices.dtype == np.int32
@@ -105,9 +106,11 @@ def test_batching_of_queries_changes_no_bit(rng):
     assert_same(search(queries, gallery, 7, devices=jax.devices()), whole)
 
 
-def test_more_duplicates_than_candidates(rng):
-    gallery = np.repeat(rng.normal(size=(3, 12)), 400, axis=0).astype(np.float32)
-    gallery = gallery[rng.permutation(1200)]
+@pytest.mark.parametrize("double_block", [(64, 4096), (3, 100)])
+def test_more_duplicates_than_candidates(rng, monkeypatch, double_block):
+    monkeypatch.setattr(cbam_jax.search, "_DOUBLE_BLOCK", double_block)
+    gallery = np.repeat(rng.normal(size=(3, 12)), 401, axis=0).astype(np.float32)
+    gallery = gallery[rng.permutation(1203)]
     queries = np.concatenate([gallery[:2], rng.normal(size=(2, 12)).astype(np.float32)])
     for devices in (None, jax.devices()[:2]):
         assert_same(
@@ -127,6 +130,31 @@ def test_near_duplicates_are_ordered_as_in_float64(rng):
     gallery = gallery[rng.permutation(len(gallery))]
     query = center[None].astype(np.float32)
     assert_same(search(query, gallery, 30), brute_force(query, gallery, 30))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_float64_search_alone(rng, monkeypatch, metric):
+    """As if no query were proven, in blocks that overlap."""
+    monkeypatch.setattr(cbam_jax.search, "_DOUBLE_BLOCK", (3, 101))
+    monkeypatch.setattr(cbam_jax.search, "_proven", lambda kth, *_: np.zeros(len(kth), bool))
+    queries = rng.normal(size=(7, 12)).astype(np.float32)
+    gallery = rng.normal(size=(451, 12)).astype(np.float32)
+    gallery[[5, 440]] = 0.0
+    groups = rng.integers(0, 5, 7), rng.integers(0, 5, 451)
+    for devices in (None, jax.devices()[:3]):
+        distances, indices = search(
+            queries,
+            gallery,
+            120,
+            metric=metric,
+            query_group=groups[0],
+            gallery_group=groups[1],
+            devices=devices,
+        )
+        ignored = groups[0][:, None] == groups[1][None, :]
+        expected = brute_force(queries, gallery, 120, metric, ignored)
+        np.testing.assert_array_equal(indices, expected[1])
+        np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
 
 
 def test_query_in_the_gallery_is_at_distance_zero(rng):
