@@ -48,7 +48,11 @@ class Classifier(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the logits of images normalised as the backbone expects."""
-        x = self.backbone(images).astype(jnp.float32)
+        return self.classify(self.backbone(images))
+
+    def classify(self, features: jax.Array) -> jax.Array:
+        """Turn a last feature map [b, h', w', c] into logits."""
+        x = features.astype(jnp.float32)
         if isinstance(self.backbone, VGG):
             # torch's order of the entries, channels first: the weights of layer 0 follow it.
             x = adaptive_average_pool(x, 7).transpose(0, 3, 1, 2).reshape(len(x), -1)
