@@ -1,0 +1,155 @@
+import json
+import sys
+import types
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from golden.make_backbones import FOLDER, seeded_images
+from seeded import jitted
+
+from cbam_jax import InputError
+from cbam_jax.hub import from_pretrained, save_pretrained
+from cbam_jax.models import create_model
+from cbam_jax.pretrained import load_pretrained
+
+CONFIG = {"name": "resnet18_cbam", "embedding_dim": 5, "attention_init": "identity"}
+PREPROCESSING = {"image_size": 64, "crop_fraction": 0.875}
+
+
+def drawn_array(name, shape):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if len(shape) == 1:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model whose every tensor differs from its start, and its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    model = nnx.eval_shape(lambda: create_model(**CONFIG, rngs=nnx.Rngs(0)))
+    flat = {".".join(map(str, k)): v.shape for k, v in nnx.to_flat_state(nnx.state(model))}
+    load_pretrained(model, {name: drawn_array(name, shape) for name, shape in flat.items()})
+    metrics = {"map@5": 0.81234567, "queries": 372}
+    save_pretrained(
+        model,
+        folder,
+        config=CONFIG,
+        preprocessing=PREPROCESSING,
+        metrics=metrics,
+        description="Trained on photos of clothes.",
+    )
+    return model, folder
+
+
+def edited(saved, tmp_path, edit):
+    folder = tmp_path / "edited"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / file).write_bytes((saved[1] / file).read_bytes())
+    document = json.loads((folder / "config.json").read_text())
+    edit(document)
+    (folder / "config.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_round_trip(saved):
+    model, folder = saved
+    loaded, document = from_pretrained(folder)
+    images = jnp.asarray(seeded_images(64, 64, batch=2))
+    # Identity start has gates of 2 sigmoid: another attention_init would differ.
+    expected = jitted(nnx.view(model, use_running_average=True), images)
+    ours = jitted(nnx.view(loaded, use_running_average=True), images)
+    np.testing.assert_array_equal(ours, expected)
+    assert document["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert document["preprocessing"]["crop_fraction"] == 0.875
+    assert document["metrics"]["map@5"] == 0.81234567
+
+
+def test_the_card_says_what_it_is(saved):
+    card = (saved[1] / "README.md").read_text()
+    for text in ("# resnet18_cbam", "Trained on photos", "| map@5 | 0.8123 |", "[b, 64, 64, 3]"):
+        assert text in card
+
+
+def test_a_folder_of_format_1_loads(tmp_path):
+    """Names, shapes, config and embeddings as they were when the format was made."""
+    frozen = json.loads((FOLDER / "saved_model_1.json").read_text())
+    arrays = {name: drawn_array(name, shape) for name, shape in frozen["tensors"].items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(frozen["config"]))
+    model, document = from_pretrained(tmp_path)
+    assert document["preprocessing"]["image_size"] == 64
+    images = jnp.asarray(seeded_images(64, 64, batch=2))
+    embeddings = jitted(nnx.view(model, use_running_average=True), images)
+    np.testing.assert_allclose(embeddings, frozen["embeddings"], atol=1e-4)
+
+
+def test_a_config_of_another_model_is_refused(saved, tmp_path):
+    model, _ = saved
+    config = CONFIG | {"embedding_dim": 6}
+    with pytest.raises(InputError, match="builds another model: 2 tensors differ.*projection.bias"):
+        save_pretrained(model, tmp_path / "x", config=config, preprocessing=PREPROCESSING)
+    with pytest.raises(InputError, match="no model can be built from.*unknown model 'resnet'"):
+        save_pretrained(
+            model, tmp_path / "x", config={"name": "resnet"}, preprocessing=PREPROCESSING
+        )
+    with pytest.raises(InputError, match="image_size"):
+        save_pretrained(model, tmp_path / "x", config=CONFIG, preprocessing={})
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.update(format_version=2), "has format 2, written by cbam_jax .*upgrade"),
+        (lambda d: d.pop("model"), "config.json is damaged"),
+        (lambda d: d["model"].update(depth=3), "no model can be built.*depth"),
+        (lambda d: d["model"].update(name="resnet34_cbam"), "does not fit the model"),
+        (lambda d: d["model"].update(name="resnet18"), "unexpected: last_attention"),
+        (lambda d: d["model"].update(pooling="gem"), "1 tensors .* not in .*pool.power"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(saved, tmp_path, edit, message):
+    with pytest.raises(InputError, match=message):
+        from_pretrained(edited(saved, tmp_path, edit))
+
+
+def test_missing_and_damaged_files(saved, tmp_path):
+    with pytest.raises(InputError, match="config.json is missing"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json is damaged"):
+        from_pretrained(tmp_path)
+    folder = edited(saved, tmp_path, lambda d: None)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights at .*model.safetensors"):
+        from_pretrained(folder)
+
+
+def test_hub_id(saved, monkeypatch):
+    calls = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        calls.append((name, revision, sorted(allow_patterns)))
+        if name == "someone/else":
+            raise OSError("no network\nat all")
+        return str(saved[1])
+
+    module = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    model, _ = from_pretrained("someone/model", revision="v1")
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert calls == [("someone/model", "v1", files)]
+    assert model.embedding_dim == 5
+    with pytest.raises(InputError, match=r"cannot fetch someone/else .*\(OSError: no network\)"):
+        from_pretrained("someone/else")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"pip install 'cbam_jax\[hub\]'"):
+        from_pretrained("someone/model")
+    with pytest.raises(InputError, match="no folder ./nowhere, and no id of the hub"):
+        from_pretrained("./nowhere")
