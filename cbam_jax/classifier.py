@@ -110,10 +110,7 @@ def image_accuracy(
         InputError: no images, or not as many folders as the model has classes.
     """
     folder = Path(folder)
-    classes = sorted(path for path in folder.glob("*") if path.is_dir())
-    files = [(file, i) for i, path in enumerate(classes) for file in sorted(path.glob("*.*"))]
-    if not files:
-        raise InputError(f"no images in {folder}: give a folder with one folder a class")
+    classes, files = class_folders(folder)
     if len(classes) != model.num_classes:
         raise InputError(
             f"{folder} has {len(classes)} folders, the model {model.num_classes} classes: "
@@ -125,7 +122,7 @@ def image_accuracy(
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         images = np.zeros((batch_size, 224, 224, 3), np.uint8)  # The last batch is padded.
-        images[: len(batch)] = [_read_image(path, resize) for path, _ in batch]
+        images[: len(batch)] = [read_central_square(path, resize) for path, _ in batch]
         logits = np.asarray(predict(state, images))[: len(batch)]
         best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
         hits = np.concatenate([hits, best == np.array([[label] for _, label in batch])])
@@ -133,8 +130,21 @@ def image_accuracy(
     return {"images": len(files), "top1": float(top1), "top5": float(top5)}
 
 
-def _read_image(path: Path, resize: int) -> np.ndarray:
-    """Short side to ``resize``, central 224 x 224; uint8 RGB."""
+def class_folders(folder: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
+    """Find the classes' folders, sorted, and each image with its class.
+
+    Raises:
+        InputError: there are no images.
+    """
+    classes = sorted(path for path in folder.glob("*") if path.is_dir())
+    files = [(file, i) for i, path in enumerate(classes) for file in sorted(path.glob("*.*"))]
+    if not files:
+        raise InputError(f"no images in {folder}: give a folder with one folder a class")
+    return classes, files
+
+
+def read_central_square(path: Path, resize: int) -> np.ndarray:
+    """Read an image, its short side resized, its central 224 x 224 cut out; uint8 RGB."""
     # PIL's antialiased bilinear resize is what the published figures were measured with.
     from PIL import Image
 

@@ -463,12 +463,13 @@ def check(
         Top-1 and top-5 accuracy in %, measured and published, and the number of images.
     """
     # Imported late: loading weights into a model that is there needs none of our models.
-    from cbam_jax.classifier import create_classifier, image_accuracy
+    from cbam_jax.classifier import class_folders, create_classifier, image_accuracy
 
     if name not in IMAGENET[version]:
         raise InputError(
             f"no {version} weights for {name!r}: choose one of {', '.join(IMAGENET[version])}"
         )
+    class_folders(Path(images))  # Its error belongs before the download.
     published = IMAGENET[version][name]
     model = create_classifier(name, rngs=nnx.Rngs(0))
     report = load_pretrained(model, version if source is None else source)

@@ -6,11 +6,15 @@ import http.server
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import threading
+import types
 import zipfile
+from collections import OrderedDict
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,22 +22,34 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from golden.make_backbones import FOLDER, NUM_CLASSES, seeded_images
+from PIL import Image
 from seeded import jitted, seeded_model, torch_arrays
 
 from cbam_jax import InputError, pretrained
 from cbam_jax.attention import CBAM, SqueezeExcite
 from cbam_jax.backbones.resnet import BasicBlock, ResNet
-from cbam_jax.classifier import Classifier, create_classifier
+from cbam_jax.checkpoint import Checkpoints
+from cbam_jax.classifier import Classifier, create_classifier, image_accuracy
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.torch_files import read_torch
 
 
 def tiny(attention=None, embedding_dim=None, seed=0):
-    backbone = ResNet(
-        stage_sizes=(1, 1, 1, 1), block=BasicBlock, attention=attention, rngs=nnx.Rngs(seed)
-    )
-    return EmbeddingModel(backbone, embedding_dim=embedding_dim, rngs=nnx.Rngs(seed))
+    """A small model with every tensor drawn by NumPy: no random operation need be compiled."""
+
+    def build():
+        rngs = nnx.Rngs(0)
+        backbone = ResNet(
+            stage_sizes=(1, 1, 1, 1), block=BasicBlock, attention=attention, rngs=rngs
+        )
+        return EmbeddingModel(backbone, embedding_dim=embedding_dim, rngs=rngs)
+
+    model = nnx.eval_shape(build)
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    nnx.update(model, jax.tree.map(draw, nnx.state(model)))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +146,12 @@ def test_one_error_lists_every_problem(source):
 
 
 def test_a_classifier_is_not_left_over_where_the_model_has_one(source):
-    backbone = tiny().backbone
+    def classifier(num_classes):
+        return nnx.eval_shape(lambda: Classifier(tiny().backbone, num_classes, rngs=nnx.Rngs(0)))
+
     with pytest.raises(InputError, match=r"shape: fc.bias is \(5,\), the model's is \(9,\)"):
-        load_pretrained(Classifier(backbone, 9, rngs=nnx.Rngs(0)), source)
-    report = load_pretrained(Classifier(backbone, 5, rngs=nnx.Rngs(0)), source)
+        load_pretrained(classifier(9), source)
+    report = load_pretrained(classifier(5), source)
     assert "fc.weight" in report.loaded
 
 
@@ -162,6 +180,24 @@ def test_a_run_with_an_average_gives_the_average():
     np.testing.assert_array_equal(
         values(model)["backbone.conv1.kernel"], parts["backbone.conv1.kernel"]
     )
+
+
+def test_the_folder_of_a_run_gives_its_last_checkpoint(tmp_path):
+    model = tiny(CBAM)
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    tree = {"params": params, "batch_stats": batch_stats}
+    with Checkpoints(tmp_path / "checkpoints", best_metric="map@10") as checkpoints:
+        for step, scale in ((1, 0.5), (2, 1.0)):
+            scaled = jax.tree.map(lambda leaf, scale=scale: scale * leaf, tree)
+            state = {"count": np.int32(step)}
+            checkpoints.save(step, model=scaled, optimizer=state, data={}, config={})
+            checkpoints.wait()
+    loaded = tiny(CBAM, seed=1)
+    report = load_pretrained(loaded, tmp_path)
+    assert not report.fresh
+    assert not report.unused
+    for name, array in values(loaded).items():
+        np.testing.assert_array_equal(array, values(model)[name])
 
 
 def transformers_name(name):
@@ -267,6 +303,52 @@ def test_torch_files_without_torch(file):
     assert nested["epoch"] == 3
     assert nested["list"][:3] == [1.5, "a", None]
     np.testing.assert_array_equal(nested["list"][3][0], base[5])
+
+
+def test_parameters_of_torch_0_1(tmp_path, monkeypatch):
+    """A state dict as torch pickled it in 2017: Parameter objects around views of storages."""
+
+    def rebuild(storage, offset, size, stride):
+        raise AssertionError("only pickled by name")
+
+    class FloatStorage:
+        pass
+
+    class Parameter:
+        def __getstate__(self):
+            return (self.tensor, None, False, True, OrderedDict())
+
+    class Tensor:
+        def __init__(self, *state):
+            self.state = state
+
+        def __reduce__(self):
+            return rebuild, self.state
+
+    names = {rebuild: "_rebuild_tensor", FloatStorage: "FloatStorage", Parameter: "Parameter"}
+    modules = {rebuild: "torch._utils", FloatStorage: "torch", Parameter: "torch.nn.parameter"}
+    for item, module in modules.items():
+        item.__module__, item.__qualname__ = module, names[item]
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        setattr(sys.modules[module], names[item], item)
+    # setitem restores what was there, torch itself included.
+    storage = np.arange(12, dtype=np.float32)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item):
+            view = ("17", 4, 8)  # The last eight of the twelve, as a view of the storage.
+            return ("storage", FloatStorage, "17", "cpu", 12, view) if item is storage else None
+
+    parameter = Parameter()
+    parameter.tensor = Tensor(storage, 1, (2, 3), (3, 1))
+    with open(tmp_path / "x.pth", "wb") as file:
+        for header in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+            pickle.dump(header, file, protocol=2)
+        Pickler(file, protocol=2).dump(OrderedDict(weight=parameter))
+        pickle.dump(["17"], file, protocol=2)
+        file.write(struct.pack("<q", 12) + storage.tobytes())
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read_torch(tmp_path / "x.pth")["weight"], [[5, 6, 7], [8, 9, 10]])
 
 
 class Evil:
@@ -434,7 +516,9 @@ def test_a_wrong_hash_is_refused(published, tmp_path, monkeypatch):
     name, data = published
     (tmp_path / name).write_bytes(data[:-1] + b"x")
     monkeypatch.setenv("CBAM_JAX_CACHE", str(tmp_path))
-    model = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: create_model("resnet18_cbam", rngs=nnx.Rngs(0)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), nnx.state(model))
+    nnx.update(model, zeros)
     before = values(model)
     for given in ("imagenet", tmp_path / name):
         with pytest.raises(InputError, match="its SHA-256 begins with .*not with the"):
@@ -449,14 +533,14 @@ def test_imagenet_knows_the_backbone(monkeypatch):
         pretrained, "fetch_imagenet", lambda name, *a, **k: asked.append(name) or {}
     )
     names = [*pretrained.IMAGENET["imagenet"]]
-    for name in names:
-        for build in (
-            lambda name=name: create_model(f"{name}_cbam", embedding_dim=8, rngs=nnx.Rngs(0)),
-            lambda name=name: create_classifier(name, rngs=nnx.Rngs(0)),
-        ):
-            with pytest.raises(InputError, match="does not fit"):
-                load_pretrained(nnx.eval_shape(build), "imagenet")
-    assert asked == [name for name in names for _ in range(2)]
+    builds = [lambda name=n: create_model(f"{name}_cbam", rngs=nnx.Rngs(0)) for n in names]
+    others = {"embedding_dim": 8, "pooling": "gem"}
+    builds.append(lambda: create_model("resnet18_se", **others, rngs=nnx.Rngs(0)))
+    builds.append(lambda: create_classifier("vgg16", rngs=nnx.Rngs(0)))
+    for build in builds:
+        with pytest.raises(InputError, match="does not fit"):
+            load_pretrained(nnx.eval_shape(build), "imagenet")
+    assert asked == [*names, "resnet18", "vgg16"]
     with pytest.raises(InputError, match="no ImageNet weights for a backbone of 60 tensors"):
         load_pretrained(nnx.eval_shape(tiny), "imagenet")
 
@@ -468,6 +552,51 @@ def test_published_files_are_named_after_their_backbone():
             assert name == backbone
             assert len(digits) == 8
             assert 60 < published.top1 < published.top5 < 100
+
+
+class BrightestPatch(nnx.Module):
+    """Six classes by where the image is bright: an exact answer without any weights."""
+
+    num_classes = 6
+
+    def __init__(self):
+        self.zero = nnx.Param(jnp.zeros(()))
+
+    def set_view(self, use_running_average):
+        assert use_running_average
+
+    def __call__(self, images):
+        patches = images.reshape(len(images), 2, 112, 2, 112, 3).mean((2, 4, 5)).reshape(-1, 4)
+        return jnp.pad(patches, ((0, 0), (0, 2)), constant_values=-9.0) + self.zero[...]
+
+
+def test_accuracy_on_folders(tmp_path):
+    # Bright in quarter q, in the folder of class c. Quarters rank: the bright one, then 0 to 3,
+    # then classes 4 and 5: the fifth best is class 4.
+    images = [(0, 0), (1, 1), (2, 3), (3, 3), (4, 2), (5, 1), (5, 0)]
+    for number, (label, quarter) in enumerate(images):
+        image = np.zeros((300, 400, 3), np.uint8)
+        row, column = divmod(quarter, 2)
+        image[row * 150 : row * 150 + 150, column * 200 : column * 200 + 200] = 255
+        folder = tmp_path / f"n0{label}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    measured = image_accuracy(BrightestPatch(), tmp_path, resize=256, batch_size=3)
+    assert measured == {"images": 7, "top1": 100 * 3 / 7, "top5": 100 * 5 / 7}
+    (tmp_path / "n06").mkdir()
+    with pytest.raises(InputError, match="has 7 folders, the model 6 classes"):
+        image_accuracy(BrightestPatch(), tmp_path, resize=256)
+    with pytest.raises(InputError, match="no images in"):
+        image_accuracy(BrightestPatch(), tmp_path / "n06", resize=256)
+
+
+def test_check_refuses_before_it_fetches(capsys):
+    with pytest.raises(SystemExit):
+        pretrained.main(["check", "vgg16", "--version", "imagenet_v2", "--images", "x"])
+    assert "no imagenet_v2 weights for 'vgg16'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pretrained.main(["check", "vgg16", "--images", "nowhere"])
+    assert "no images in nowhere" in capsys.readouterr().err
 
 
 def test_convert_and_command_line(tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from golden.make_backbones import (
     import_torchvision,
+    seeded_array,
     seeded_images,
     seeded_torchvision,
     tensors,
@@ -15,7 +16,7 @@ from golden.make_backbones import (
 from seeded import jitted
 
 from cbam_jax.attention import CBAM, SqueezeExcite
-from cbam_jax.classifier import create_classifier
+from cbam_jax.classifier import create_classifier, read_central_square
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.torch_files import read_torch
 
@@ -65,6 +66,43 @@ def test_features_and_logits(name, tmp_path):
         ours = jitted(backbone, images) if name == "googlenet" else backbone(images)
         assert relative_error(ours, features) < 1e-4
         assert relative_error(model.classify(ours), logits) < 1e-4
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_other_libraries_resnet18(library):
+    module = pytest.importorskip(library)
+    if library == "timm":
+        theirs = module.create_model("resnet18").eval()
+        forward = theirs.forward_features
+    else:
+        sizes = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+        config = module.ResNetConfig(layer_type="basic", num_labels=1000, **sizes)
+        theirs = module.ResNetForImageClassification(config).eval()
+        forward = lambda images: theirs.resnet(images).last_hidden_state  # noqa: E731
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    arrays = {name: np.asarray(seeded_array(name, shape)) for name, shape in shapes.items()}
+    theirs.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+    model = nnx.eval_shape(lambda: create_classifier("resnet18", rngs=nnx.Rngs(0)))
+    load_pretrained(model, arrays)
+    images = seeded_images(96, 129)
+    with torch.no_grad():
+        expected = forward(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    model = nnx.view(model, use_running_average=True)
+    ours = model.backbone(jnp.asarray(images))
+    assert relative_error(ours, expected.numpy().transpose(0, 2, 3, 1)) < 1e-4
+
+
+def test_preprocessing_of_the_accuracy_check_is_torchvisions(tmp_path, rng):
+    transforms = pytest.importorskip("torchvision.transforms")
+    from PIL import Image
+
+    transform = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for size in [(300, 401), (517, 260), (100, 333)]:
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        image.save(tmp_path / "x.png")
+        np.testing.assert_array_equal(
+            read_central_square(tmp_path / "x.png", 256), np.asarray(transform(image))
+        )
 
 
 def test_resnet50_stage_by_stage(tmp_path):

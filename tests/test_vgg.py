@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from seeded import jitted, seeded_model, torch_arrays
 
 from cbam_jax.backbones.layers import max_pool
 from cbam_jax.backbones.vgg import VGG16, VGG16BN
+from cbam_jax.classifier import Classifier
 from cbam_jax.models import create_model
 from cbam_jax.pretrained import load_pretrained
 
@@ -45,6 +48,22 @@ def test_features_are_torchvisions():
     expected = golden["vgg16_features"]
     features = jitted(model.backbone, seeded_images(65, 97))
     np.testing.assert_allclose(features, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_head_takes_torchs_order(rng):
+    """Channels first, after averaging to 7 x 7; the layers replaced by nothing."""
+    layers = dict.fromkeys(("0", "3", "6"), lambda x: x)
+    backbone = nnx.eval_shape(lambda: VGG16(rngs=nnx.Rngs(0)))
+    head = SimpleNamespace(backbone=backbone, classifier=layers)
+    x = rng.uniform(1, 2, (2, 6, 9, 5)).astype(np.float32)
+    expected = np.empty((2, 5, 7, 7))
+    for i in range(7):
+        for j in range(7):
+            rows = slice(i * 6 // 7, int(np.ceil((i + 1) * 6 / 7)))
+            columns = slice(j * 9 // 7, int(np.ceil((j + 1) * 9 / 7)))
+            expected[:, :, i, j] = x[:, rows, columns].mean((1, 2))
+    ours = Classifier.classify(head, jnp.asarray(x))
+    np.testing.assert_allclose(ours, expected.reshape(2, -1), rtol=1e-5)
 
 
 # torchvision's published totals less the classifier's 123,642,856.
