@@ -27,7 +27,7 @@ FIRST_PASSES = ("float32", "bfloat16")
 _GROUP = 16  # Gallery items whose minimum stands for them in the selection.
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
-_CHUNK = 2**20  # Numbers in a chunk of pairs of the second step: 4 MiB stay in the cache.
+_CHUNK, _STEPS = 2**18, 16  # Numbers in a step of the second pass, 1 MiB, and steps in a call.
 _DOUBLE_BLOCK = (64, 4096)  # Queries and gallery items at a time in the float64 search.
 _RESIDENT = 2**30  # Bytes up to which a NumPy gallery is copied to the device once.
 
@@ -123,13 +123,16 @@ def search(
     blocks = (query_block, gallery_block)
     lowest = _lowest_bounds(queries, shards, count, prepare, query, items, first_pass, blocks)
 
-    found = [
-        _candidate_keys(queries, s, f, metric) for s, (_, f) in zip(shards, lowest, strict=True)
+    own_share = np.asarray(prepare(queries)[1])
+    bounds = [_bound_distances(b, own_share, prepare) for b, _ in lowest]
+    keys = [
+        _candidate_keys(queries, s, b, f, k, metric)
+        for s, b, (_, f) in zip(shards, bounds, lowest, strict=True)
     ]
-    distances, indices = _unpacked(np.sort(np.concatenate(found, axis=1), axis=1)[:, :k])
+    distances, indices = _unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
     if exact and count < n:
-        unseen = np.min([bounds[:, -1] for bounds, _ in lowest], axis=0)
-        rest = np.flatnonzero(~_proven(distances[:, -1], unseen, queries, prepare))
+        unseen = np.min([b[:, -1] for b in bounds], axis=0)
+        rest = np.flatnonzero(~_proven(distances[:, -1], unseen))
         if len(rest):
             labels = _taken(query, rest), items
             distances[rest], indices[rest] = _exhaustive(queries[rest], shards, k, metric, *labels)
@@ -289,76 +292,106 @@ def _product(x: jax.Array, y: jax.Array, first_pass: str) -> jax.Array:
     )
 
 
+def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callable) -> np.ndarray:
+    """Lower bounds [q, m] in the unit of the distances, rounded to float32 as these are."""
+    metric, scale = prepare.keywords["metric"], float(prepare.keywords["scale"])
+    # The last term covers what underflows once the scale is applied.
+    values = bounds.astype(np.float64) + own_share[:, None] - 1e-30
+    if metric != "cosine":
+        values /= scale**2
+    if metric == "euclidean":
+        values = np.sqrt(np.maximum(values, 0.0))
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
 def _candidate_keys(
-    queries: np.ndarray, shard: _Shard, found: np.ndarray, metric: str
+    queries: np.ndarray, shard: _Shard, bounds: np.ndarray, found: np.ndarray, k: int, metric: str
 ) -> np.ndarray:
-    """Keys of the candidates ``found``, [q, count], by their distances in float64."""
-    rows = np.repeat(np.arange(len(found), dtype=np.int32), found.shape[1])
-    flat = found.reshape(-1)
-    distances = _pair_distances(queries, shard, rows, np.maximum(flat - shard.first, 0), metric)
-    return _keys(np.where(flat < 0, np.float32(np.inf), distances), flat).reshape(found.shape)
+    """Keys of the candidates ``found``, [q, count], by their distances in float64.
+
+    First of those with the k lowest bounds; then of the others that may be as near as these.
+    """
+    distances = np.full(found.shape, np.inf, np.float32)
+    rows = np.arange(len(found), dtype=np.int32)
+    distances[:, :k] = _pair_distances(queries, shard, rows, found[:, :k], metric)
+    distances[found < 0] = np.inf
+    kth = np.max(distances[:, :k], axis=1, keepdims=True)
+    row, column = np.nonzero((bounds[:, k:] <= kth) & (found[:, k:] >= 0))
+    others = found[row, column + k]
+    pairs = _pair_distances(queries, shard, row.astype(np.int32), others[:, None], metric)
+    distances[row, column + k] = pairs[:, 0]
+    return _keys(distances, found)
 
 
 def _pair_distances(
-    queries: np.ndarray, shard: _Shard, rows: np.ndarray, items: np.ndarray, metric: str
+    queries: np.ndarray, shard: _Shard, rows: np.ndarray, found: np.ndarray, metric: str
 ) -> np.ndarray:
-    """Distances of queries[rows[i]] and shard.rows[items[i]], [p] float32.
-
-    Always in chunks of one size, so that a pair's distance is the same in whatever company.
-    """
-    chunk = max(1, _CHUNK // queries.shape[1])
-    padding = (0, -len(rows) % chunk)
-    rows, items = (np.pad(a, padding).reshape(-1, chunk) for a in (rows, items))
+    """Distances of queries[rows[i]] and the gallery items found[i, :], [r, c] float32."""
+    if not found.size:
+        return np.zeros(found.shape, np.float32)
+    wide = max(1, _CHUNK // queries.shape[1])
+    if found.shape[1] > wide:
+        halves = np.array_split(found, 2, axis=1)
+        parts = [_pair_distances(queries, shard, rows, half, metric) for half in halves]
+        return np.concatenate(parts, axis=1)
+    # Always in calls of one shape, [calls, steps, rows, c]: the last one is padded.
+    shape = (-1, _STEPS, min(64, wide // found.shape[1]))
+    padding = -len(rows) % (shape[1] * shape[2])
+    items = np.pad(np.maximum(found - shard.first, 0), ((0, padding), (0, 0)))
+    items = items.reshape(*shape, found.shape[1])
     x = jax.device_put(queries, shard.device)
     results = []
     with jax.enable_x64(True):
-        for i, j in zip(rows, items, strict=True):
-            if isinstance(shard.rows, jax.Array):
-                results.append(_gathered(x, shard.rows, i, j, metric=metric))
-            else:
-                y = jax.device_put(np.asarray(shard.rows[j], np.float32), shard.device)
-                results.append(_gathered(x, y, i, np.arange(chunk, dtype=np.int32), metric=metric))
-    return np.concatenate([np.asarray(r) for r in results])[: rows.size - padding[1]]
+        for i, j in zip(np.pad(rows, (0, padding)).reshape(shape), items, strict=True):
+            y = shard.rows
+            if not isinstance(y, jax.Array):
+                y = jax.device_put(np.asarray(y[j.reshape(-1)], np.float32), shard.device)
+                j = np.arange(j.size, dtype=np.int32).reshape(j.shape)
+            results.append(_distances(x, y, i, j, metric=metric))
+    return np.concatenate([np.asarray(a) for a in results])[: len(rows)]
 
 
 @functools.partial(jax.jit, static_argnames="metric")
-def _gathered(x, y, rows, items, metric):
-    x = x[rows].astype(jnp.float64)
-    y = y[items].astype(jnp.float32).astype(jnp.float64)
+def _distances(x, y, rows, items, metric):
+    """Distances, [steps * rows, c], of ``rows`` [steps, rows] and ``items`` [steps, rows, c]."""
+
+    def step(indices):
+        # The barrier keeps the gathering of rows apart: it copies whole rows then, not numbers.
+        near = jax.lax.optimization_barrier(y.at[indices[1]].get(mode="promise_in_bounds"))
+        return _pair_distance(x[indices[0]][:, None, :], near, metric)
+
+    return jax.lax.map(step, (rows, items)).reshape(-1, items.shape[-1])
+
+
+def _pair_distance(x, y, metric):
+    x, y = x.astype(jnp.float64), y.astype(jnp.float32).astype(jnp.float64)
     if metric == "inner_product":
         return (-_sum(x * y)).astype(jnp.float32)
     if metric == "cosine":
         xx, yy = _sum(x * x), _sum(y * y)
-        x, y = (a / jnp.sqrt(jnp.where(s > 0, s, 1.0))[:, None] for a, s in ((x, xx), (y, yy)))
-        # |x - y|^2 / 2 = 1 - cos for unit vectors, and exactly 0 for equal ones.
+        x, y = (a / jnp.sqrt(jnp.where(s > 0, s, 1.0))[..., None] for a, s in ((x, xx), (y, yy)))
+        # |x - y|^2 / 2 = 1 - cos for unit vectors. Those of equal vectors differ by roundings.
         half = _sum(jnp.square(x - y)) / 2
+        half = jnp.where(half > 1e-30, half, 0.0)
         return jnp.where((xx > 0) & (yy > 0), half, 1.0).astype(jnp.float32)
     squares = _sum(jnp.square(x - y))
     return (squares if metric == "squared_euclidean" else jnp.sqrt(squares)).astype(jnp.float32)
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Sum over the last axis, in a fixed order that compilers turn into vector instructions."""
-    width = x.shape[-1]
-    lanes = max(128, -(-width // 32))
-    whole = width // lanes * lanes
-    total = jnp.sum(x[..., whole:], axis=-1)
-    if whole:
-        parts = [x[..., i : i + lanes] for i in range(0, whole, lanes)]
-        total = total + jnp.sum(functools.reduce(jnp.add, parts), axis=-1)
-    return total
+    """Sum over the last axis, in an order that compilers turn into vector instructions."""
+    whole = x.shape[-1] // 128 * 128
+    lanes = x[..., :whole].reshape(*x.shape[:-1], -1, 128)
+    return jnp.sum(jnp.sum(lanes, axis=-2), axis=-1) + jnp.sum(x[..., whole:], axis=-1)
 
 
-def _proven(kth: np.ndarray, unseen: np.ndarray, queries: np.ndarray, prepare: Callable):
-    """Whether every item that is no candidate is farther than the k-th distance, [q]."""
-    metric, scale = prepare.keywords["metric"], float(prepare.keywords["scale"])
-    bound = unseen.astype(np.float64) + np.asarray(prepare(queries)[1]) - 1e-30
-    if metric != "cosine":
-        bound = bound / scale**2
-    if metric == "euclidean":
-        bound = np.sqrt(np.maximum(bound, 0.0))
-    with np.errstate(over="ignore"):
-        return bound.astype(np.float32) > kth
+def _proven(kth: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """Whether every item that is no candidate is farther than the k-th distance, [q].
+
+    Rounding to float32 keeps the order, so ``unseen`` bounds the rounded distances as well.
+    """
+    return unseen > kth
 
 
 def _exhaustive(
@@ -389,10 +422,8 @@ def _exhaustive(
                 near, at = np.nonzero(~ignored & (low <= limit) & (low < kth))
                 if not len(near):
                     continue
-                pairs = (near + i).astype(np.int32), (at + first - shard.first).astype(np.int32)
-                new = _keys(
-                    _pair_distances(queries, shard, *pairs, metric), (at + first).astype(np.int32)
-                )
+                row, found = (near + i).astype(np.int32), (at + first).astype(np.int32)[:, None]
+                new = _keys(_pair_distances(queries, shard, row, found, metric), found)[:, 0]
                 for row in np.unique(near):
                     merged = np.concatenate([keys[i + row], new[near == row]])
                     keys[i + row] = np.sort(merged)[:k]
