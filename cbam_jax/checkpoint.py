@@ -117,6 +117,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the step with the best metric, None when no checkpoint has any."""
+        self.wait()  # The metrics of a save under way cannot be read yet.
         scored = any(self._manager.metrics(step) for step in self.steps())
         return self._manager.best_step() if scored else None
 
