@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from cbam_jax import InputError, checkpoint, command_line, data, evaluation, steps
 from cbam_jax.datasets import RetrievalDataset, open_dataset
 from cbam_jax.models import EmbeddingModel, create_model
+from cbam_jax.runlog import read_log
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -125,6 +126,7 @@ def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict
     print(evaluation.format_report(report), flush=True)
     if figures:
         save_figures(folder, dataset, result)
+        save_training_curve(workdir, config)
     return report
 
 
@@ -159,6 +161,16 @@ def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Eva
         )
         figures.save(figure, folder / f"{name}.png")
         print(f"wrote {folder / f'{name}.png'}", flush=True)
+
+
+def save_training_curve(workdir: Path, config: ConfigDict) -> None:
+    """Draw the run's loss and its best-deciding metric over the steps."""
+    from cbam_jax import figures
+
+    metric = f"{config.data.eval_split}/{evaluation.HEADLINE}"
+    path = workdir / "eval" / "training.png"
+    figures.save(figures.training_curve(read_log(workdir), metric=metric), path)
+    print(f"wrote {path}", flush=True)
 
 
 def main() -> None:

@@ -1,0 +1,140 @@
+"""Figures from arrays: result rows as in the paper's Figure 4, and the curves of a run.
+
+Each function returns a ``matplotlib.figure.Figure``, which notebooks show and ``save`` writes.
+matplotlib is imported where it is used and pyplot never, so that nothing here needs a display or
+keeps figures alive.
+"""
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_RELEVANT, _OTHER = "red", "0.75"
+# Inches of one image's cell, with its text.
+_WIDTH, _HEIGHT = 1.5, 1.85
+
+
+def result_rows(
+    queries: Sequence[np.ndarray],
+    neighbours: Sequence[Sequence[np.ndarray]],
+    matches: np.ndarray,
+    *,
+    distances: np.ndarray,
+    titles: Sequence[str],
+) -> "Figure":
+    """Draw one row a query: the query, then its nearest images, the relevant ones framed in red.
+
+    That is the paper's Figure 4; ours says in the figure what frame and number mean.
+
+    Args:
+        queries: of each query, its image, uint8 [h, w, 3]; sizes may differ.
+        neighbours: of each query, its nearest images, nearest first; at most k, or fewer.
+        matches: bool [q, k], True for a relevant neighbour.
+        distances: [q, k], written below each neighbour.
+        titles: of each query, its category.
+
+    Raises:
+        ValueError: when there is no query, or the arguments are not of one length.
+
+    >>> image = np.zeros((8, 6, 3), np.uint8)
+    >>> figure = result_rows(
+    ...     [image], [[image, image]], np.array([[True, False]]),
+    ...     distances=np.array([[0.31, 0.55]]), titles=["dress"])
+    >>> [axes.get_xlabel() for axes in figure.axes]
+    ['dress', '0.310', '0.550']
+    """
+    from matplotlib.figure import Figure
+
+    lengths = [len(part) for part in (queries, neighbours, matches, distances, titles)]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise ValueError(
+            "queries, neighbours, matches, distances and titles have lengths "
+            f"{lengths}, expected the same, at least 1"
+        )
+    columns = 1 + max(map(len, neighbours))
+    size = (_WIDTH * columns, _HEIGHT * len(queries) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    caption = (
+        "Each query and its nearest gallery images, nearest first. Red frame: same category as "
+        "the query. Number: Euclidean distance of the embeddings."
+    )
+    figure.suptitle(textwrap.fill(caption, 16 * columns), fontsize=9)
+    grid = figure.subplots(len(queries), columns, squeeze=False)
+    for row, (query, nearest) in enumerate(zip(queries, neighbours, strict=True)):
+        _show(grid[row, 0], query, "query", titles[row], "black")
+        for rank, image in enumerate(nearest):
+            color = _RELEVANT if matches[row, rank] else _OTHER
+            _show(grid[row, rank + 1], image, str(rank + 1), f"{distances[row, rank]:.3f}", color)
+        for empty in grid[row, len(nearest) + 1 :]:
+            empty.remove()
+    return figure
+
+
+def _show(axes: "Axes", image: np.ndarray, above: str, below: str, color: str) -> None:
+    axes.imshow(image)
+    axes.set(xticks=[], yticks=[])
+    # Names of categories are text, whatever dollar signs they hold.
+    axes.set_title(above, fontsize=8, pad=4)
+    axes.set_xlabel(textwrap.fill(below, 20), fontsize=8, parse_math=False)
+    for spine in axes.spines.values():
+        spine.set(color=color, linewidth=3 if color == _RELEVANT else 1)
+
+
+def training_curve(records: Sequence[Mapping[str, Any]], *, metric: str) -> "Figure":
+    """Draw the loss and one metric over the steps of a run.
+
+    Args:
+        records: of ``metrics.jsonl``, from ``cbam_jax.runlog.read_log``; each has a ``step``, and
+            those of training steps a ``loss``.
+        metric: the other key, e.g. ``"validation/map@10"``. Its value at step 0, of the untrained
+            model, is drawn as a line to compare with.
+
+    >>> records = [{"step": 0, "test/mrr": 0.1}, {"step": 5, "loss": 0.4}, {"step": 5,
+    ...     "test/mrr": 0.3}]
+    >>> [axes.get_ylabel() for axes in training_curve(records, metric="test/mrr").axes]
+    ['training loss', 'test/mrr']
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, key, label in ((above, "loss", "training loss"), (below, metric, metric)):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, values, marker=".", label=label)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    _mark_metric(below, records, metric)
+    below.set_xlabel("step (batches)")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _mark_metric(axes: "Axes", records: Sequence[Mapping[str, Any]], metric: str) -> None:
+    values = {record["step"]: record[metric] for record in records if metric in record}
+    if 0 in values:
+        label = f"untrained: {values[0]:.4f}"
+        axes.axhline(values[0], color="0.5", linestyle="--", linewidth=1, label=label)
+    trained = {step: value for step, value in values.items() if step and np.isfinite(value)}
+    if trained:
+        best = max(trained, key=trained.__getitem__)
+        label = f"best after training: {trained[best]:.4f} at step {best}"
+        axes.plot([best], [trained[best]], "*", color="red", markersize=11, label=label)
+    axes.legend(loc="best", fontsize=8)
+
+
+def save(figure: "Figure", path: str | os.PathLike) -> None:
+    """Write a figure as PNG, whole or not at all: beside it first, then renamed."""
+    path = Path(path)
+    partial = path.with_name("partial-" + path.name)
+    figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
+    os.replace(partial, path)

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+
+import cv2
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgba
+
+from cbam_jax import figures
+
+TITLES = ["a dress that costs $5 or $", "coat", "t_shirt with very long sleeves and a hood"]
+
+
+@pytest.fixture
+def drawn(rng):
+    """Three queries with 5, 2 and 0 neighbours, portrait and landscape."""
+
+    def image(height, width):
+        # Grey, so that all red in the figure is a frame's.
+        return np.repeat(rng.integers(0, 256, (height, width, 1), np.uint8), 3, axis=2)
+
+    neighbours = [
+        [image(40, 20 + 10 * i) for i in range(5)],
+        [image(20, 60), image(60, 20)],
+        [],
+    ]
+    matches = np.array([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    distances = np.sort(rng.uniform(size=(3, 5)), axis=1)
+    queries = [image(30, 30), image(70, 20), image(20, 70)]
+    figure = figures.result_rows(queries, neighbours, matches, distances=distances, titles=TITLES)
+    return figure, queries, neighbours, matches, distances
+
+
+def test_every_cell_shows_its_image_its_text_and_its_frame(drawn):
+    figure, queries, neighbours, matches, distances = drawn
+    cells = iter(figure.axes)
+    for row, query in enumerate(queries):
+        cell = next(cells)
+        np.testing.assert_array_equal(cell.images[0].get_array(), query)
+        assert cell.get_title() == "query"
+        assert cell.get_xlabel().replace("\n", " ") == TITLES[row]
+        for rank, image in enumerate(neighbours[row]):
+            cell = next(cells)
+            np.testing.assert_array_equal(cell.images[0].get_array(), image)
+            assert cell.get_title() == str(rank + 1)
+            assert float(cell.get_xlabel()) == pytest.approx(distances[row, rank], abs=5e-4)
+            frame = cell.spines["left"]
+            assert (frame.get_edgecolor() == to_rgba("red")) == matches[row, rank]
+            assert (frame.get_linewidth() > 2) == matches[row, rank]
+    assert next(cells, None) is None
+
+
+def test_the_caption_explains_frame_and_number(drawn):
+    caption = drawn[0].get_suptitle().replace("\n", " ")
+    assert "Red frame: same category as the query" in caption
+    assert "Number: Euclidean distance" in caption
+
+
+def texts(figure):
+    return [text for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def test_no_text_is_clipped_or_covered(drawn):
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in texts(figure)]
+    # Half a pixel of slack for antialiasing.
+    for box in boxes:
+        assert box.x0 >= -0.5
+        assert box.y0 >= -0.5
+        assert box.x1 <= figure.bbox.width + 0.5
+        assert box.y1 <= figure.bbox.height + 0.5
+    for i, first in enumerate(boxes):
+        for j, second in enumerate(boxes[:i]):
+            overlap = matplotlib.transforms.Bbox.intersection(first, second)
+            empty = overlap is None or min(overlap.width, overlap.height) < 0.5
+            assert empty, [texts(figure)[k].get_text() for k in (i, j)]
+
+
+def test_saved_png_has_red_only_where_a_hit_is(drawn, tmp_path):
+    figure, _, neighbours, matches, distances = drawn
+    figures.save(figure, tmp_path / "hits.png")
+    without = figures.result_rows(
+        [neighbours[0][0]] * 3, neighbours, ~matches & False, distances=distances, titles=TITLES
+    )
+    figures.save(without, tmp_path / "none.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hits.png", "none.png"]
+
+    def red(name):
+        blue, green, red = cv2.split(cv2.imread(str(tmp_path / name)).astype(int))
+        return int(np.sum((red > 200) & (green < 60) & (blue < 60)))
+
+    assert red("hits.png") > 1000
+    assert red("none.png") == 0
+
+
+def test_lengths_that_differ_are_named():
+    image = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"lengths \[1, 1, 1, 1, 2\]"):
+        figures.result_rows(
+            [image], [[]], np.zeros((1, 0), bool), distances=np.zeros((1, 0)), titles=["a", "b"]
+        )
+    with pytest.raises(ValueError, match="at least 1"):
+        figures.result_rows([], [], np.zeros((0, 5)), distances=np.zeros((0, 5)), titles=[])
+
+
+def lines(axes):
+    return {line.get_label(): np.array(line.get_data()) for line in axes.lines}
+
+
+def test_training_curve_draws_each_record_where_it_belongs():
+    records = [
+        {"step": 0, "validation/map@10": 0.8, "validation/mrr": 0.1},
+        {"step": 5, "loss": 0.7},
+        {"step": 10, "loss": 0.5},
+        {"step": 10, "validation/map@10": 0.3},
+        {"step": 20, "loss": 0.6},
+        {"step": 20, "validation/map@10": 0.4},
+        {"step": 30, "validation/map@10": float("nan")},
+    ]
+    figure = figures.training_curve(records, metric="validation/map@10")
+    above, below = figure.axes
+    np.testing.assert_array_equal(lines(above)["training loss"], [[5, 10, 20], [0.7, 0.5, 0.6]])
+    drawn = lines(below)
+    np.testing.assert_array_equal(
+        drawn["validation/map@10"], [[0, 10, 20, 30], [0.8, 0.3, 0.4, np.nan]]
+    )
+    np.testing.assert_array_equal(drawn["untrained: 0.8000"][1], [0.8, 0.8])
+    np.testing.assert_array_equal(drawn["best after training: 0.4000 at step 20"], [[20.0], [0.4]])
+
+
+def test_training_curve_of_a_run_that_has_only_begun(tmp_path):
+    figure = figures.training_curve([{"step": 0, "test/map@10": 0.2}], metric="test/map@10")
+    assert "untrained: 0.2000" in lines(figure.axes[1])
+    figures.save(figure, tmp_path / "curve.png")
+    assert cv2.imread(str(tmp_path / "curve.png")).shape[2] == 3
+
+
+def test_matplotlib_is_imported_when_drawing_and_pyplot_never():
+    code = (
+        "import sys, numpy as np; from cbam_jax import figures; "
+        "assert 'matplotlib' not in sys.modules; "
+        "figures.training_curve([{'step': 1, 'loss': 2.0}], metric='a/b'); "
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
