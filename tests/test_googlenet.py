@@ -15,7 +15,7 @@ from cbam_jax.pretrained import load_pretrained
 def test_features_and_logits_are_torchvisions():
     golden = np.load(FOLDER / "backbones.npz")
     model = seeded_model("googlenet", num_classes=NUM_CLASSES)
-    images = seeded_images(65, 97)
+    images = seeded_images(47, 80)
     # Both from one compilation: the head of the model alone is cheap.
     features = jitted(model.backbone, images)
     expected = golden["googlenet_features"]

@@ -384,27 +384,21 @@ def test_a_pickle_that_executes_is_refused(tmp_path, kind):
         np.testing.assert_array_equal(array, before[name])
 
 
+# A stride beyond the storage of 21 numbers would read other memory.
 @pytest.mark.parametrize(
-    ("stack", "message"),
-    [
-        # A stride beyond the storage would read other memory.
-        (((0, (2, 7), (21, 1))), "reaches beyond"),
-        (((40, (3,), (1,))), "reaches beyond"),
-        (((0, (3,), (-1,))), "reaches beyond"),
-    ],
+    "view", [(0, (2, 7), (21, 1)), (40, (3,), (1,)), (19, (3,), (1,)), (0, (3,), (-1,))]
 )
-def test_a_tensor_outside_its_storage_is_refused(tmp_path, stack, message):
-    offset, shape, strides = stack
+def test_a_tensor_outside_its_storage_is_refused(tmp_path, view):
     payload = (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
         b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x15tQ"
-        + b"".join(pickle.dumps(item, 2)[2:-1] for item in (offset, shape, strides))
+        + b"".join(pickle.dumps(item, 2)[2:-1] for item in view)
         + b"\x89NtR."
     )
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         archive.writestr("x/data.pkl", payload)
         archive.writestr("x/data/0", np.zeros(21, np.float32).tobytes())
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="reaches beyond its storage of 21"):
         read_torch(tmp_path / "x.pth")
 
 

@@ -34,7 +34,14 @@ def slow_max_pool(x, size, strides, padding, ceil_mode):
 @pytest.mark.parametrize("height_width", [(7, 8), (9, 10), (5, 3)])
 @pytest.mark.parametrize(
     ("size", "strides", "padding", "ceil_mode"),
-    [(2, 2, 0, False), (2, 2, 0, True), (3, 2, 0, True), (3, 2, 1, True), (3, 1, 1, True)],
+    [
+        (2, 2, 0, False),
+        (2, 2, 0, True),
+        (3, 2, 0, True),
+        (3, 2, 1, True),
+        (3, 1, 1, True),
+        (2, 2, 1, True),
+    ],
 )
 def test_max_pool_is_torchs(rng, height_width, size, strides, padding, ceil_mode):
     x = rng.normal(-3, 1, (2, *height_width, 3)).astype(np.float32)
@@ -77,20 +84,25 @@ def test_parameter_counts(backbone, parameters):
     assert sum(sizes) == parameters
 
 
-class Add(nnx.Module):
-    """Stands where attention would: adds its width, which nothing else in the model does."""
+class Ramp(nnx.Module):
+    """Stands where attention would: adds its width times the column, which no pool lets pass."""
 
     def __init__(self, features, *, rngs):
         self.features = features
 
     def __call__(self, x):
         assert x.shape[-1] == self.features
-        return x + self.features
+        return x + ramp(x)
+
+
+def ramp(x):
+    columns = jnp.arange(x.shape[2], dtype=jnp.float32)
+    return x.shape[-1] * columns.reshape(1, 1, -1, 1)
 
 
 @pytest.mark.parametrize(("backbone", "stem_size"), [(VGG16, 2), (VGG16BN, 3)])
 def test_attention_follows_the_first_and_the_last_relu(backbone, stem_size):
-    model = nnx.eval_shape(lambda: backbone(attention=Add, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: backbone(attention=Ramp, rngs=nnx.Rngs(0)))
     load_pretrained(model, torch_arrays(model))
     model = nnx.view(model, use_running_average=True)
 
@@ -98,11 +110,11 @@ def test_attention_follows_the_first_and_the_last_relu(backbone, stem_size):
         for layer in model.features[:stem_size]:
             x = layer(x)
         assert model.features[stem_size - 1] is nnx.relu
-        x = x + 64
+        x = x + ramp(x)
         for layer in model.features[stem_size:-1]:
             x = layer(x)
         assert model.features[-2] is nnx.relu
-        return x + 512
+        return x + ramp(x)
 
     graph, state = nnx.split(model)
     images = seeded_images(32, 64)
