@@ -471,7 +471,7 @@ def check(
         )
     class_folders(Path(images))  # Its error belongs before the download.
     published = IMAGENET[version][name]
-    model = create_classifier(name, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: create_classifier(name, rngs=nnx.Rngs(0)))
     report = load_pretrained(model, version if source is None else source)
     print(report.summary(), file=sys.stderr)
     measured = image_accuracy(model, images, resize=published.resize)
