@@ -13,16 +13,10 @@ import os
 import faiss
 import jax
 import numpy as np
+from search_cases import CASES
 
 from cbam_jax.benchmark import bare_product, embeddings, machine, seconds
 from cbam_jax.search import search
-
-# Queries, gallery, dimensions.
-CASES = {
-    "a": (1_000, 100_000, 512),
-    "b": (10_000, 10_000, 2_048),
-    "c": (1_000, 1_000_000, 128),
-}
 
 
 def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:

@@ -27,7 +27,7 @@ FIRST_PASSES = ("float32", "bfloat16")
 _GROUP = 16  # Gallery items whose minimum stands for them in the selection.
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
-_CHUNK, _STEPS = 2**18, 16  # Numbers in a step of the second pass, 1 MiB, and steps in a call.
+_CHUNK, _STEPS = 2**19, 16  # Numbers in a step of the second pass, 2 MiB; steps in a call.
 _DOUBLE_BLOCK = (64, 4096)  # Queries and gallery items at a time in the float64 search.
 _RESIDENT = 2**30  # Bytes up to which a NumPy gallery is copied to the device once.
 

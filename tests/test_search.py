@@ -38,8 +38,8 @@ def assert_same(found, expected):
 
 def test_random_shapes_match_float64(rng):
     """Sizes come from short lists: each new combination is compiled."""
-    for _ in range(60):
-        q, n, d = rng.choice([1, 7]), rng.choice([1, 9, 150, 1111]), rng.choice([1, 17, 200])
+    for _ in range(40):
+        q, n, d = rng.choice([1, 7]), rng.choice([1, 150, 1111]), rng.choice([1, 200])
         queries = rng.normal(1.0, 2.0, (q, d)).astype(np.float32)
         gallery = rng.normal(1.0, 2.0, (n, d)).astype(np.float32)
         k = min(int(rng.choice([1, 5, 1111])), n)
