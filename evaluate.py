@@ -36,7 +36,8 @@ def open_split(config: ConfigDict, split: str) -> RetrievalDataset:
 def build_model(config: ConfigDict) -> EmbeddingModel:
     """Build the config's model, freshly initialised from its seed."""
     options = dict(config.model)
-    options.pop("freeze_batch_norm")
+    for field in ("freeze_batch_norm", "pretrained"):  # train.py's business.
+        options.pop(field)
     options["dtype"] = DTYPES[options["dtype"]]
     return create_model(**options, rngs=nnx.Rngs(config.seed))
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from cbam_jax import InputError, command_line, data, evaluation, losses, steps
 from cbam_jax.checkpoint import Checkpoints, StopSignal, unflatten
 from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.pretrained import load_pretrained
 from cbam_jax.runlog import RunLog, StepMonitor, read_log
 from evaluate import DTYPES, build_model, evaluate_split, open_split, split_protocol
 
@@ -32,28 +33,29 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Train and evaluate along the way; go on from what is in ``workdir``. Return the summary."""
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    training = open_split(config, config.data.train_split)
-    validation = open_split(config, config.data.eval_split)
-    split_protocol(config, validation)
-    train_batches(config, training, step=0).close()  # Their errors belong before the slow part.
-
-    mesh = steps.data_mesh()
-    model = build_model(config)
-    optimizer, learning_rate = build_optimizer(config)
-    state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
-    train_step = steps.make_train_step(
-        model,
-        optimizer,
-        build_loss(config),
-        freeze_batch_norm=config.model.freeze_batch_norm,
-        ema_decay=config.train.ema_decay,
-    )
-    embed_step = steps.make_embed_step(model, mesh)
-
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
         )
+        model = build_model(config)
+        if config.model.pretrained and not checkpoints.steps():
+            print(load_pretrained(model, config.model.pretrained).summary(), flush=True)
+        training = open_split(config, config.data.train_split)
+        validation = open_split(config, config.data.eval_split)
+        split_protocol(config, validation)
+        train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
+
+        mesh = steps.data_mesh()
+        optimizer, learning_rate = build_optimizer(config)
+        state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
+        train_step = steps.make_train_step(
+            model,
+            optimizer,
+            build_loss(config),
+            freeze_batch_norm=config.model.freeze_batch_norm,
+            ema_decay=config.train.ema_decay,
+        )
+        embed_step = steps.make_embed_step(model, mesh)
         state, step = restore(config, checkpoints, state, mesh)
         main = jax.process_index() == 0
         if main:
@@ -252,7 +254,7 @@ def check_same_run(config: ConfigDict, saved: ConfigDict, step: int) -> None:
     changed += ["seed"] if now["seed"] != saved.seed else []
     for field in changed:
         section, _, name = field.partition(".")
-        if section == "model" and name != "freeze_batch_norm":
+        if section == "model" and name not in ("freeze_batch_norm", "pretrained"):
             raise InputError(
                 f"the workdir holds a run with {field}={saved.model.get(name)!r}, not "
                 f"{config.model[name]!r}: use its config, or a new --workdir"

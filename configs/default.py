@@ -36,12 +36,14 @@ def get_config() -> ml_collections.ConfigDict:
     data.crop_fraction = 0.875  # evaluation: short side is image_size / crop_fraction
 
     config.model = model = ml_collections.ConfigDict()
-    # resnet{18,34,50,101,152}, alone or with _se or _cbam.
+    # resnet{18,34,50,101,152}, vgg16, vgg16_bn or googlenet, alone or with _se or _cbam.
     model.name = "resnet50_cbam"
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
     model.normalize = True  # L2-normalise the embeddings, in training and evaluation alike
     model.pooling = "average"  # or "gem"
     model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
+    # None: from scratch. "imagenet" (torchvision's weights), a .safetensors or .pth file, a run.
+    model.pretrained = placeholder(str)
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
     model.freeze_batch_norm = False  # normalise by running statistics, and keep them
 
