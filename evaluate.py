@@ -37,7 +37,7 @@ def build_model(config: ConfigDict) -> EmbeddingModel:
     """Build the config's model, freshly initialised from its seed."""
     options = dict(config.model)
     for field in ("freeze_batch_norm", "pretrained"):  # train.py's business.
-        options.pop(field)
+        options.pop(field, None)
     options["dtype"] = DTYPES[options["dtype"]]
     return create_model(**options, rngs=nnx.Rngs(config.seed))
 

@@ -307,10 +307,14 @@ def record_evaluation(
 def summarize(
     config: ConfigDict, workdir: Path, checkpoints: Checkpoints, step: int, monitor: StepMonitor
 ) -> dict[str, Any]:
-    """Return the run's last line: where it stands, how fast it was, what it reached."""
-    name = f"{config.data.eval_split}/{evaluation.HEADLINE}"
-    values = {record["step"]: record[name] for record in read_log(workdir) if name in record}
-    best = checkpoints.best_step()
+    """Return the run's last line: where it stands, how fast it was, what training added."""
+    split, best = config.data.eval_split, checkpoints.best_step()
+    shown = ("map@5", "map@10", "precision@10")
+    evaluations = {
+        record["step"]: {name: record.get(f"{split}/{name}") for name in shown}
+        for record in read_log(workdir)
+        if f"{split}/{evaluation.HEADLINE}" in record
+    }
     batch = config.data.classes_per_batch * config.data.images_per_class
     speed = round(monitor.images / monitor.seconds, 2) if monitor.seconds else None
     return {
@@ -319,11 +323,23 @@ def summarize(
         "finished": step == config.train.steps,
         "images_seen": step * batch,
         "images_per_second": speed,
-        "metric": name,
-        "untrained": values.get(0),
-        "best": values.get(best),
+        "split": split,
+        "untrained": evaluations.get(0),
+        "best": evaluations.get(best),
         "best_step": best,
     }
+
+
+def tell(summary: dict[str, Any]) -> str:
+    """Say in plain words what the run did and what to do next."""
+    lines = [f"{summary['step']} steps, {summary['images_seen']} images seen"]
+    before, after = summary["untrained"], summary["best"]
+    if before and after:
+        lines[0] += f"; {summary['split']}, untrained -> best (step {summary['best_step']}):"
+        lines += [f"  {name:14}{before[name]:.4f} -> {after[name]:.4f}" for name in after]
+    workdir = summary["workdir"]
+    lines.append(f"measure it: python evaluate.py --workdir={workdir} --split=test --figures")
+    return "\n".join(lines)
 
 
 def parse_flags() -> tuple[ConfigDict, Path]:
@@ -359,6 +375,7 @@ def main() -> None:
     """Train, and print the JSON line."""
     summary = train_and_evaluate(*parse_flags())
     if jax.process_index() == 0:
+        print(tell(summary))
         print(json.dumps(summary))
 
 

@@ -20,6 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.crop_scale = (0.4, 1.0)
     config.data.color_jitter = 0.2
     config.model.name = "resnet50_cbam"
+    # From scratch, hard mining collapses: all triplets, a soft margin and free lengths do not.
+    config.model.normalize = False
+    config.loss.mining = "batch_all"
+    config.loss.soft = True
+    config.optimizer.learning_rate = 1e-3
     config.train.steps = 900
     config.train.eval_every = 150
     config.train.checkpoint_every = 75

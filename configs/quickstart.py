@@ -12,13 +12,17 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the defaults, made small."""
     config = configs.default.get_config()
     config.data.name = "synthetic_garments/quickstart"
-    config.data.image_size = 64
-    config.data.crop_scale = (0.5, 1.0)
+    config.data.image_size = 48
+    config.data.crop_scale = (0.7, 1.0)
     config.model.name = "resnet18_cbam"
     config.model.embedding_dim = 128
+    # From scratch, hard mining collapses: all triplets, a soft margin and free lengths do not.
+    config.model.normalize = False
+    config.loss.mining = "batch_all"
+    config.loss.soft = True
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
-    config.train.steps = 200
-    config.train.eval_every = 100
+    config.train.steps = 350
+    config.train.eval_every = 175
     config.train.checkpoint_every = 50
     return config
