@@ -273,11 +273,12 @@ def test_two_processes_give_what_one_gives(manifest, start, tmp_path):
     assert actual == pytest.approx(expected, abs=1e-5)
     expected, actual = restore(tmp_path / "one"), restore(tmp_path / "two")
     assert actual.step == expected.step == 3
-    for part in ("model", "optimizer"):
+    # SGD's memory is a sum of gradients, the parameters have seen a thousandth of it.
+    for part, atol in {"model": 1e-5, "optimizer": 1e-4}.items():
         arrays = getattr(actual, part)
         assert arrays.keys() == getattr(expected, part).keys()
         for name, array in getattr(expected, part).items():
-            np.testing.assert_allclose(arrays[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(arrays[name], array, rtol=1e-5, atol=atol, err_msg=name)
 
 
 # --- evaluate.py ---
