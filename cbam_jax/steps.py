@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     ema: Any
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Devices, by default all of all processes, along one axis, ``data``."""
     size = jax.device_count() if devices is None else len(devices)
     return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
