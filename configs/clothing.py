@@ -17,15 +17,17 @@ def get_config() -> ml_collections.ConfigDict:
     config = configs.default.get_config()
     config.data.name = "clothing_dataset_small/256px"
     config.data.image_size = 64
-    config.data.crop_scale = (0.4, 1.0)
+    config.data.crop_scale = (0.6, 1.0)
     config.data.color_jitter = 0.2
     config.model.name = "resnet50_cbam"
+    config.model.embedding_dim = 128
     # From scratch, hard mining collapses: all triplets, a soft margin and free lengths do not.
     config.model.normalize = False
     config.loss.mining = "batch_all"
     config.loss.soft = True
     config.optimizer.learning_rate = 1e-3
-    config.train.steps = 900
-    config.train.eval_every = 150
-    config.train.checkpoint_every = 75
+    config.optimizer.warmup_steps = 20
+    config.train.steps = 700
+    config.train.eval_every = 140
+    config.train.checkpoint_every = 35
     return config

@@ -84,15 +84,22 @@ class BatchNorm(nnx.Module):
 
     The running variance is the unbiased one, as in torch (``nnx.BatchNorm`` keeps the biased one).
     ``momentum`` is the share that is kept: 0.9 is torch's 0.1. Statistics and the normalisation are
-    float32 whatever the dtype of the input, which the result takes on again. The batch is the
+    float32 whatever the dtype of the input, which the result takes on again. ``scale`` is where the
+    scales start. The batch is the
     global one: under ``jit`` over a mesh the sums run over all devices.
     """
 
     def __init__(
-        self, features: int, *, epsilon: float = 1e-5, momentum: float = 0.9, rngs: nnx.Rngs
+        self,
+        features: int,
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
     ):
         del rngs  # Nothing is random; taken so that all layers are built alike.
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.scale = nnx.Param(jnp.full((features,), scale, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros((features,), jnp.float32))
         self.var = nnx.BatchStat(jnp.ones((features,), jnp.float32))

@@ -3,6 +3,10 @@
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016; stride 2 in the 3 x 3
 convolution of a bottleneck, as torchvision has it ("ResNet v1.5"). Submodules carry torchvision's
 names (``conv1, bn1, layer1.0.conv1, layer1.0.downsample.0``), so that weights port by one rule.
+
+A block's last BatchNorm starts with scale 0, so that the block starts as its shortcut (Goyal et
+al.: Accurate, Large Minibatch SGD, 2017); torchvision starts it with 1. Without it, a ResNet50
+trained from scratch by a triplet loss collapsed in every recipe tried.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +52,7 @@ class BasicBlock(nnx.Module):
         self.conv1 = Conv(in_features, features, 3, strides, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(features, rngs=rngs)
         self.conv2 = Conv(features, features, 3, dtype=dtype, rngs=rngs)
-        self.bn2 = BatchNorm(features, rngs=rngs)
+        self.bn2 = BatchNorm(features, scale=0.0, rngs=rngs)
         self.downsample = _downsample(in_features, features, strides, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,7 +83,7 @@ class Bottleneck(nnx.Module):
         self.conv2 = Conv(features, features, 3, strides, dtype=dtype, rngs=rngs)
         self.bn2 = BatchNorm(features, rngs=rngs)
         self.conv3 = Conv(features, out_features, 1, dtype=dtype, rngs=rngs)
-        self.bn3 = BatchNorm(out_features, rngs=rngs)
+        self.bn3 = BatchNorm(out_features, scale=0.0, rngs=rngs)
         self.downsample = _downsample(in_features, out_features, strides, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
