@@ -189,7 +189,7 @@ def main() -> None:
         raise InputError(f"--checkpoint={which}: give best, last or a step")
     report = evaluate(flags.workdir, flags.split, which, flags.figures)
     line = {key: report[key] for key in ("dataset", "split", "step", "metrics", "interval")}
-    print(json.dumps({"workdir": str(flags.workdir), **line}))
+    print(command_line.to_json({"workdir": str(flags.workdir), **line}))
 
 
 if __name__ == "__main__":

@@ -375,7 +375,7 @@ def main() -> None:
     summary = train_and_evaluate(*parse_flags())
     if jax.process_index() == 0:
         print(tell(summary))
-        print(json.dumps(summary))
+        print(command_line.to_json(summary))
 
 
 if __name__ == "__main__":

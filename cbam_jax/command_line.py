@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -26,10 +27,26 @@ def run(main: Callable[[], Any]) -> int:
         return 2
 
 
+def to_json(document: Any, indent: int | None = None) -> str:
+    """Return strict JSON: a mean over nothing, NaN here, is null, which every parser reads.
+
+    >>> to_json({"map@10": float("nan"), "of": (0.25, 0.5)})
+    '{"map@10": null, "of": [0.25, 0.5]}'
+    """
+    return json.dumps(_without_nan(document), indent=indent, allow_nan=False)
+
+
+def _without_nan(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {name: _without_nan(value) for name, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_without_nan(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
+
+
 def write_json(path: str | os.PathLike, document: Any) -> None:
     """Write a JSON file whole or not at all: beside it first, then renamed."""
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "w") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(to_json(document, indent=2) + "\n")
     os.replace(partial, path)
