@@ -24,8 +24,8 @@ from ml_collections import ConfigDict, config_flags
 from cbam_jax import InputError, command_line, data, evaluation, losses, steps
 from cbam_jax.checkpoint import Checkpoints, StopSignal, unflatten
 from cbam_jax.datasets import RetrievalDataset
-from cbam_jax.models import EmbeddingModel
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.models import MODELS, EmbeddingModel
+from cbam_jax.pretrained import IMAGENET, fetch_imagenet, load_pretrained
 from cbam_jax.runlog import RunLog, StepMonitor, read_log
 from evaluate import (
     DTYPES,
@@ -45,9 +45,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
         )
+        source = None if checkpoints.steps() else config.model.pretrained
+        if source:  # Before the model, whose drawing takes a while.
+            check_source(config, source)
         model = build_model(config)
-        if config.model.pretrained and not checkpoints.steps():
-            print(load_pretrained(model, config.model.pretrained).summary(), flush=True)
+        if source:
+            print(load_pretrained(model, source).summary(), flush=True)
         training = open_split(config, config.data.train_split)
         validation = open_split(config, config.data.eval_split)
         check_labels(config, training, validation)
@@ -176,6 +179,21 @@ def check_classifier(config: ConfigDict) -> None:
         raise InputError(
             "model.normalize=True: logits of unit vectors are too alike for cross_entropy; "
             "set it to False"
+        )
+
+
+def check_source(config: ConfigDict, source: str) -> None:
+    """Raise InputError where published weights can't be had, or a run's gates have another form."""
+    if source in IMAGENET:
+        fetch_imagenet(MODELS[config.model.name][0], source)
+    path = Path(source) / "config.json"  # Of a run, or of hub.save_pretrained.
+    saved = json.loads(path.read_text())["model"] if path.exists() else {}
+    has_attention = MODELS.get(saved.get("name"), ("", ""))[1] != ""
+    theirs = saved.get("attention_init", "paper")
+    if has_attention and theirs != config.model.attention_init:
+        raise InputError(
+            f"model.attention_init={config.model.attention_init!r}, but the gates in {source} were "
+            f"trained in the form {theirs!r}: set it to that"
         )
 
 

@@ -150,6 +150,13 @@ def test_a_retrieval_run_starts_from_it_with_its_attention(
         np.testing.assert_array_equal(variable[...], arrays[f"{kind}.{name}"])
 
 
+def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
+    workdir, _, _ = classified
+    fields = {"model.pretrained": str(workdir), "model.attention_init": "identity"}
+    with pytest.raises(InputError, match="attention_init='identity', but .* form 'paper': set it"):
+        train.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
