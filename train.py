@@ -41,6 +41,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Train and evaluate along the way; go on from what is in ``workdir``. Return the summary."""
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    training = open_split(config, config.data.train_split)
+    validation = open_split(config, config.data.eval_split)
+    check_labels(config, training, validation)
+    split_protocol(config, validation)
+    train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
@@ -51,12 +56,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         model = build_model(config)
         if source:
             print(load_pretrained(model, source).summary(), flush=True)
-        training = open_split(config, config.data.train_split)
-        validation = open_split(config, config.data.eval_split)
-        check_labels(config, training, validation)
-        split_protocol(config, validation)
-        train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
-
         mesh = steps.data_mesh()
         optimizer, learning_rate = build_optimizer(config)
         state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
@@ -435,7 +434,7 @@ def parse_flags() -> tuple[ConfigDict, Path]:
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
     try:
         rest = values(["train.py", f"--config={known.config}", *overrides])
-    except FileNotFoundError as error:
+    except OSError as error:
         raise InputError(f"--config={known.config}: no such file") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())

@@ -56,7 +56,7 @@ def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
 
 
 def bare_product(
-    queries: np.ndarray, gallery: jax.Array, query_block: int = 256, gallery_block: int = 16320
+    queries: np.ndarray, gallery: jax.Array, query_block: int = 256, gallery_block: int = 16128
 ) -> np.ndarray:
     """The largest inner product of each query, [q]: a search with nothing but its matrix product.
 
@@ -67,6 +67,7 @@ def bare_product(
       [3.0, 5.0]
     """
     rows = -(-len(gallery) // -(-len(gallery) // gallery_block))
+    rows = min(-(-rows // 256) * 256, gallery_block, len(gallery))
     tiles = [jnp.asarray(queries[i : i + query_block]) for i in range(0, len(queries), query_block)]
     best = [jnp.full(len(x), -jnp.inf) for x in tiles]
     for start in range(0, len(gallery), rows):

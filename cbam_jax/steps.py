@@ -7,7 +7,7 @@ replicated, so that mining and BatchNorm see the global batch: n devices give th
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +34,10 @@ class TrainState(NamedTuple):
     ema: Any
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, ``data``."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices, by default all of all processes, along one axis, ``data``."""
+    size = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -44,12 +45,13 @@ def test_the_papers_rows_differ_by_their_model_alone():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_without_network_a_row_says_where_to_put_the_file(name, tmp_path, monkeypatch):
+def test_without_network_a_row_says_where_to_put_the_file(name, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("CBAM_JAX_MIRROR", "http://127.0.0.1:1")  # Nobody listens there.
     monkeypatch.setenv("CBAM_JAX_CACHE", str(tmp_path / "cache"))
-    config = read(name)
     monkeypatch.setattr(train, "check_choices", lambda config: None)  # It builds the model's shape.
     monkeypatch.setattr(train, "build_model", None)
+    config = read(name)
+    config.data.name = f"{photos}/"
     with pytest.raises(InputError) as caught:
         train.train_and_evaluate(config, tmp_path / "run")
     file = IMAGENET["imagenet"][name.partition("_")[0]].file
@@ -58,9 +60,20 @@ def test_without_network_a_row_says_where_to_put_the_file(name, tmp_path, monkey
     assert "\n" not in str(caught.value)
 
 
-def test_a_classifier_starts_fresh_beside_pretrained_weights(tmp_path):
-    config = read("imagenet_cbam")
-    model = nnx.eval_shape(lambda: train.build_model(config))
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Eight classes of three images, for train and for validation."""
+    folder = tmp_path_factory.mktemp("photos")
+    encoded = cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1].tobytes()
+    for i in range(48):
+        path = folder / ("train", "validation")[i % 2] / f"class_{i // 6}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded)
+    return folder
+
+
+def test_a_classifier_starts_fresh_beside_pretrained_weights():
+    model = nnx.eval_shape(lambda: train.build_model(read("imagenet_cbam")))
     arrays = nnx.eval_shape(lambda: train.build_model(read("resnet50")))
     state = nnx.to_flat_state(nnx.state(arrays))
     source = {".".join(map(str, path)): np.zeros(leaf.shape, np.float32) for path, leaf in state}

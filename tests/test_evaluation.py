@@ -1,0 +1,176 @@
+"""Evaluation of embeddings against loops over queries and ranks, in float64."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cbam_jax import InputError
+from cbam_jax.evaluation import evaluate_embeddings, format_report, make_protocol
+from cbam_jax.metrics import METRIC_DEFINITIONS
+
+KS = (1, 4, 10)
+NAMES = ("coat", "dress", "hat", "a long skirt", "shoe")
+
+
+@pytest.fixture
+def split(rng):
+    """45 images of five labels, one of which has a single image; distances with ties."""
+    label = np.append(rng.integers(0, 4, 44), 4)
+    # Small integers: many equal distances, and each is exact in float32.
+    embeddings = rng.integers(-2, 3, (45, 3)).astype(np.float32)
+    return embeddings, label
+
+
+def brute_force(embeddings, label, is_query, is_gallery, ignored):
+    """The metrics of the counted queries by label, and (query, ranking, distances) of each."""
+    points = embeddings.astype(np.float64)
+    values, rankings, depth = {}, [], max(KS)
+    for query in np.flatnonzero(is_query):
+        same = np.flatnonzero(is_gallery & (label == label[query]))
+        depth = max(depth, sum(not ignored(query, i) for i in same))
+    for query in np.flatnonzero(is_query):
+        distance = np.sqrt(np.sum((points - points[query]) ** 2, axis=1))
+        among = [i for i in np.flatnonzero(is_gallery) if not ignored(query, i)]
+        ranking = sorted(among, key=lambda i: (distance[i], i))
+        rankings.append((query, ranking, distance[ranking]))
+        hits = [label[i] == label[query] for i in ranking]
+        relevant = sum(hits)
+        if not relevant:
+            continue
+        precision = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits))]
+        # No more is ranked than the metrics at K and at R need: a hit beyond that counts as none.
+        first = hits.index(True)
+        one = {"mrr": 1 / (first + 1) if first < depth else 0.0}
+        one["r_precision"] = sum(hits[:relevant]) / relevant
+        for k in (*KS, relevant):
+            at_hits = [p for p, hit in zip(precision[:k], hits[:k], strict=True) if hit]
+            total, found = sum(at_hits), len(at_hits)
+            if k == relevant:
+                one["map@R"] = total / relevant
+            if k in KS:
+                one[f"map@{k}"] = total / found if found else 0.0
+                one[f"map_min@{k}"] = total / min(k, relevant)
+                one[f"map_all@{k}"] = total / relevant
+                one[f"precision@{k}"] = found / k
+                one[f"recall@{k}"] = float(found > 0)
+        values.setdefault(int(label[query]), []).append(one)
+    return values, rankings
+
+
+def assert_means(metrics, values, num_queries):
+    assert metrics["num_queries"] == num_queries
+    assert metrics["num_left_out"] == num_queries - len(values)
+    assert metrics.keys() == {*values[0], "num_queries", "num_left_out"}
+    for name in values[0]:
+        expected = sum(value[name] for value in values) / len(values)
+        assert metrics[name] == pytest.approx(expected, abs=1e-12), name
+
+
+def assert_agrees(result, label, reference):
+    values, rankings = reference
+    everyone = [value for one in values.values() for value in one]
+    assert_means(result.report["metrics"], everyone, len(rankings))
+    queries = np.bincount([label[query] for query, _, _ in rankings], minlength=len(NAMES))
+    categories = result.report["per_category"]
+    assert categories.keys() == {NAMES[i] for i in np.flatnonzero(queries)}
+    for which, one in values.items():
+        assert_means(categories[NAMES[which]], one, queries[which])
+    for row, (query, ranking, distance) in enumerate(rankings):
+        k = min(max(KS), len(ranking))
+        assert result.query[row] == query
+        assert result.neighbour[row, :k].tolist() == ranking[:k]
+        assert (result.neighbour[row, k:] == -1).all()
+        np.testing.assert_allclose(result.distance[row, :k], distance[:k], rtol=1e-6)
+        np.testing.assert_array_equal(result.match[row, :k], label[ranking[:k]] == label[query])
+
+
+def test_leave_one_out(split):
+    embeddings, label = split
+    everyone = np.ones(len(label), bool)
+    protocol = make_protocol(everyone, everyone, ks=KS)
+    result = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS)
+    reference = brute_force(embeddings, label, everyone, everyone, lambda q, i: q == i)
+    assert_agrees(result, label, reference)
+    metrics = result.report["metrics"]
+    assert metrics["num_left_out"] == 1
+    assert np.isnan(result.headline).tolist() == (label == 4).tolist()
+    assert np.nanmean(result.headline) == pytest.approx(metrics["map@10"])
+    low, high = result.report["interval"]["of"]
+    assert low < metrics["map@10"] < high
+    assert result.report["protocol"] == "leave one out"
+    assert result.report["num_gallery"] == 45
+
+
+def test_queries_in_a_gallery_that_holds_some_of_them(split, rng):
+    embeddings, label = split
+    is_query, is_gallery = rng.random(45) < 0.4, rng.random(45) < 0.7
+    both = is_query & is_gallery
+    assert 0 < both.sum() < min(is_query.sum(), is_gallery.sum())
+    protocol = make_protocol(is_query, is_gallery, ks=KS)
+    result = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS)
+    reference = brute_force(embeddings, label, is_query, is_gallery, lambda q, i: q == i)
+    assert_agrees(result, label, reference)
+    assert result.report["protocol"] == "queries in a gallery"
+    assert result.report["num_gallery"] == is_gallery.sum()
+
+
+def test_the_querys_own_item_and_series_are_ignored(split, rng):
+    embeddings, label = split
+    item, series = rng.integers(0, 6, 45), rng.integers(0, 2, 45)
+    everyone = np.ones(45, bool)
+    options = {"item": item, "series": series, "ignore_same_series": True}
+    protocol = make_protocol(everyone, everyone, **options, ks=KS)
+    result = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS)
+
+    def ignored(query, i):
+        return item[query] == item[i] and series[query] == series[i]
+
+    assert_agrees(result, label, brute_force(embeddings, label, everyone, everyone, ignored))
+    assert result.report["protocol"].endswith("without the query's own item and series")
+
+
+def test_too_little_to_search_and_missing_columns():
+    everyone = np.ones(11, bool)
+    make_protocol(everyone, everyone, ks=(5, 10))
+    with pytest.raises(InputError, match=r"11 queries among 10 gallery images .* ks=\(5, 11\)"):
+        make_protocol(everyone, everyone, ks=(5, 11))
+    # A gallery without the queries loses none to leaving them out.
+    first = np.arange(11) < 1
+    make_protocol(first, ~first, ks=(10,))
+    with pytest.raises(InputError, match="0 queries among 11"):
+        make_protocol(~everyone, everyone, ks=(5,))
+    with pytest.raises(InputError, match="eval.ignore_same_series=True needs .* set it to False"):
+        make_protocol(everyone, everyone, ignore_same_series=True, ks=(5,))
+
+
+def test_embeddings_that_are_not_finite(split):
+    embeddings, label = split
+    embeddings[7, 1] = np.nan
+    protocol = make_protocol(label >= 0, label >= 0, ks=KS)
+    with pytest.raises(ValueError, match="NaN or infinity in 1 rows, the first is row 7"):
+        evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS)
+
+
+def test_the_printed_report_says_what_is_in_it(split):
+    embeddings, label = split
+    protocol = make_protocol(label >= 0, label >= 0, ks=KS)
+    report = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS).report
+    assert json.loads(json.dumps(report))["ks"] == list(KS)
+    lines = format_report(report).splitlines()
+    assert lines[0].startswith("45 queries, 45 gallery images (leave one out); 1 queries left out")
+    table = {line.split()[0]: line for line in lines if line}
+    for family in ("map", "map_min", "map_all", "precision", "recall"):
+        *values, _ = table[family].split(maxsplit=len(KS) + 1)[1:]
+        expected = [f"{report['metrics'][f'{family}@{k}']:.4f}" for k in KS]
+        assert values == expected
+        assert table[family].endswith("  " + METRIC_DEFINITIONS[family + "@K"])
+    for name in ("map@R", "r_precision", "mrr"):
+        assert f"{report['metrics'][name]:.4f}" in table[name]
+        assert table[name].endswith("  " + METRIC_DEFINITIONS[name])
+    low, high = report["interval"]["of"]
+    assert f"95% bootstrap interval of map@10 over queries: {low:.4f} to {high:.4f}" in lines
+    [skirt] = [line for line in lines if line.startswith("a long skirt")]
+    metrics = report["per_category"]["a long skirt"]
+    shown = [f"{metrics[f'{family}@10']:.4f}" for family in ("map", "precision", "recall")]
+    assert skirt.removeprefix("a long skirt").split() == [f"{(label == 3).sum()}", *shown]

@@ -1,0 +1,116 @@
+"""Imports go one way, and the small parts stay small to import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cbam_jax"
+
+# Which of our modules each may import, also late; below those that it stands on. Everyone may
+# import cbam_jax.InputError.
+MAY_IMPORT = {
+    "attention": set(),
+    "distances": set(),
+    "metrics": set(),
+    "gradcam": set(),
+    "command_line": set(),
+    "checkpoint": set(),
+    "figures": set(),
+    "runlog": set(),
+    "steps": set(),
+    "torch_files": set(),
+    "datasets": set(),
+    "data": {"datasets"},
+    "losses": {"distances"},
+    "search": {"distances"},
+    "evaluation": {"metrics", "search"},
+    "backbones": {"attention"},
+    "models": {"attention", "backbones", "distances"},
+    "classifier": {"backbones", "models"},
+    # Weights are read from a run's checkpoint or a download; its command checks them on photos.
+    "pretrained": {"checkpoint", "classifier", "datasets", "torch_files"},
+    "hub": {"models", "pretrained"},
+}
+# These use numpy and jax alone, so that they can be taken out and used elsewhere.
+WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")
+
+
+def modules():
+    """Our modules by the first part of their name: a package counts as one."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault(part, []).append(path)
+    return {name: paths for name, paths in found.items() if name != "__init__"}
+
+
+def imported(path):
+    """Full dotted names that a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(name):
+    """What ``name`` imports of ours: modules, and names of the package itself."""
+    names = {part for path in modules()[name] for part in imported(path)}
+    found = {part.split(".")[1] for part in names if part.startswith("cbam_jax.")}
+    return found - {name}
+
+
+# benchmark stands on top, beside train.py and evaluate.py.
+@pytest.mark.parametrize("name", sorted(modules().keys() - {"benchmark"}))
+def test_layers(name):
+    assert name in MAY_IMPORT, f"put {name} into the layers"
+    allowed = MAY_IMPORT[name] | {"InputError", "__version__"}
+    assert ours(name) <= allowed
+    if name in WITHOUT_INPUT_ERROR:
+        assert "InputError" not in ours(name)
+
+
+def test_the_layers_have_no_cycle():
+    below = []
+    for name, allowed in MAY_IMPORT.items():
+        assert allowed <= set(below), name
+        below.append(name)
+
+
+def test_the_library_never_imports_the_scripts_or_their_config():
+    for name, paths in modules().items():
+        for path in paths:
+            roots = {part.split(".")[0] for part in imported(path)}
+            assert not roots & {"train", "evaluate", "configs", "tensorflow", "torch"}, path
+            assert name == "benchmark" or "ml_collections" not in roots, path
+
+
+HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplotlib", "cv2")
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("losses", HEAVY),
+        ("search", HEAVY),
+        ("metrics", (*HEAVY, "jax")),
+        ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
+        ("figures", ("matplotlib", "jax")),
+    ],
+)
+def test_importing_a_part_does_not_load_the_rest(module, absent):
+    code = f"import sys, cbam_jax.{module}; print(*sorted({set(absent)!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == []

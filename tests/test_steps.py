@@ -1,0 +1,321 @@
+"""The steps against slow references: other device counts, and the optimizers in float64 NumPy."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from seeded import seeded_model
+
+from cbam_jax import steps
+from cbam_jax.losses import triplet_loss
+from cbam_jax.models import create_model
+
+
+class Tiny(nnx.Module):
+    """A backbone, attention (new), a norm with statistics, and a projection (new)."""
+
+    def __init__(self, rngs):
+        self.backbone = nnx.Linear(12, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, momentum=0.9, rngs=rngs)
+        self.attention = nnx.Linear(5, 5, use_bias=False, rngs=rngs)
+        self.projection = nnx.Linear(5, 3, rngs=rngs)
+
+    def preprocess(self, images):
+        return images.astype(jnp.float32) / 255
+
+    def __call__(self, x):
+        x = self.norm(self.backbone(x.reshape(x.shape[0], -1)))
+        return self.projection(nnx.relu(x) + self.attention(x))
+
+
+def tiny():
+    return Tiny(nnx.Rngs(0))
+
+
+def batch_of(rng, size, side=2):
+    image = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+    return {"image": image, "label": np.repeat(np.arange(size // 4), 4).astype(np.int32)}
+
+
+def squared(embeddings, labels):
+    """A smooth loss, so that gradients of parts add up to the gradient of the whole."""
+    target = labels[:, None].astype(jnp.float32)
+    loss = jnp.mean(jnp.sum(jnp.square(embeddings - target), axis=1))
+    return loss, {"largest": jnp.max(embeddings)}
+
+
+def run(model, optimizer, mesh, batches, *, loss=squared, ema=False, **options):
+    """Steps over host batches: the last state on the host, and the losses."""
+    state = steps.create_train_state(model, optimizer, mesh, ema=ema)
+    train_step = steps.make_train_step(model, optimizer, loss, **options)
+    losses = []
+    for batch in steps.to_devices(batches, mesh):
+        state, scalars = train_step(state, batch)
+        losses.append(scalars["loss"])
+    return jax.device_get(state), np.array(losses)
+
+
+def flat(tree):
+    """Arrays by dotted names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path).removesuffix(".value"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_one_device_and_eight_give_the_same(rng):
+    model = seeded_model("resnet18_cbam")
+    optimizer = steps.create_optimizer("sgd", 0.02, weight_decay=1e-3)
+    batches = [batch_of(rng, 16, side=32) for _ in range(3)]
+    # The soft loss is smooth: a hinge would turn the last bit of a distance into another gradient.
+    loss = functools.partial(triplet_loss, mining="batch_all", soft=True)
+    assert len(jax.devices()) == 8
+    (one, losses_one), (eight, losses_eight) = (
+        run(model, optimizer, steps.data_mesh(devices), batches, loss=loss)
+        for devices in (jax.devices()[:1], jax.devices())
+    )
+    np.testing.assert_allclose(losses_eight, losses_one, atol=1e-5)
+    before = flat(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    for part in ("params", "batch_stats"):
+        expected, actual = flat(getattr(one, part)), flat(getattr(eight, part))
+        assert expected.keys() == actual.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(actual[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+        moved = max(np.max(np.abs(array - before[name])) for name, array in expected.items())
+        assert moved > 1e-3  # Far more than what was allowed to differ.
+
+
+@pytest.fixture
+def promotion():
+    """optax's Adam and MultiSteps mix integer counters with floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+# --- optimizers against torch's definitions, in float64 ---
+
+SHAPES = {"backbone.kernel": (3, 4), "backbone.bias": (4,), "projection.kernel": (4, 2)}
+
+
+def schedule_by_hand(peak, warmup, total, step):
+    if step < warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def clipped(grads, largest):
+    norm = math.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
+    factor = min(1.0, largest / norm) if largest else 1.0
+    return {name: grad * factor for name, grad in grads.items()}
+
+
+def torch_sgd(param, grad, memory, rate, decay, momentum, t):
+    grad = grad + decay * param
+    memory["buffer"] = grad if t == 1 else momentum * memory["buffer"] + grad
+    return param - rate * memory["buffer"]
+
+
+def torch_adamw(param, grad, memory, rate, decay, _, t):
+    param = param - rate * decay * param
+    memory["m"] = 0.9 * memory.get("m", 0.0) + 0.1 * grad
+    memory["v"] = 0.999 * memory.get("v", 0.0) + 0.001 * grad**2
+    mean, square = memory["m"] / (1 - 0.9**t), memory["v"] / (1 - 0.999**t)
+    return param - rate * mean / (np.sqrt(square) + 1e-8)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.5])
+@pytest.mark.parametrize(("name", "update"), [("sgd", torch_sgd), ("adamw", torch_adamw)])
+def test_optimizer_is_torchs(rng, promotion, name, update, clip_norm):
+    peak, warmup, total, decay, momentum, multiple = 0.3, 2, 7, 0.2, 0.7, 5.0
+    schedule = steps.learning_rate_schedule(peak, warmup_steps=warmup, total_steps=total)
+    optimizer = steps.create_optimizer(
+        name,
+        schedule,
+        weight_decay=decay,
+        momentum=momentum,
+        new_layer_multiple=multiple,
+        clip_norm=clip_norm,
+    )
+    expected = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in expected.items()}
+    state, memories = optimizer.init(params), {name: {} for name in SHAPES}
+    apply = jax.jit(optimizer.update)
+    for t in range(1, 7):
+        grads = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+        single = {name: jnp.asarray(grad, jnp.float32) for name, grad in grads.items()}
+        updates, state = apply(single, state, params)
+        params = optax.apply_updates(params, updates)
+        for key, grad in clipped(grads, clip_norm).items():
+            rate = schedule_by_hand(peak, warmup, total, t - 1)
+            rate *= multiple if key.startswith("projection") else 1.0
+            decays = decay if expected[key].ndim > 1 else 0.0
+            expected[key] = update(expected[key], grad, memories[key], rate, decays, momentum, t)
+            # Adam's 1 - 0.999^t keeps four digits in float32, and the updates are of size 1.
+            atol = 1e-4 if name == "adamw" else 2e-6
+            np.testing.assert_allclose(params[key], expected[key], rtol=2e-5, atol=atol)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="unknown optimizer 'lamb': choose one of sgd, adamw"):
+        steps.create_optimizer("lamb", 0.1)
+
+
+def test_new_layers_of_a_real_model_are_attention_projection_and_pooling():
+    build = lambda: create_model(  # noqa: E731
+        "resnet18_cbam", embedding_dim=8, pooling="gem", rngs=nnx.Rngs(0)
+    )
+    params = nnx.state(nnx.eval_shape(build), nnx.Param)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
+    optimizer = steps.create_optimizer("sgd", 1.0, momentum=0.0, new_layer_multiple=3.0)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    faster = {name for name, update in flat(updates).items() if np.all(update == -3.0)}
+    slower = {name for name, update in flat(updates).items() if np.all(update == -1.0)}
+    assert faster | slower == flat(params).keys()
+    new = ("attention", "projection.", "pool.")
+    assert faster == {name for name in flat(params) if any(part in name for part in new)}
+    assert {"projection.kernel", "projection.bias", "pool.power"} <= faster
+    assert {"backbone.conv1.kernel", "backbone.bn1.scale"} <= slower
+
+
+def test_two_micro_batches_make_one_update_with_the_mean_gradient(rng, promotion):
+    model, mesh = tiny(), steps.data_mesh()
+    first, second = batch_of(rng, 8), batch_of(rng, 8)
+    frozen = {"freeze_batch_norm": True}  # Statistics of halves are not those of the whole.
+    options = {"weight_decay": 0.1, "momentum": 0.9}
+    whole = {name: np.concatenate([first[name], second[name]]) for name in first}
+    once = steps.create_optimizer("sgd", 0.1, **options)
+    expected, _ = run(model, once, mesh, [whole, whole], **frozen)
+    twice = steps.create_optimizer("sgd", 0.1, accumulate_steps=2, **options)
+    half, _ = run(model, twice, mesh, [first], **frozen)
+    actual, _ = run(model, twice, mesh, [first, second] * 2, **frozen)
+    untouched = flat(nnx.state(model, nnx.Param))
+    for name, array in flat(half.params).items():
+        np.testing.assert_array_equal(array, untouched[name])
+    for name, array in flat(expected.params).items():
+        np.testing.assert_allclose(flat(actual.params)[name], array, rtol=1e-5, atol=1e-6)
+        assert not np.array_equal(array, untouched[name])
+
+
+# --- what a step changes, and what it leaves ---
+
+
+def test_scalars_are_loss_gradient_norm_and_the_losss_own(rng):
+    model, mesh = tiny(), steps.data_mesh()
+    optimizer = steps.create_optimizer("sgd", 0.1)
+    batch = batch_of(rng, 8)
+    train_step = steps.make_train_step(model, optimizer, squared)
+    [sharded] = steps.to_devices([batch], mesh)
+    _, scalars = train_step(steps.create_train_state(model, optimizer, mesh), sharded)
+
+    def loss(model):
+        return squared(model(model.preprocess(jnp.asarray(batch["image"]))), batch["label"])
+
+    (expected, own), grads = nnx.value_and_grad(loss, has_aux=True)(tiny())
+    norm = math.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(grads)))
+    assert scalars.keys() == {"loss", "gradient_norm", "largest"}
+    for name, value in {"loss": expected, "gradient_norm": norm, **own}.items():
+        np.testing.assert_allclose(scalars[name], value, rtol=1e-5)
+
+
+def test_moving_average_of_the_parameters(rng):
+    model, mesh, decay = tiny(), steps.data_mesh(), 0.75
+    optimizer = steps.create_optimizer("sgd", 0.1)
+    batches = [batch_of(rng, 8) for _ in range(3)]
+    average = {name: np.float64(a) for name, a in flat(nnx.state(model, nnx.Param)).items()}
+    for count in (1, 2, 3):
+        state, _ = run(model, optimizer, mesh, batches[:count], ema=True, ema_decay=decay)
+        params = flat(state.params)
+        average = {n: decay * average[n] + (1 - decay) * params[n] for n in params}
+    assert flat(state.ema).keys() == average.keys()
+    for name, array in flat(state.ema).items():
+        np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-6)
+    assert steps.evaluation_params(state) is state.ema
+    assert steps.evaluation_params(state._replace(ema=None)) is state.params
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale(rng):
+    model, mesh = tiny(), steps.data_mesh()
+    model.norm.mean[...] = jnp.asarray(rng.normal(size=5), jnp.float32)
+    model.norm.var[...] = jnp.asarray(rng.uniform(1, 2, size=5), jnp.float32)
+    before = flat(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    optimizer, batch = steps.create_optimizer("sgd", 0.1), batch_of(rng, 8)
+    for frozen in (True, False):
+        state, losses = run(model, optimizer, mesh, [batch], freeze_batch_norm=frozen)
+        for name, array in flat(state.batch_stats).items():
+            assert np.array_equal(array, before[name]) == frozen
+        for name, array in flat(state.params).items():
+            assert not np.array_equal(array, before[name])
+        reference = nnx.view(model, use_running_average=frozen)
+        images = reference.preprocess(jnp.asarray(batch["image"]))
+        expected, _ = squared(nnx.clone(reference)(images), batch["label"])
+        np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
+
+
+def test_the_state_holds_all_arrays_and_the_model_is_not_written_to(rng, promotion):
+    model, mesh = tiny(), steps.data_mesh()
+    before = flat(nnx.state(model))
+    optimizer = steps.create_optimizer("adamw", 0.1)
+    state, _ = run(model, optimizer, mesh, [batch_of(rng, 8)] * 2)
+    assert int(state.step) == 2
+    assert flat(state.params).keys() | flat(state.batch_stats).keys() == before.keys()
+    for name, array in flat(nnx.state(model)).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+# --- embedding ---
+
+
+def evaluation_batches(images, size):
+    """Padded batches in shuffled order of rows; padding points at row 0 with garbage."""
+    rows = np.random.default_rng(5).permutation(len(images))
+    for start in range(0, len(rows), size):
+        index = rows[start : start + size]
+        padding = size - len(index)
+        garbage = np.full((padding, *images.shape[1:]), 255, np.uint8)
+        yield {
+            "image": np.concatenate([images[index], garbage]),
+            "index": np.concatenate([index, np.zeros(padding, np.int64)]).astype(np.int32),
+            "mask": np.arange(size) < len(index),
+        }
+
+
+@pytest.fixture
+def embedder(rng):
+    """embed(batches, size), the images, and their embeddings by the plain model."""
+    model, mesh = tiny(), steps.data_mesh()
+    model.norm.mean[...] = jnp.asarray(rng.normal(size=5), jnp.float32)
+    images = rng.integers(0, 256, (21, 2, 2, 3), np.uint8)
+    reference = nnx.view(model, use_running_average=True)
+    expected = np.asarray(reference(reference.preprocess(jnp.asarray(images))))
+    state = steps.replicate(nnx.split(model, nnx.Param, nnx.BatchStat)[1:], mesh)
+    step = steps.make_embed_step(model, mesh)
+
+    def embed(batches, size=21):
+        return steps.embed_batches(step, *state, batches, mesh, size)
+
+    return embed, images, expected
+
+
+def test_every_image_is_embedded_once_and_padding_ignored(embedder):
+    embed, images, expected = embedder
+    for size in (8, 16, 24):
+        actual = embed(evaluation_batches(images, size))
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_missing_and_repeated_images_are_counted(embedder):
+    embed, images, _ = embedder
+    batches = list(evaluation_batches(images, 8))
+    with pytest.raises(ValueError, match="8 of 21 images were not embedded exactly once"):
+        embed(batches[1:])
+    with pytest.raises(ValueError, match="8 of 21 images"):
+        embed([*batches, batches[0]])
+    with pytest.raises(ValueError, match="1 of 22 images"):
+        embed(batches, size=22)
+    with pytest.raises(ValueError, match="21 of 21 images"):
+        embed([])
