@@ -80,7 +80,29 @@ def evaluate_split(
     result = evaluation.evaluate_embeddings(
         embeddings, dataset.label, dataset.label_names, protocol, ks=config.eval.ks
     )
+    if config.loss.name == "cross_entropy":
+        report = result.report
+        report["metrics"] |= evaluation.classification_metrics(
+            class_logits(state[0], embeddings), dataset.label
+        )
+        report["definitions"] |= evaluation.ACCURACY_DEFINITIONS
     return result, embeddings
+
+
+def class_logits(params: Any, embeddings: np.ndarray) -> np.ndarray:
+    """Apply a model's class_head to embeddings [n, d]: [n, classes] float32."""
+    head = jax.device_get(nnx.to_pure_dict(params)["class_head"])
+    return embeddings @ head["kernel"] + head["bias"]
+
+
+def check_classes(config: ConfigDict, dataset: RetrievalDataset) -> None:
+    """Raise InputError where a classifier's classes are not a dataset's."""
+    found = len(dataset.label_names)
+    if config.loss.name == "cross_entropy" and found != config.model.num_classes:
+        raise InputError(
+            f"model.num_classes={config.model.num_classes}, but split {dataset.split!r} of "
+            f"{dataset.name} has {found} classes: set it to the number of classes"
+        )
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -115,6 +137,7 @@ def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict
     mesh = steps.data_mesh()
     model, state, step = restore_model(config, workdir, which, mesh)
     dataset = open_split(config, split)
+    check_classes(config, dataset)
     split_protocol(config, dataset)  # Its errors belong before the slow part.
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
     embed_step = steps.make_embed_step(model, mesh)

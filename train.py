@@ -24,9 +24,17 @@ from ml_collections import ConfigDict, config_flags
 from cbam_jax import InputError, command_line, data, evaluation, losses, steps
 from cbam_jax.checkpoint import Checkpoints, StopSignal, unflatten
 from cbam_jax.datasets import RetrievalDataset
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.models import MODELS, EmbeddingModel
+from cbam_jax.pretrained import IMAGENET, fetch_imagenet, load_pretrained
 from cbam_jax.runlog import RunLog, StepMonitor, read_log
-from evaluate import DTYPES, build_model, evaluate_split, open_split, split_protocol
+from evaluate import (
+    DTYPES,
+    build_model,
+    check_classes,
+    evaluate_split,
+    open_split,
+    split_protocol,
+)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -35,15 +43,19 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     training = open_split(config, config.data.train_split)
     validation = open_split(config, config.data.eval_split)
+    check_labels(config, training, validation)
     split_protocol(config, validation)
     train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
         )
+        source = None if checkpoints.steps() else config.model.pretrained
+        if source:  # Before the model, whose drawing takes a while.
+            check_source(config, source)
         model = build_model(config)
-        if config.model.pretrained and not checkpoints.steps():
-            print(load_pretrained(model, config.model.pretrained).summary(), flush=True)
+        if source:
+            print(load_pretrained(model, source).summary(), flush=True)
         mesh = steps.data_mesh()
         optimizer, learning_rate = build_optimizer(config)
         state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
@@ -51,6 +63,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             model,
             optimizer,
             build_loss(config),
+            forward=EmbeddingModel.classify if classifies(config) else EmbeddingModel.__call__,
             freeze_batch_norm=config.model.freeze_batch_norm,
             ema_decay=config.train.ema_decay,
         )
@@ -138,10 +151,62 @@ def check_choices(config: ConfigDict) -> None:
             raise InputError(f"{field}={value!r}: choose one of {', '.join(choices)}")
     if config.loss.margin < 0:
         raise InputError(f"loss.margin={config.loss.margin}: give a distance of at least 0")
+    if not 0 <= config.loss.label_smoothing < 1:
+        raise InputError(
+            f"loss.label_smoothing={config.loss.label_smoothing}: give a share in [0, 1)"
+        )
+    check_classifier(config)
     try:
         jax.eval_shape(lambda: build_model(config) and None)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+
+
+def check_classifier(config: ConfigDict) -> None:
+    """Raise InputError where the model and the loss disagree on whether there are classes."""
+    classes = config.model.num_classes
+    if not classifies(config) and classes is not None:
+        raise InputError(
+            f"model.num_classes={classes}, which {config.loss.name} does not train: "
+            "leave it out, or set loss.name=cross_entropy"
+        )
+    if classifies(config) and (classes is None or classes < 2):
+        raise InputError(
+            f"model.num_classes={classes}: cross_entropy needs the number of classes, at least 2"
+        )
+    if classifies(config) and config.model.normalize:
+        raise InputError(
+            "model.normalize=True: logits of unit vectors are too alike for cross_entropy; "
+            "set it to False"
+        )
+
+
+def check_source(config: ConfigDict, source: str) -> None:
+    """Raise InputError where published weights can't be had, or a run's gates have another form."""
+    if source in IMAGENET:
+        fetch_imagenet(MODELS[config.model.name][0], source)
+    path = Path(source) / "config.json"  # Of a run, or of hub.save_pretrained.
+    saved = json.loads(path.read_text())["model"] if path.exists() else {}
+    has_attention = MODELS.get(saved.get("name"), ("", ""))[1] != ""
+    theirs = saved.get("attention_init", "paper")
+    if has_attention and theirs != config.model.attention_init:
+        raise InputError(
+            f"model.attention_init={config.model.attention_init!r}, but the gates in {source} were "
+            f"trained in the form {theirs!r}: set it to that"
+        )
+
+
+def check_labels(
+    config: ConfigDict, training: RetrievalDataset, validation: RetrievalDataset
+) -> None:
+    """Raise InputError where a classifier's classes are not those of both splits."""
+    check_classes(config, training)
+    check_classes(config, validation)
+    if classifies(config) and training.label_names != validation.label_names:
+        raise InputError(
+            f"{config.data.name} numbers {config.data.label!r} anew in each split, so there are no "
+            "common classes: choose another data.label, or loss.name=triplet"
+        )
 
 
 def train_batches(config: ConfigDict, dataset: RetrievalDataset, step: int) -> data.Batches:
@@ -162,17 +227,27 @@ def train_batches(config: ConfigDict, dataset: RetrievalDataset, step: int) -> d
     )
 
 
-LOSSES = {"triplet": losses.triplet_loss}
+LOSSES = ("triplet", "cross_entropy")
+
+
+def classifies(config: ConfigDict) -> bool:
+    """Whether the objective is to name the class, rather than distances."""
+    return config.loss.name == "cross_entropy"
 
 
 def build_loss(config: ConfigDict) -> Callable:
-    """Return loss(embeddings, labels) -> loss, scalars."""
-    options = dict(config.loss)
-    return functools.partial(LOSSES[options.pop("name")], **options)
+    """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars."""
+    loss = config.loss
+    if classifies(config):
+        return functools.partial(losses.cross_entropy_loss, label_smoothing=loss.label_smoothing)
+    options = {"margin": loss.margin, "mining": loss.mining, "soft": loss.soft}
+    return functools.partial(losses.triplet_loss, **options)
 
 
 def collapse_warning(config: ConfigDict) -> Callable:
     """Return what turns mean scalars into a warning when the embeddings have collapsed."""
+    if classifies(config):
+        return lambda stats: None  # Its gradient does not vanish there.
     options = {"margin": config.loss.margin, "soft": config.loss.soft}
     return functools.partial(losses.collapse_warning, **options)
 
@@ -298,7 +373,8 @@ def record_evaluation(
     metrics = report["metrics"]
     split = config.data.eval_split
     log.scalars(step, {f"{split}/{name}": value for name, value in metrics.items()})
-    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("map@10", "precision@10", "mrr"))
+    names = [name for name in ("map@10", "precision@10", "mrr", "accuracy") if name in metrics]
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
     log.line(f"step {step:6d}  {split}  {shown}" + ("  (untrained)" if step == 0 else ""))
     return metrics
 
@@ -308,7 +384,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the run's last line: where it stands, how fast it was, what training added."""
     split, best = config.data.eval_split, checkpoints.best_step()
-    shown = ("map@5", "map@10", "precision@10")
+    shown = ("map@5", "map@10", "precision@10") + ("accuracy",) * classifies(config)
     evaluations = {
         record["step"]: {name: record.get(f"{split}/{name}") for name in shown}
         for record in read_log(workdir)

@@ -17,6 +17,10 @@ from cbam_jax.metrics import (
 )
 from cbam_jax.search import search
 
+ACCURACY_DEFINITIONS = {
+    "accuracy": "fraction of all images whose largest logit is the label's",
+    "accuracy@5": "fraction of all images whose label's logit is among the largest 5",
+}
 # Chooses the best checkpoint, and gets the interval.
 HEADLINE = "map@10"
 _RANKED = 4096
@@ -153,6 +157,23 @@ def evaluate_embeddings(
     return Evaluation(report, protocol.query, neighbour, distance[:, :k], match[:, :k], headline)
 
 
+def classification_metrics(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, as fractions; see ``ACCURACY_DEFINITIONS``.
+
+    A logit equal to the label's counts as larger, so that constant logits get no credit.
+
+    Args:
+        logits: [n, number of classes] float.
+        label: int [n].
+
+    >>> classification_metrics(np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 1]))
+    {'accuracy': 0.5, 'accuracy@5': 1.0}
+    """
+    own = np.take_along_axis(logits, label[:, None].astype(np.int64), axis=1)
+    before = np.sum(logits >= own, axis=1) - 1
+    return {"accuracy": float(np.mean(before < 1)), "accuracy@5": float(np.mean(before < 5))}
+
+
 def format_report(report: dict[str, Any]) -> str:
     """Lay a report out as text: metrics by K with their definitions, then the categories."""
     metrics, ks = report["metrics"], report["ks"]
@@ -166,7 +187,7 @@ def format_report(report: dict[str, Any]) -> str:
     for family in ("map", "map_min", "map_all", "precision", "recall"):
         values = "".join(f"{metrics[f'{family}@{k}']:8.4f}" for k in ks)
         lines.append(f"{family:14}{values}  {report['definitions'][family + '@K']}")
-    for name in ("map@R", "r_precision", "mrr"):
+    for name in ("map@R", "r_precision", "mrr", *ACCURACY_DEFINITIONS):
         if name in metrics:
             value = f"{metrics[name]:8.4f}".ljust(8 * len(ks))
             lines.append(f"{name:14}{value}  {report['definitions'][name]}")

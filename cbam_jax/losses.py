@@ -1,4 +1,7 @@
-"""Triplet losses by masks over the full pair or triplet matrix: static shapes, no index lists."""
+"""Triplet losses by masks over the full pair or triplet matrix, and cross-entropy.
+
+Static shapes, no index lists.
+"""
 
 import math
 
@@ -77,6 +80,41 @@ def triplet_loss(
     stats["valid_anchors"] = jnp.mean(valid.astype(jnp.float32))
     stats["embedding_spread"] = _spread(embeddings)
     return loss, {name: jax.lax.stop_gradient(value) for name, value in stats.items()}
+
+
+def cross_entropy_loss(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy of a classifier, in nats.
+
+    With smoothing s and n classes the target is 1 - s + s / n at the label and s / n elsewhere
+    (Szegedy et al. 2016; torch's ``CrossEntropyLoss(label_smoothing=s)`` is the same).
+
+    Args:
+      logits: ``[b, n]``, any float dtype; computed in float32.
+      labels: ``[b]``, integers in [0, n).
+      label_smoothing: s, in [0, 1).
+
+    Returns:
+      The loss, a float32 scalar, and a dict of float32 scalars: ``accuracy``, the fraction of the
+      batch whose largest logit is the label's.
+
+    Raises:
+      ValueError: For a smoothing out of range, or other shapes or dtypes.
+
+    Example:
+      >>> loss, stats = cross_entropy_loss(jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1]))
+      >>> round(float(loss), 3), float(stats["accuracy"])  # log(1 + exp(-2)) + 1 on average
+      (1.127, 0.5)
+    """
+    _check_rows(logits, labels, "logits", "[b, n]")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1)")
+    log_probability = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
+    correct = jnp.take_along_axis(log_probability, labels[:, None], axis=1)[:, 0]
+    per_row = (1 - label_smoothing) * correct + label_smoothing * jnp.mean(log_probability, axis=1)
+    accuracy = jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(jnp.float32))
+    return -jnp.mean(per_row), {"accuracy": jax.lax.stop_gradient(accuracy)}
 
 
 def collapse_warning(
@@ -189,10 +227,14 @@ def _check(embeddings, labels, margin, mining):
         raise ValueError(f"unknown mining {mining!r}; choose one of {', '.join(MININGS)}")
     if not margin >= 0:
         raise ValueError(f"margin is {margin}, expected a number of at least 0")
-    shape, label_shape = jnp.shape(embeddings), jnp.shape(labels)
+    _check_rows(embeddings, labels, "embeddings", "[b, d]")
+
+
+def _check_rows(rows, labels, name, expected):
+    shape, label_shape = jnp.shape(rows), jnp.shape(labels)
     if len(shape) != 2 or label_shape != shape[:1] or 0 in shape:
         raise ValueError(
-            f"embeddings have shape {shape} and labels {label_shape}, expected [b, d] and [b]"
+            f"{name} have shape {shape} and labels {label_shape}, expected {expected} and [b]"
         )
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise ValueError(f"labels have dtype {jnp.result_type(labels)}, expected integers")

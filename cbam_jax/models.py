@@ -85,6 +85,8 @@ class EmbeddingModel(nnx.Module):
         embedding_dim: d of the projection; None: no projection, d = ``num_features``.
         normalize: divide each embedding by its Euclidean norm.
         pooling: ``"average"`` or ``"gem"``.
+        num_classes: n of a linear layer from embeddings to logits, for training by cross-entropy;
+            None: no such layer.
         rngs: for the parameters.
     """
 
@@ -95,6 +97,7 @@ class EmbeddingModel(nnx.Module):
         embedding_dim: int | None = None,
         normalize: bool = True,
         pooling: str = "average",
+        num_classes: int | None = None,
         rngs: nnx.Rngs,
     ):
         if pooling not in POOLINGS:
@@ -107,6 +110,9 @@ class EmbeddingModel(nnx.Module):
         )
         self.embedding_dim = embedding_dim or width
         self.normalize = normalize
+        self.class_head = (
+            None if num_classes is None else nnx.Linear(self.embedding_dim, num_classes, rngs=rngs)
+        )
 
     def preprocess(self, images: jax.Array) -> jax.Array:
         """Turn uint8 pixels [b, h, w, 3] into what the backbone expects; see normalize_images."""
@@ -126,6 +132,16 @@ class EmbeddingModel(nnx.Module):
         """Embed normalised float32 images [b, h, w, 3] as [b, d] float32."""
         return self.embed(self.features(images))
 
+    def classify(self, images: jax.Array) -> jax.Array:
+        """Turn normalised float32 images [b, h, w, 3] into logits [b, n], float32.
+
+        Raises:
+            ValueError: the model was built without ``num_classes``.
+        """
+        if self.class_head is None:
+            raise ValueError("num_classes is None: a model without classes gives no logits")
+        return self.class_head(self(images))
+
 
 def create_model(
     name: str,
@@ -134,6 +150,7 @@ def create_model(
     normalize: bool = True,
     pooling: str = "average",
     attention_init: str = "paper",
+    num_classes: int | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> EmbeddingModel:
@@ -146,6 +163,7 @@ def create_model(
         pooling: ``"average"`` or ``"gem"``.
         attention_init: ``"paper"`` (gates start near one half) or ``"identity"`` (the model starts
             as exactly the plain backbone, so that pretrained statistics fit).
+        num_classes: n of the layer that ``classify`` applies to embeddings; None: no such layer.
         dtype: of the backbone's computation, float32 or bfloat16. Parameters, BatchNorm, pooling
             and the embedding stay float32.
         rngs: for the parameters.
@@ -167,5 +185,10 @@ def create_model(
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
     backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs)
     return EmbeddingModel(
-        backbone, embedding_dim=embedding_dim, normalize=normalize, pooling=pooling, rngs=rngs
+        backbone,
+        embedding_dim=embedding_dim,
+        normalize=normalize,
+        pooling=pooling,
+        num_classes=num_classes,
+        rngs=rngs,
     )

@@ -71,10 +71,11 @@ _BACKBONE_TENSORS = {
 _MIRROR = "https://download.pytorch.org/models"
 
 # What a model may have and a source not, whole: it then starts fresh.
-FRESH = ("stem_attention", "last_attention", "projection", "pool")
+FRESH = ("stem_attention", "last_attention", "projection", "pool", "class_head")
 # What a source may have and a model not, whole: it is then left over. timm's VGG has its
-# classifier in pre_logits and head; aux1 and aux2 are GoogLeNet's auxiliary classifiers.
-LEFT_OVER = ("fc", "classifier", "pre_logits", "head", "aux1", "aux2")
+# classifier in pre_logits and head; class_head is of our own runs with cross-entropy; aux1 and aux2
+# are GoogLeNet's auxiliary classifiers.
+LEFT_OVER = ("fc", "classifier", "pre_logits", "head", "class_head", "aux1", "aux2")
 # Counters of torch's BatchNorm, and the attention that the original CBAM code has in every block.
 _LEFT_OVER_ANYWHERE = re.compile(r"(^|\.)num_batches_tracked$|^layer\d\.\d+\.cbam\.")
 

@@ -17,6 +17,13 @@ from tqdm import tqdm
 # Steps whose scalars are left on the device while later ones are dispatched: reading them at once
 # would make the device wait for Python.
 _IN_FLIGHT = 2
+# Of a loss's statistics, those that its line shows; a loss has some of them.
+_SHOWN = {
+    "distance_positive": "d(a,p) {:.3f}  ",
+    "distance_negative": "d(a,n) {:.3f}  ",
+    "active_fraction": "active {:.2f}  ",
+    "accuracy": "accuracy {:.3f}  ",
+}
 
 
 class RunLog:
@@ -172,9 +179,9 @@ class StepMonitor:
             "data_wait_seconds": self._waited,
         }
         self._log.scalars(step, values)
+        shown = "".join(text.format(means[name]) for name, text in _SHOWN.items() if name in means)
         self._log.line(
-            f"step {step:6d}  loss {means['loss']:.4f}  d(a,p) {means['distance_positive']:.3f}  "
-            f"d(a,n) {means['distance_negative']:.3f}  active {means['active_fraction']:.2f}  "
+            f"step {step:6d}  loss {means['loss']:.4f}  {shown}"
             f"{images / seconds:.1f} images/s  waiting {100 * self._waited / seconds:.0f}%"
         )
         warning = self._warning(means)

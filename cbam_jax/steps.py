@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 OPTIMIZERS = ("sgd", "adamw")
 # Parameters under these names are never in a pretrained backbone.
-NEW_LAYERS = ("attention", "projection", "pool")
+NEW_LAYERS = ("attention", "projection", "pool", "class_head")
 
 Batch = dict[str, Any]
 
@@ -102,7 +102,8 @@ def create_optimizer(
             or the pooling exponent.
         momentum: of SGD.
         new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
-            pooling) is multiplied by, since they start from nothing beside a pretrained backbone.
+            pooling, classes) is multiplied by, since they start from nothing beside a pretrained
+            backbone.
         clip_norm: largest global norm of the gradient; None: unlimited.
         accumulate_steps: batches whose mean gradient makes one update.
 
@@ -147,11 +148,16 @@ def create_train_state(
     return replicate(TrainState(step, params, batch_stats, optimizer.init(params), average), mesh)
 
 
+def _embed(model: Any, images: jax.Array) -> jax.Array:
+    return model(images)
+
+
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
     loss_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
     *,
+    forward: Callable[[Any, jax.Array], jax.Array] = _embed,
     freeze_batch_norm: bool = False,
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -161,6 +167,8 @@ def make_train_step(
         model: whose structure is trained; its arrays are the state's, not its own.
         optimizer: from ``create_optimizer``.
         loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars.
+        forward: maps the model and normalised images to what ``loss_fn`` gets in place of the
+            embeddings, such as ``EmbeddingModel.classify`` for logits.
         freeze_batch_norm: normalise by the running statistics and leave them as they are; scale
             and bias are still trained.
         ema_decay: share of the moving average of the parameters that a step keeps.
@@ -170,7 +178,7 @@ def make_train_step(
     def compute_loss(params: Any, batch_stats: Any, batch: Batch):
         # A copy: the statistics are of the outer trace, and BatchNorm writes to them in this one.
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        loss, scalars = loss_fn(model(model.preprocess(batch["image"])), batch["label"])
+        loss, scalars = loss_fn(forward(model, model.preprocess(batch["image"])), batch["label"])
         return loss, (scalars, nnx.state(model, nnx.BatchStat))
 
     def train_step(state: TrainState, batch: Batch):

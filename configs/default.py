@@ -15,7 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     # synthetic_garments[/config], clothing_dataset_small[/256px], any other installed TFDS dataset
-    # with an image and an integer label, or the path of a CSV manifest of your own photos.
+    # with an image and an integer label, or your own photos: the path of a CSV manifest, or of a
+    # folder of class folders (./photos/).
     data.name = "synthetic_garments"
     data.data_dir = placeholder(str)  # folder of prepared datasets; None: ~/tensorflow_datasets
     data.manual_dir = placeholder(str)  # folder of what was fetched by hand
@@ -44,14 +45,18 @@ def get_config() -> ml_collections.ConfigDict:
     model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
     # None: from scratch. "imagenet" (torchvision's weights), a .safetensors or .pth file, a run.
     model.pretrained = placeholder(str)
+    model.num_classes = placeholder(int)  # of cross_entropy, and of nothing else
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
     model.freeze_batch_norm = False  # normalise by running statistics, and keep them
 
     config.loss = loss = ml_collections.ConfigDict()
-    loss.name = "triplet"
+    loss.name = "triplet"  # or "cross_entropy", which trains a classifier; normalize=False then
+    # Of the triplet loss:
     loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
     loss.mining = "batch_hard"  # or "semi_hard", "batch_all"
     loss.soft = False  # log(1 + exp(.)) in place of the margin
+    # Of cross_entropy:
+    loss.label_smoothing = 0.0  # share of the target that is spread over all classes
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "sgd"
@@ -59,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.warmup_steps = 100
     optimizer.weight_decay = 1e-4  # not of one-dimensional parameters
     optimizer.momentum = 0.9  # of sgd
-    optimizer.new_layer_multiple = 1.0  # of the learning rate of attention and projection
+    optimizer.new_layer_multiple = 1.0  # of the learning rate of attention, projection, classes
     optimizer.clip_norm = placeholder(float)  # largest norm of the gradient; None: unlimited
     optimizer.accumulate_steps = 1  # batches whose mean gradient makes one update
 

@@ -821,7 +821,7 @@ class OnlyText(tfds.core.GeneratorBasedBuilder):
         open_dataset("my_builders.only_text", "train", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["clothes", "clothes/a/b", "./photos", "/photos", "..", "a b", ""])
+@pytest.mark.parametrize("name", ["clothes", "clothes/a/b", "a b", ""])
 def test_unknown_dataset(tmp_path, name):
     with pytest.raises(
         InputError, match=r"ours are clothing_dataset_small.*CSV manifest"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbam_jax.losses import MININGS, collapse_warning, triplet_loss
+from cbam_jax.losses import MININGS, collapse_warning, cross_entropy_loss, triplet_loss
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
 LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive
@@ -211,3 +211,39 @@ def test_wrong_arguments_are_named():
         triplet_loss(x, y[:3])
     with pytest.raises(ValueError, match="float32, expected integers"):
         triplet_loss(x, y.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_matches_float64(rng, smoothing):
+    logits = rng.normal(size=(9, 8)).astype(np.float32) * 4
+    logits[2] += 200  # exp would overflow
+    exact = logits.astype(np.float64)
+
+    def reference(flat):
+        total = 0.0
+        for row, label in zip(flat.reshape(9, 8), LABELS, strict=True):
+            log_sum = row.max() + math.log(sum(math.exp(x - row.max()) for x in row))
+            for i, x in enumerate(row):
+                target = (1 - smoothing) * (i == label) + smoothing / 8
+                total -= target * (x - log_sum)
+        return total / 9
+
+    grad = jax.value_and_grad(
+        lambda x: cross_entropy_loss(x, jnp.asarray(LABELS), smoothing), has_aux=True
+    )
+    (loss, stats), gradient = grad(jnp.asarray(logits))
+    np.testing.assert_allclose(loss, reference(exact.ravel()), rtol=1e-5)
+    expected = central_differences(reference, exact.ravel(), step=1e-4).reshape(9, 8)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+    hits = [int(np.argmax(row)) == label for row, label in zip(exact, LABELS, strict=True)]
+    np.testing.assert_allclose(stats["accuracy"], np.mean(hits), rtol=1e-6)
+
+
+def test_cross_entropy_names_wrong_arguments():
+    logits, labels = jnp.zeros((3, 4)), jnp.zeros(3, jnp.int32)
+    with pytest.raises(ValueError, match=r"label_smoothing is 1, expected a number in \[0, 1\)"):
+        cross_entropy_loss(logits, labels, 1)
+    with pytest.raises(ValueError, match=r"logits have shape \(3, 4\) and labels \(2,\)"):
+        cross_entropy_loss(logits, labels[:2])
+    with pytest.raises(ValueError, match="labels have dtype float32"):
+        cross_entropy_loss(logits, jnp.zeros(3))

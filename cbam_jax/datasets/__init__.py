@@ -4,6 +4,7 @@
 * ``synthetic_garments``: drawn on this machine, no download
 * any installed dataset of TensorFlow Datasets with an image and an integer label
 * ``photos.csv``: one's own photos, see :mod:`cbam_jax.datasets.manifest`
+* ``./photos/``: a folder of class folders, see :mod:`cbam_jax.datasets.class_folders`
 
 ``python -m cbam_jax.datasets prepare NAME`` prepares one and checks its images.
 """
@@ -13,7 +14,7 @@ import os
 from cbam_jax import InputError
 from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
 
-__all__ = ["RetrievalDataset", "check_options", "decode_image", "open_dataset"]
+__all__ = ["RetrievalDataset", "check_options", "decode_image", "is_folder", "open_dataset"]
 
 
 def open_dataset(
@@ -29,11 +30,12 @@ def open_dataset(
 
     Args:
         name: ``clothing_dataset_small[/full|/256px]``, ``synthetic_garments[/config]``, the name of
-            an installed TFDS dataset (``package.module.name`` imports the module first), or the
-            path of a CSV manifest, which ends in ``.csv``.
+            an installed TFDS dataset (``package.module.name`` imports the module first), the path
+            of a CSV manifest, which ends in ``.csv``, or that of a folder of class folders, which
+            begins with ``/``, ``.`` or ``~`` or ends in ``/``, so that no name is mistaken for one.
         split: ``train``, ``validation``, ``test``, or what else the dataset has.
         data_dir: where prepared datasets live; None is TFDS's default, ``$TFDS_DATA_DIR`` or
-            ``~/tensorflow_datasets``. Not used for a manifest.
+            ``~/tensorflow_datasets``. Not used for a manifest or a folder.
         manual_dir: the folder of what was fetched by hand.
         label: the integer column that decides what is similar; ``"item_id"`` is retrieval by item.
         on_bad_image: ``"fail"`` raises at missing or undecodable images; ``"skip"`` leaves them
@@ -48,6 +50,10 @@ def open_dataset(
         from cbam_jax.datasets.manifest import open_manifest
 
         return open_manifest(name, split, label=label, on_bad_image=on_bad_image)
+    if is_folder(name):
+        from cbam_jax.datasets.class_folders import open_class_folders
+
+        return open_class_folders(name, split, label=label, on_bad_image=on_bad_image)
     from cbam_jax.datasets.prepared import open_prepared
 
     return open_prepared(
@@ -58,6 +64,15 @@ def open_dataset(
         label=label,
         on_bad_image=on_bad_image,
     )
+
+
+def is_folder(name: str) -> bool:
+    """Whether a dataset's name means a folder of class folders.
+
+    >>> is_folder("./photos"), is_folder("photos/"), is_folder("synthetic_garments/clean")
+    (True, True, False)
+    """
+    return str(name).startswith(("/", ".", "~")) or str(name).endswith("/")
 
 
 def check_options(*, manual_dir: str | os.PathLike | None, on_bad_image: str) -> None:

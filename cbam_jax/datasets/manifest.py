@@ -55,8 +55,8 @@ class ImageFiles(Sequence):
             return Path(self.paths[index]).read_bytes()
         except OSError as error:
             raise InputError(
-                f"cannot read {self.paths[index]} ({error.strerror}): restore the file or remove "
-                "its row from the manifest"
+                f"cannot read {self.paths[index]} ({error.strerror}): restore the file, or in a "
+                "manifest remove its row"
             ) from error
 
 

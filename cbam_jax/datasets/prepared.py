@@ -153,10 +153,12 @@ def make_builder(
 
 
 def _unknown(name: str) -> InputError:
+    if os.path.isdir(name):
+        return InputError(f"unknown dataset '{name}': to mean the folder, write ./{name}")
     return InputError(
         f"unknown dataset '{name}': ours are {', '.join(OURS)}; a dataset of an installed TFDS "
         "goes by its name there; for your own photos give the path of a CSV manifest, "
-        "photos.csv, with the columns path,label"
+        "photos.csv, with the columns path,label, or of a folder of class folders, ./photos/"
     )
 
 

@@ -8,39 +8,37 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
-from pytorch_metric_learning import distances, losses, miners, reducers
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from torchmetrics.functional.retrieval import (
-    retrieval_average_precision,
-    retrieval_hit_rate,
-    retrieval_precision,
-    retrieval_r_precision,
-    retrieval_reciprocal_rank,
-)
+
+# The other libraries are imported where they are used, so that pytest can read this file without.
 
 
 def ranked_lists(rng):
     """Full rankings of 60 items for 24 queries: random hit rates, R from 1 to about 50."""
+    import torch
+    from torchmetrics.functional import retrieval
+
     matches = rng.random((24, 60)) < rng.uniform(0.02, 0.8, (24, 1))
     matches[:, 37] = True
     # Above 0 throughout: torchmetrics takes an item of score 0 for irrelevant.
     scores = torch.linspace(1.0, 0.1, 60)
     rows = [torch.from_numpy(row) for row in matches]
     values = {
-        "map_all@60": [retrieval_average_precision(scores, row) for row in rows],
+        "map_all@60": [retrieval.retrieval_average_precision(scores, row) for row in rows],
         # torchmetrics divides the first K's sum by the hits among them: the paper's definition.
-        "map@10": [retrieval_average_precision(scores, row, top_k=10) for row in rows],
-        "precision@10": [retrieval_precision(scores, row, top_k=10) for row in rows],
-        "recall@10": [retrieval_hit_rate(scores, row, top_k=10) for row in rows],
-        "r_precision": [retrieval_r_precision(scores, row) for row in rows],
-        "mrr": [retrieval_reciprocal_rank(scores, row) for row in rows],
+        "map@10": [retrieval.retrieval_average_precision(scores, row, top_k=10) for row in rows],
+        "precision@10": [retrieval.retrieval_precision(scores, row, top_k=10) for row in rows],
+        "recall@10": [retrieval.retrieval_hit_rate(scores, row, top_k=10) for row in rows],
+        "r_precision": [retrieval.retrieval_r_precision(scores, row) for row in rows],
+        "mrr": [retrieval.retrieval_reciprocal_rank(scores, row) for row in rows],
     }
     return {"matches": matches, **{name: np.array(v) for name, v in values.items()}}
 
 
 def label_retrieval(rng):
     """Leave-one-out retrieval by label, 90 embeddings of 7 labels, by AccuracyCalculator."""
+    import torch
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
     labels = rng.integers(0, 7, 90)
     embeddings = (rng.normal(size=(90, 8)) + rng.normal(size=(7, 8))[labels]).astype(np.float32)
     names = ("mean_average_precision_at_r", "r_precision", "mean_reciprocal_rank")
@@ -55,6 +53,9 @@ def label_retrieval(rng):
 
 def triplet_losses(rng):
     """Batch-hard and all triplets at margin 0.2, Euclidean and not normalised, with gradients."""
+    import torch
+    from pytorch_metric_learning import distances, losses, miners, reducers
+
     labels = torch.from_numpy(rng.integers(0, 5, 24))
     embeddings = torch.from_numpy(rng.normal(size=(24, 6)).astype(np.float32)) * 0.3
     distance = distances.LpDistance(normalize_embeddings=False, p=2, power=1)

@@ -1,0 +1,171 @@
+"""A folder of class folders: a user's own photos, or ImageNet, read in place.
+
+Either each split has its folder, or none has one::
+
+    FOLDER/<split>/<class>/photo.jpg        FOLDER/<class>/photo.jpg
+
+Equal class means "similar", and every image is query and gallery. A class folder's name is the
+class; images are the files directly inside it that end like one (``.jpg``, ``.png``, ``.webp`` and
+others). Other files and hidden folders are ignored. Without split folders the images are split 80 %
+train, 10 % validation, 10 % test, as those of a manifest without a ``split`` column: see
+:func:`cbam_jax.datasets.manifest.assign_splits`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.datasets.manifest import ImageFiles, assign_splits, good_images
+from cbam_jax.datasets.retrieval import RetrievalDataset
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# One split goes by any of these names: ImageNet's folder is val, TFDS's split validation.
+VALIDATION = ("validation", "val", "valid")
+SPLITS = ("train", "validation", "test")
+
+
+def open_class_folders(
+    folder: str | os.PathLike, split: str, *, label: str = "label", on_bad_image: str = "fail"
+) -> RetrievalDataset:
+    """Opens one split of a folder of class folders. Nothing is converted or copied.
+
+    Classes are numbered in the sorted order of their names over all splits, so that the splits
+    agree. ``id`` is the path inside the folder. Bad images are treated as in a manifest
+    (:func:`cbam_jax.datasets.manifest.open_manifest`), but with split folders only those of the
+    split that is opened are looked at: ImageNet's training images take a while.
+
+    Args:
+        folder: the folder; ``~`` is one's home.
+        split: a split's folder, where ``validation``, ``val`` and ``valid`` mean the same; or one
+            of ``train``, ``validation`` and ``test``.
+        label: ``"label"``, the class; a folder has no other column.
+        on_bad_image: ``"fail"`` or ``"skip"``.
+
+    Raises:
+        InputError: not a folder, no images, one class only, an unknown split, a bad image.
+    """
+    root = Path(folder).expanduser()
+    if label != "label":
+        raise InputError(f"label='{label}': {folder} has classes only; set it to 'label'")
+    if _has_splits(root):
+        name = _split_folder(root, split)
+        splits = [path.name for path in _folders(root)]
+        classes = sorted({path.name for other in splits for path in _folders(root / other)})
+        files = _files(root, name)
+        here = np.ones(len(files), bool)
+        listed = root / name
+    else:
+        classes = [path.name for path in _folders(root)]
+        files = _files(root, ".")
+        here = _hashed_split(root, files, split)
+        listed = root
+    _check(listed, classes, files)
+    here &= good_images(listed, [f"{root}/{file}" for file in files], on_bad_image=on_bad_image)
+    files = [file for file, usable in zip(files, here, strict=True) if usable]
+    number = {name: index for index, name in enumerate(classes)}
+    every = np.ones(len(files), bool)
+    return RetrievalDataset(
+        name=str(folder),
+        split=split,
+        label=np.array([number[_class(file)] for file in files], np.int32),
+        label_names=tuple(classes),
+        id=np.array(files),
+        is_query=every,
+        is_gallery=every,
+        item=None,
+        series=None,
+        bbox=None,
+        images=ImageFiles(tuple(f"{root}/{file}" for file in files)),
+    )
+
+
+def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
+    """Decodes every image of a folder (all splits), and returns how many can be used.
+
+    Raises:
+        InputError: as :func:`open_class_folders`.
+    """
+    root = Path(folder).expanduser()
+    total = 0
+    for listed in _folders(root) if _has_splits(root) else [root]:
+        files = _files(listed, ".")
+        _check(listed, [path.name for path in _folders(listed)], files)
+        paths = [f"{listed}/{file}" for file in files]
+        total += int(good_images(listed, paths, on_bad_image=on_bad_image, decode=True).sum())
+    return total
+
+
+def _has_splits(root: Path) -> bool:
+    """Whether the folders in ``root`` hold folders (splits) or images (classes)."""
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: give one with a folder of images a class")
+    of_images = [path for path in _folders(root) if _holds_image(path)]
+    of_folders = [path for path in _folders(root) if path not in of_images and _folders(path)]
+    if of_images and of_folders:
+        raise InputError(
+            f"{of_images[0]} holds images and {of_folders[0]} folders: sort the images into one "
+            "folder a class, or move one of the two elsewhere"
+        )
+    return bool(of_folders)
+
+
+def _split_folder(root: Path, split: str) -> str:
+    found = [path.name for path in _folders(root)]
+    names = (split, *VALIDATION) if split in VALIDATION else (split,)
+    for name in names:
+        if name in found:
+            return name
+    raise InputError(f"{root} has no split '{split}': choose one of {found}")
+
+
+def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:
+    """Bool [n], which images are in a split, where no folder says so."""
+    split = "validation" if split in VALIDATION else split
+    if split not in SPLITS:
+        raise InputError(
+            f"{root} has no split '{split}': it has no folders for splits, so choose one of "
+            f"{list(SPLITS)}"
+        )
+    splits = assign_splits({"label": [_class(file) for file in files], "id": files})
+    counts = {name: splits.count(name) for name in SPLITS}
+    print(f"{root} has no folders for splits; split by hash into {counts}", file=sys.stderr)
+    return np.array(splits) == split
+
+
+def _check(listed: Path, classes: list[str], files: list[str]) -> None:
+    if not files:
+        raise InputError(
+            f"no images in {listed}: put them into one folder a class ({', '.join(SUFFIXES)})"
+        )
+    if len(classes) < 2:
+        raise InputError(f"{listed} has one class only, '{classes[0]}': give at least two folders")
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _files(root: Path, split: str) -> list[str]:
+    """The images of one folder of class folders, as paths inside ``root``, sorted."""
+    files = []
+    for path in _folders(root / split):
+        names = sorted(entry.name for entry in os.scandir(path) if _is_image(entry))
+        files += [(path / name).relative_to(root).as_posix() for name in names]
+    return files
+
+
+def _holds_image(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(_is_image(entry) for entry in entries)
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    name = entry.name.lower()
+    return name.endswith(SUFFIXES) and not name.startswith(".") and entry.is_file()
+
+
+def _class(file: str) -> str:
+    return file.split("/")[-2]

@@ -1,0 +1,122 @@
+"""Folders of class folders, with and without folders for splits."""
+
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+
+from cbam_jax import InputError
+from cbam_jax.datasets import __main__ as command
+from cbam_jax.datasets import open_dataset
+from cbam_jax.datasets.manifest import assign_splits
+
+
+def write_images(root, names, rng):
+    """Random images, by name."""
+    images = {}
+    for name in names:
+        images[name] = rng.integers(0, 256, (12, 10, 3), np.uint8)
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".png", images[name][..., ::-1])[1].tobytes())
+    return images
+
+
+IMAGENET = ("train/n02/b.JPEG", "train/n02/a.jpg", "train/n01/c.PNG", "val/n03/a.jpg")
+
+
+def test_folders_for_splits(tmp_path, rng):
+    images = write_images(tmp_path, IMAGENET, rng)
+    (tmp_path / "train" / "n01" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "README.txt").write_text("no folder")
+    train = pickle.loads(pickle.dumps(open_dataset(f"{tmp_path}/", "train")))
+    assert train.id.tolist() == ["train/n01/c.PNG", "train/n02/a.jpg", "train/n02/b.JPEG"]
+    # Numbered over all splits, so that a class has one number wherever it appears.
+    assert train.label_names == ("n01", "n02", "n03")
+    assert train.label.tolist() == [0, 1, 1]
+    assert train.is_query.all()
+    assert train.is_gallery.all()
+    for i, name in enumerate(train.id):
+        np.testing.assert_array_equal(train.image(i), images[name])
+    for name in ("val", "validation", "valid"):
+        validation = open_dataset(str(tmp_path), name)
+        assert (validation.id.tolist(), validation.label.tolist()) == (["val/n03/a.jpg"], [2])
+
+
+def test_a_folder_of_the_name_asked_comes_first(tmp_path, rng):
+    write_images(tmp_path, ("val/a/1.png", "validation/b/1.png"), rng)
+    assert open_dataset(str(tmp_path), "val").id.tolist() == ["val/a/1.png"]
+    assert open_dataset(str(tmp_path), "valid").id.tolist() == ["validation/b/1.png"]
+
+
+def test_without_folders_for_splits_it_is_split_as_a_manifest(tmp_path, rng, capsys, monkeypatch):
+    names = [f"{label}/{i}.png" for label in ("hat", "coat") for i in range(10)]
+    write_images(tmp_path / "photos", names, rng)
+    monkeypatch.chdir(tmp_path)
+    expected = assign_splits({"label": [name.split("/")[0] for name in names], "id": names})
+    for split in ("train", "validation", "test"):
+        dataset = open_dataset("photos/", split)
+        mine = sorted(n for n, s in zip(names, expected, strict=True) if s == split)
+        assert dataset.id.tolist() == mine
+        assert dataset.label.tolist() == [int(name.startswith("hat")) for name in mine]
+    assert "split by hash into {'train': 16, 'validation': 2, 'test': 2}" in capsys.readouterr().err
+    assert (
+        open_dataset("./photos", "val").id.tolist()
+        == open_dataset("photos/", "validation").id.tolist()
+    )
+    with pytest.raises(InputError, match=r"photos has no split 'dev': .*\['train', 'validation'"):
+        open_dataset("photos/", "dev")
+    with pytest.raises(InputError, match="unknown dataset 'photos': .*write ./photos"):
+        open_dataset("photos", "train")
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, rng):
+    def told(message, split="train", **options):
+        with pytest.raises(InputError, match=message) as caught:
+            open_dataset(str(tmp_path), split, **options)
+        assert "\n" not in str(caught.value)
+
+    told("no images in .*one folder a class")
+    (tmp_path / "hat").mkdir()
+    told("no images in")
+    write_images(tmp_path, ("hat/1.png", "hat/2.png"), rng)
+    told("has one class only, 'hat': give at least two")
+    write_images(tmp_path, ("coat/1.png",), rng)
+    told("label='item_id': .* classes only", label="item_id")
+    (tmp_path / "coat" / "2.jpg").write_text("no image")
+    told(r"1 of 4 images of .*coat/2\.jpg \(not an image\)")
+    write_images(tmp_path, ("train/hat/1.png",), rng)
+    told("coat holds images and .*train folders: sort the images")
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        open_dataset(f"{tmp_path}/nowhere", "train")
+
+
+def test_unknown_split_and_a_split_without_images(tmp_path, rng):
+    write_images(tmp_path, ("train/a/1.png", "train/b/1.png"), rng)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"has no split 'test': choose one of \['train', 'val'\]"):
+        open_dataset(str(tmp_path), "test")
+    with pytest.raises(InputError, match="no images in .*val"):
+        open_dataset(str(tmp_path), "val")
+
+
+def test_bad_images_are_skipped_and_listed_by_split(tmp_path, rng, capsys):
+    write_images(tmp_path, IMAGENET, rng)
+    (tmp_path / "train" / "n02" / "a.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    train = open_dataset(str(tmp_path), "train", on_bad_image="skip")
+    assert train.id.tolist() == ["train/n01/c.PNG", "train/n02/b.JPEG"]
+    assert train.label.tolist() == [0, 1]
+    assert "1 of 3 images" in capsys.readouterr().err
+    assert "n02/a.jpg\tcannot be decoded" in (tmp_path / "train.skipped.txt").read_text()
+    assert len(open_dataset(str(tmp_path), "val", on_bad_image="skip")) == 1
+
+
+def test_command_checks_a_folder(tmp_path, rng, capsys):
+    write_images(tmp_path, (*IMAGENET, "val/n01/a.png"), rng)
+    assert command.main(["prepare", str(tmp_path)]) == 0
+    assert "5 images can be used" in capsys.readouterr().out
+    (tmp_path / "val" / "n03" / "a.jpg").write_bytes(b"")
+    assert command.main(["prepare", str(tmp_path)]) == 2
+    assert "1 of 2 images" in capsys.readouterr().err
