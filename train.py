@@ -33,6 +33,7 @@ from evaluate import (
     check_classes,
     evaluate_split,
     open_split,
+    read_config,
     split_protocol,
 )
 
@@ -41,15 +42,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Train and evaluate along the way; go on from what is in ``workdir``. Return the summary."""
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    training = open_split(config, config.data.train_split)
-    validation = open_split(config, config.data.eval_split)
-    check_labels(config, training, validation)
-    split_protocol(config, validation)
-    train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
         )
+        if checkpoints.steps():
+            check_same_run(config, read_config(workdir))
+        training = open_split(config, config.data.train_split)
+        validation = open_split(config, config.data.eval_split)
+        check_labels(config, training, validation)
+        split_protocol(config, validation)
+        train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
         source = None if checkpoints.steps() else config.model.pretrained
         if source:  # Before the model, whose drawing takes a while.
             check_source(config, source)
@@ -301,7 +304,11 @@ def restore(
     if not checkpoints.steps():
         return state, 0
     read = checkpoints.restore("last")
-    check_same_run(config, ConfigDict(read.config), read.step)
+    if read.step > config.train.steps:
+        raise InputError(
+            f"the workdir holds step {read.step}, beyond train.steps={config.train.steps}: "
+            "raise train.steps, or use a new --workdir"
+        )
     model, optimizer = checkpoint_items(state)
     model, optimizer = unflatten(model, read.model), unflatten(optimizer, read.optimizer)
     checkpoints.delete_after(read.step)
@@ -315,7 +322,7 @@ def restore(
     return steps.replicate(restored, mesh), read.data["next_step"]
 
 
-def check_same_run(config: ConfigDict, saved: ConfigDict, step: int) -> None:
+def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
     """Raise InputError when the workdir holds a run of another model; tell of other changes."""
     now = json.loads(json.dumps(config.to_dict()))
     changed = [
@@ -333,11 +340,6 @@ def check_same_run(config: ConfigDict, saved: ConfigDict, step: int) -> None:
                 f"the workdir holds a run with {field}={saved.model.get(name)!r}, not "
                 f"{config.model[name]!r}: use its config, or a new --workdir"
             )
-    if step > config.train.steps:
-        raise InputError(
-            f"the workdir holds step {step}, beyond train.steps={config.train.steps}: "
-            "raise train.steps, or use a new --workdir"
-        )
     if changed and jax.process_index() == 0:
         print(f"resuming with changed fields: {', '.join(sorted(changed))}", flush=True)
 

@@ -134,10 +134,19 @@ class Checkpoints:
         """Save two pytrees and two JSON documents, in the background.
 
         A step that is there already is left as it is.
+
+        Raises:
+            FloatingPointError: for an array that is not finite, which no run could go on from.
         """
         if step in self._manager.all_steps():
             return
         arrays = {"model": flatten(model), "optimizer": flatten(optimizer)}
+        for name, array in (*arrays["model"].items(), *arrays["optimizer"].items()):
+            if not np.all(np.isfinite(array)):
+                raise FloatingPointError(
+                    f"{name} is not finite at step {step}, which is not saved: lower the learning "
+                    "rate or clip the gradient; earlier checkpoints are kept"
+                )
         checksums = {item: _checksums(value) for item, value in arrays.items()}
         items = {
             **{item: ocp.args.StandardSave(value) for item, value in arrays.items()},

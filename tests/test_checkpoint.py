@@ -118,6 +118,13 @@ def test_checksums_find_changed_values(checkpoints, monkeypatch):
     assert checkpoints.restore(optimizer=False).step == 1
 
 
+def test_what_is_not_finite_is_not_saved(checkpoints):
+    broken = {"params": np.array([1.0, np.nan])}
+    with pytest.raises(FloatingPointError, match=r"params is not finite at step 3"):
+        checkpoints.save(3, model=broken, optimizer={}, data={}, config={})
+    assert checkpoints.steps() == []
+
+
 def test_delete_after(checkpoints):
     save(checkpoints, 1)
     save(checkpoints, 2)
