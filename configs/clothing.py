@@ -21,10 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.color_jitter = 0.2
     config.model.name = "resnet50_cbam"
     config.model.embedding_dim = 128
-    # From scratch, hard mining collapses: all triplets, a soft margin and free lengths do not.
-    config.model.normalize = False
-    config.loss.mining = "batch_all"
-    config.loss.soft = True
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.train.steps = 700

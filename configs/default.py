@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     # resnet{18,34,50,101,152}, vgg16, vgg16_bn or googlenet, alone or with _se or _cbam.
     model.name = "resnet50_cbam"
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
-    model.normalize = True  # L2-normalise the embeddings, in training and evaluation alike
+    model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike
     model.pooling = "average"  # or "gem"
     model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
     # None: from scratch. "imagenet" (torchvision's weights), a .safetensors or .pth file, a run.
@@ -53,8 +53,10 @@ def get_config() -> ml_collections.ConfigDict:
     loss.name = "triplet"  # or "cross_entropy", which trains a classifier; normalize=False then
     # Of the triplet loss:
     loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
-    loss.mining = "batch_hard"  # or "semi_hard", "batch_all"
-    loss.soft = False  # log(1 + exp(.)) in place of the margin
+    # Or "batch_hard", "semi_hard". From scratch, hard mining and unit vectors collapsed to a point
+    # or learnt slowly; from pretrained weights (resnet50.py) they are the usual choice.
+    loss.mining = "batch_all"
+    loss.soft = True  # log(1 + exp(.)) in place of the margin
     # Of cross_entropy:
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes
 

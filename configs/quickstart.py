@@ -16,10 +16,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.crop_scale = (0.7, 1.0)
     config.model.name = "resnet18_cbam"
     config.model.embedding_dim = 128
-    # From scratch, hard mining collapses: all triplets, a soft margin and free lengths do not.
-    config.model.normalize = False
-    config.loss.mining = "batch_all"
-    config.loss.soft = True
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.train.steps = 350

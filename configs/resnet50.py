@@ -41,6 +41,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "resnet50"
     config.model.pretrained = "imagenet"
     config.model.attention_init = "identity"
+    config.model.normalize = True
+    config.loss.mining = "batch_hard"
+    config.loss.soft = False
+    config.loss.margin = 0.2
     config.optimizer.learning_rate = 2e-5
     config.optimizer.new_layer_multiple = 10.0
     config.train.steps = 1500
