@@ -118,6 +118,8 @@ def test_decode_image_says_which_image_and_what_to_do(rng):
         with pytest.raises(InputError, match=r"^hat\.jpg cannot be decoded .*on_bad_image"):
             decode_image(broken, name="hat.jpg")
     assert is_decodable(encoded)
+    tiny = cv2.imencode(".png", rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))[1].tobytes()
+    assert is_decodable(tiny)
 
 
 # -------------------------------------------------------------------------------------- manifests

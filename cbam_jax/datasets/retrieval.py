@@ -105,9 +105,10 @@ def is_decodable(encoded: bytes) -> bool:
     """Whether :func:`decode_image` would succeed, several times faster for a JPEG.
 
     The whole file is read, so truncation is found, but pixels are reconstructed at an eighth of the
-    resolution.
+    resolution; in full only where that fails, as it does for images of less than 8 px.
     """
-    return _decode(encoded, cv2.IMREAD_REDUCED_COLOR_8) is not None
+    flags = (cv2.IMREAD_REDUCED_COLOR_8, cv2.IMREAD_COLOR_RGB)
+    return any(_decode(encoded, flag) is not None for flag in flags)
 
 
 def _decode(encoded: bytes, flag: int) -> np.ndarray | None:
