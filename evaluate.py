@@ -1,9 +1,9 @@
 """Measure a trained run: embed a split, search, and print every metric with its definition.
 
-python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP] [--figures]
+python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained] [--figures]
 
 Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures); the last line on stdout is
-one JSON document.
+one JSON document. The untrained network's go to RUN/eval/SPLIT-untrained.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from cbam_jax import InputError, checkpoint, command_line, data, evaluation, steps
 from cbam_jax.datasets import RetrievalDataset, open_dataset
 from cbam_jax.models import EmbeddingModel, create_model
+from cbam_jax.pretrained import load_pretrained
 from cbam_jax.runlog import read_log
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -116,7 +117,16 @@ def read_config(workdir: Path) -> ConfigDict:
 def restore_model(
     config: ConfigDict, workdir: Path, which: str | int, mesh: Any
 ) -> tuple[EmbeddingModel, tuple[Any, Any], int]:
-    """Read a checkpoint: the model's structure, its (params, batch_stats), and the step."""
+    """Read a checkpoint: the model's structure, its (params, batch_stats), and the step.
+
+    ``"untrained"`` is the model that the run started from, so that what training added can be seen.
+    """
+    if which == "untrained":
+        model = build_model(config)
+        if config.model.get("pretrained"):
+            load_pretrained(model, config.model.pretrained)
+        _, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+        return model, steps.replicate(tuple(state), mesh), 0
     with checkpoint.Checkpoints(
         workdir / "checkpoints", best_metric=evaluation.HEADLINE
     ) as checkpoints:
@@ -143,7 +153,7 @@ def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict
     embed_step = steps.make_embed_step(model, mesh)
     result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
     report = {"dataset": config.data.name, "split": split, "step": step, **result.report}
-    folder = workdir / "eval" / split
+    folder = workdir / "eval" / (split if which != "untrained" else f"{split}-untrained")
     folder.mkdir(parents=True, exist_ok=True)
     command_line.write_json(folder / "metrics.json", report)
     save_embeddings(folder / "embeddings.npz", embeddings, dataset)
@@ -204,12 +214,12 @@ def main() -> None:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="the run, as given to train.py")
     parser.add_argument("--split", default="test", help="split of the run's dataset")
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
     parser.add_argument("--figures", action="store_true", help="draw result rows")
     flags = parser.parse_args()
     which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
-    if which not in ("best", "last") and not isinstance(which, int):
-        raise InputError(f"--checkpoint={which}: give best, last or a step")
+    if which not in ("best", "last", "untrained") and not isinstance(which, int):
+        raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
     report = evaluate(flags.workdir, flags.split, which, flags.figures)
     line = {key: report[key] for key in ("dataset", "split", "step", "metrics", "interval")}
     print(command_line.to_json({"workdir": str(flags.workdir), **line}))

@@ -342,17 +342,17 @@ def test_evaluate_writes_files_that_agree_with_brute_force(uninterrupted, monkey
     assert report["definitions"]["map@K"] in stdout
 
 
-def test_evaluate_can_be_given_the_best_checkpoint(uninterrupted, monkeypatch, capsys):
+@pytest.mark.parametrize("which", ["best", "untrained"])
+def test_evaluate_agrees_with_what_training_recorded(uninterrupted, monkeypatch, capsys, which):
     workdir, stdout, _ = uninterrupted
     summary = json.loads(stdout.splitlines()[-1])
-    status, stdout, stderr = run_main(
-        monkeypatch, capsys, evaluate.main, f"--workdir={workdir}", "--split=validation"
-    )
+    arguments = (f"--workdir={workdir}", "--split=validation", f"--checkpoint={which}")
+    status, stdout, stderr = run_main(monkeypatch, capsys, evaluate.main, *arguments)
     assert status == 0, stderr
     line = json.loads(stdout.splitlines()[-1])
-    assert line["step"] == summary["best_step"]
+    assert line["step"] == (summary["best_step"] if which == "best" else 0)
     # One device embedded it in training, eight do so here.
-    for name, value in summary["best"].items():
+    for name, value in summary[which].items():
         assert line["metrics"][name] == pytest.approx(value, abs=1e-6)
 
 
@@ -460,7 +460,7 @@ def test_workdir_beyond_the_steps(uninterrupted, manifest, monkeypatch, capsys):
     [
         (["--split=tests"], "split 'tests'"),
         (["--checkpoint=4"], "no checkpoint 4 in"),
-        (["--checkpoint=newest"], "--checkpoint=newest: give best, last or a step"),
+        (["--checkpoint=newest"], "--checkpoint=newest: give best, last, untrained or a step"),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),
     ],
 )
