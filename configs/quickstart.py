@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.embedding_dim = 128
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
-    config.train.steps = 350
-    config.train.eval_every = 175
+    config.train.steps = 450
+    config.train.eval_every = 150
     config.train.checkpoint_every = 50
     return config
