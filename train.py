@@ -439,8 +439,9 @@ def parse_flags() -> tuple[ConfigDict, Path]:
     except OSError as error:
         raise InputError(f"--config={known.config}: no such file") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        raise InputError(f"{message}; configs/default.py lists every field") from error
+        # ml_collections wraps a message in its repr, with escaped quotes and line breaks.
+        message = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+        raise InputError(f"config: {message}; configs/default.py lists every field") from error
     if rest[1:]:
         raise InputError(f"unknown argument {rest[1]!r}: see python train.py --help")
     if known.distributed:

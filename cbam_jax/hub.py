@@ -183,7 +183,7 @@ def _fetch(source: str, revision: str | None) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise InputError(f"no folder {source}, and no id of the hub either (user/model)")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(
             f"no folder {source}; to fetch it from the hub: pip install 'cbam_jax[hub]'"
