@@ -440,7 +440,9 @@ def parse_flags() -> tuple[ConfigDict, Path]:
         raise InputError(f"--config={known.config}: no such file") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections wraps a message in its repr, with escaped quotes and line breaks.
-        message = " ".join(str(error).replace("\\n", " ").replace("\\", "").split()).strip("'\"")
+        message = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+        if message[0] == message[-1] == "'":
+            message = message[1:-1]
         raise InputError(f"config: {message}; configs/default.py lists every field") from error
     if rest[1:]:
         raise InputError(f"unknown argument {rest[1]!r}: see python train.py --help")
