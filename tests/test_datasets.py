@@ -664,7 +664,7 @@ def test_killed_preparation_leaves_nothing_to_trip_over(tmp_path, copy):
 def test_two_processes_prepare_the_same_dataset(tmp_path, copy):
     children = [start_child(tmp_path, copy, tmp_path / "tfds") for _ in range(2)]
     outputs = [child.communicate() for child in children]
-    assert [output for output, _ in outputs] == [f"{COUNTS['test']}\n"] * 2
+    assert [output for output, _ in outputs] == [f"{COUNTS['test']}\n"] * 2, outputs
     assert sum("writing train" in errors for _, errors in outputs) == 1
     assert records(tmp_path, "tfds") == records(tmp_path, "alone")
 

@@ -111,10 +111,10 @@ def prepare(
     """
     builder = make_builder(name, data_dir, manual_dir, on_bad_image)
     _check_features(name, builder, label)
-    if not _is_prepared(builder):
+    # A builder reads what is on disk when it is made. One without splits was made before another
+    # process put the dataset into place, even if it is there by now.
+    if not _is_prepared(builder) or not builder.info.splits:
         with _locked(Path(builder.data_dir_root) / f".{builder.name}.lock", name):
-            # Made anew: a builder reads what is on disk when it is made, and that may have changed
-            # while this process waited.
             builder = make_builder(name, data_dir, manual_dir, on_bad_image)
             if not _is_prepared(builder):
                 _write(name, builder, manual_dir)
