@@ -8,7 +8,6 @@ one JSON document. The untrained network's go to RUN/eval/SPLIT-untrained.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from cbam_jax.datasets import RetrievalDataset, open_dataset
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.runlog import read_log
+from cbam_jax.whole_files import written_whole
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -165,17 +165,16 @@ def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict
 
 
 def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDataset) -> None:
-    """Write the embeddings and what each row is; beside it first, then renamed."""
-    partial = path.with_name("partial-" + path.name)
-    np.savez(
-        partial,
-        embedding=embeddings,
-        label=dataset.label,
-        id=dataset.id,
-        is_query=dataset.is_query,
-        is_gallery=dataset.is_gallery,
-    )
-    os.replace(partial, path)
+    """Write the embeddings and what each row is, whole or not at all."""
+    with written_whole(path) as partial:
+        np.savez(
+            partial,
+            embedding=embeddings,
+            label=dataset.label,
+            id=dataset.id,
+            is_query=dataset.is_query,
+            is_gallery=dataset.is_gallery,
+        )
 
 
 def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation) -> None:

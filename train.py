@@ -62,11 +62,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mesh = steps.data_mesh()
         optimizer, learning_rate = build_optimizer(config)
         state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
+        classify, embed = EmbeddingModel.classify_deeply, EmbeddingModel.__call__
         train_step = steps.make_train_step(
             model,
             optimizer,
             build_loss(config),
-            forward=EmbeddingModel.classify if classifies(config) else EmbeddingModel.__call__,
+            forward=classify if classifies(config) else embed,
             freeze_batch_norm=config.model.freeze_batch_norm,
             ema_decay=config.train.ema_decay,
         )
@@ -158,6 +159,10 @@ def check_choices(config: ConfigDict) -> None:
         raise InputError(
             f"loss.label_smoothing={config.loss.label_smoothing}: give a share in [0, 1)"
         )
+    if config.loss.auxiliary_weight < 0:
+        raise InputError(
+            f"loss.auxiliary_weight={config.loss.auxiliary_weight}: give a weight of at least 0"
+        )
     check_classifier(config)
     try:
         jax.eval_shape(lambda: build_model(config) and None)
@@ -242,7 +247,8 @@ def build_loss(config: ConfigDict) -> Callable:
     """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars."""
     loss = config.loss
     if classifies(config):
-        return functools.partial(losses.cross_entropy_loss, label_smoothing=loss.label_smoothing)
+        options = {name: loss[name] for name in ("label_smoothing", "auxiliary_weight")}
+        return functools.partial(losses.deep_cross_entropy_loss, **options)
     options = {"margin": loss.margin, "mining": loss.mining, "soft": loss.soft}
     return functools.partial(losses.triplet_loss, **options)
 

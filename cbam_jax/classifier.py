@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from cbam_jax import InputError
+from cbam_jax.backbones.layers import adaptive_average_pool
 from cbam_jax.backbones.vgg import VGG
 from cbam_jax.models import BACKBONES, normalize_images
 
@@ -73,28 +74,6 @@ def create_classifier(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs) -> 
     return Classifier(BACKBONES[name](rngs=rngs), num_classes, rngs=rngs)
 
 
-def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Average [b, h, w, c] to [b, size, size, c] as torch's ``AdaptiveAvgPool2d`` does.
-
-    Bin i of n spans the entries from floor(i h / n) up to ceil((i + 1) h / n), so bins overlap
-    where n does not divide h, and repeat entries where h < n.
-
-    >>> adaptive_average_pool(jnp.arange(3.0).reshape(1, 3, 1, 1), 2)[0, :, 0, 0]
-    Array([0.5, 1.5], dtype=float32)
-    """
-    rows, columns = _bins(x.shape[1], size), _bins(x.shape[2], size)
-    return jnp.einsum("bhwc,ih,jw->bijc", x, rows, columns, precision="highest")
-
-
-def _bins(length: int, size: int) -> np.ndarray:
-    """Averaging weights [size, length], float32."""
-    weights = np.zeros((size, length), np.float32)
-    for i in range(size):
-        start, end = i * length // size, -(-(i + 1) * length // size)
-        weights[i, start:end] = 1 / (end - start)
-    return weights
-
-
 def image_accuracy(
     model: Classifier, folder: str | os.PathLike, *, resize: int, batch_size: int = 32
 ) -> dict[str, float]:
@@ -119,7 +98,11 @@ def image_accuracy(
     graph, state = nnx.split(nnx.view(model, use_running_average=True))
     predict = jax.jit(lambda state, images: nnx.merge(graph, state)(normalize_images(images)))
     hits = np.zeros((0, 5), bool)
-    for start in range(0, len(files), batch_size):
+    # Imported late: a classifier itself needs no datasets.
+    from cbam_jax.datasets.progress import progress
+
+    steps = range(0, len(files), batch_size)
+    for start in progress(steps, "classifying", total=len(steps), unit=" batches"):
         batch = files[start : start + batch_size]
         images = np.zeros((batch_size, 224, 224, 3), np.uint8)  # The last batch is padded.
         images[: len(batch)] = [read_central_square(path, resize) for path, _ in batch]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cbam_jax import InputError
+from cbam_jax.whole_files import written_whole
 
 
 def run(main: Callable[[], Any]) -> int:
@@ -45,8 +46,6 @@ def _without_nan(document: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:
-    """Write a JSON file whole or not at all: beside it first, then renamed."""
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w") as file:
-        file.write(to_json(document, indent=2) + "\n")
-    os.replace(partial, path)
+    """Write a JSON file whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(to_json(document, indent=2) + "\n")

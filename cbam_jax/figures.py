@@ -8,10 +8,11 @@ keeps figures alive.
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from cbam_jax.whole_files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,8 +134,6 @@ def _mark_metric(axes: "Axes", records: Sequence[Mapping[str, Any]], metric: str
 
 
 def save(figure: "Figure", path: str | os.PathLike) -> None:
-    """Write a figure as PNG, whole or not at all: beside it first, then renamed."""
-    path = Path(path)
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
-    os.replace(partial, path)
+    """Write a figure as PNG, whole or not at all."""
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")

@@ -19,6 +19,7 @@ from flax import nnx
 from cbam_jax import InputError, __version__
 from cbam_jax.models import IMAGENET_MEAN, IMAGENET_STD, EmbeddingModel, create_model
 from cbam_jax.pretrained import load_pretrained
+from cbam_jax.whole_files import written_whole
 
 # Raised when a folder needs something that earlier versions can't read.
 FORMAT_VERSION = 1
@@ -109,9 +110,12 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: np.array(variable[...]) for name, variable in arrays.items()}
-    safetensors.numpy.save_file(values, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-    (folder / "README.md").write_text(card)
+    with written_whole(folder / "model.safetensors") as partial:
+        safetensors.numpy.save_file(values, partial)
+    with written_whole(folder / "config.json") as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n")
+    with written_whole(folder / "README.md") as partial:
+        partial.write_text(card)
 
 
 def from_pretrained(

@@ -4,6 +4,7 @@ Static shapes, no index lists.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,43 @@ def cross_entropy_loss(
     per_row = (1 - label_smoothing) * correct + label_smoothing * jnp.mean(log_probability, axis=1)
     accuracy = jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(jnp.float32))
     return -jnp.mean(per_row), {"accuracy": jax.lax.stop_gradient(accuracy)}
+
+
+def deep_cross_entropy_loss(
+    logits: Sequence[jax.Array],
+    labels: jax.Array,
+    label_smoothing: float = 0.0,
+    auxiliary_weight: float = 0.3,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of a classifier, and a share of that of its auxiliary classifiers.
+
+    The auxiliary losses are added with a weight of 0.3 each, as GoogLeNet was trained (Szegedy et
+    al. 2015, section 5); without auxiliary classifiers it is `cross_entropy_loss`.
+
+    Args:
+      logits: At least one array ``[b, n]``: the classifier's, then each auxiliary classifier's.
+      labels: ``[b]``, integers in [0, n).
+      label_smoothing: Of all of them, as in `cross_entropy_loss`.
+      auxiliary_weight: What each auxiliary loss is multiplied by, not negative.
+
+    Returns:
+      The loss, a float32 scalar, and what `cross_entropy_loss` says of the classifier itself.
+
+    Raises:
+      ValueError: As `cross_entropy_loss` does, and for a negative weight.
+
+    Example:
+      >>> labels, even = jnp.array([0, 1]), jnp.zeros((2, 2))
+      >>> loss, _ = deep_cross_entropy_loss([even, even, even], labels)
+      >>> round(float(loss), 3)  # 1.6 log 2
+      1.109
+    """
+    if not auxiliary_weight >= 0:
+        raise ValueError(f"auxiliary_weight is {auxiliary_weight}, expected at least 0")
+    loss, stats = cross_entropy_loss(logits[0], labels, label_smoothing)
+    for other in logits[1:]:
+        loss += auxiliary_weight * cross_entropy_loss(other, labels, label_smoothing)[0]
+    return loss, stats
 
 
 def collapse_warning(

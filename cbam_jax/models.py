@@ -142,6 +142,19 @@ class EmbeddingModel(nnx.Module):
             raise ValueError("num_classes is None: a model without classes gives no logits")
         return self.class_head(self(images))
 
+    def classify_deeply(self, images: jax.Array) -> tuple[jax.Array, ...]:
+        """Return ``classify``'s logits, then those of the backbone's auxiliary classifiers, if any.
+
+        For training from scratch: GoogLeNet alone has such classifiers.
+
+        Raises:
+            ValueError: the model was built without ``num_classes``.
+        """
+        if not isinstance(self.backbone, googlenet.GoogLeNet) or self.class_head is None:
+            return (self.classify(images),)
+        features, auxiliary = self.backbone.with_auxiliary(images)
+        return self.class_head(self.embed(features)), *auxiliary
+
 
 def create_model(
     name: str,
@@ -163,7 +176,8 @@ def create_model(
         pooling: ``"average"`` or ``"gem"``.
         attention_init: ``"paper"`` (gates start near one half) or ``"identity"`` (the model starts
             as exactly the plain backbone, so that pretrained statistics fit).
-        num_classes: n of the layer that ``classify`` applies to embeddings; None: no such layer.
+        num_classes: n of the layer that ``classify`` applies to embeddings, and of GoogLeNet's two
+            auxiliary classifiers; None: no such layers.
         dtype: of the backbone's computation, float32 or bfloat16. Parameters, BatchNorm, pooling
             and the embedding stay float32.
         rngs: for the parameters.
@@ -183,7 +197,8 @@ def create_model(
     backbone_name, suffix = MODELS[name]
     block = ATTENTIONS[suffix]
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
-    backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs)
+    auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
+    backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs, **auxiliary)
     return EmbeddingModel(
         backbone,
         embedding_dim=embedding_dim,

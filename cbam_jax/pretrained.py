@@ -25,6 +25,7 @@ from flax import nnx
 
 from cbam_jax import InputError
 from cbam_jax.torch_files import read_torch
+from cbam_jax.whole_files import written_whole
 
 Source = str | os.PathLike | Mapping[str, Any]
 
@@ -70,11 +71,11 @@ _BACKBONE_TENSORS = {
 }
 _MIRROR = "https://download.pytorch.org/models"
 
-# What a model may have and a source not, whole: it then starts fresh.
-FRESH = ("stem_attention", "last_attention", "projection", "pool", "class_head")
+# What a model may have and a source not, whole: it then starts fresh. aux1 and aux2 are GoogLeNet's
+# auxiliary classifiers.
+FRESH = ("stem_attention", "last_attention", "projection", "pool", "class_head", "aux1", "aux2")
 # What a source may have and a model not, whole: it is then left over. timm's VGG has its
-# classifier in pre_logits and head; class_head is of our own runs with cross-entropy; aux1 and aux2
-# are GoogLeNet's auxiliary classifiers.
+# classifier in pre_logits and head; class_head is of our own runs with cross-entropy.
 LEFT_OVER = ("fc", "classifier", "pre_logits", "head", "class_head", "aux1", "aux2")
 # Counters of torch's BatchNorm, and the attention that the original CBAM code has in every block.
 _LEFT_OVER_ANYWHERE = re.compile(r"(^|\.)num_batches_tracked$|^layer\d\.\d+\.cbam\.")
@@ -444,7 +445,8 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike) -> int:
         raise InputError(f"the destination {destination} must end in .safetensors")
     saved = _flatten(_unwrap(_read_arrays(source)))
     arrays = {name: np.ascontiguousarray(array) for name, array in saved.items()}
-    safetensors.numpy.save_file(arrays, destination)
+    with written_whole(destination) as partial:
+        safetensors.numpy.save_file(arrays, partial)
     return len(arrays)
 
 

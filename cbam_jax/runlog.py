@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cbam_jax.whole_files import written_whole
+
 # Steps whose scalars are left on the device while later ones are dispatched: reading them at once
 # would make the device wait for Python.
 _IN_FLIGHT = 2
@@ -214,6 +216,5 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_log(path.parent) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 OPTIMIZERS = ("sgd", "adamw")
 # Parameters under these names are never in a pretrained backbone.
-NEW_LAYERS = ("attention", "projection", "pool", "class_head")
+NEW_LAYERS = ("attention", "projection", "pool", "class_head", "aux1", "aux2")
 
 Batch = dict[str, Any]
 
@@ -168,7 +168,7 @@ def make_train_step(
         optimizer: from ``create_optimizer``.
         loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars.
         forward: maps the model and normalised images to what ``loss_fn`` gets in place of the
-            embeddings, such as ``EmbeddingModel.classify`` for logits.
+            embeddings, such as ``EmbeddingModel.classify_deeply`` for logits.
         freeze_batch_norm: normalise by the running statistics and leave them as they are; scale
             and bias are still trained.
         ema_decay: share of the moving average of the parameters that a step keeps.

@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     loss.soft = True  # log(1 + exp(.)) in place of the margin
     # Of cross_entropy:
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes
+    loss.auxiliary_weight = 0.3  # of the loss of each of GoogLeNet's two auxiliary classifiers
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "sgd"

@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "distances": set(),
     "metrics": set(),
     "gradcam": set(),
-    "command_line": set(),
+    "whole_files": set(),
+    "command_line": {"whole_files"},
     "checkpoint": set(),
-    "figures": set(),
-    "runlog": set(),
+    "figures": {"whole_files"},
+    "runlog": {"whole_files"},
     "steps": set(),
     "torch_files": set(),
     "datasets": set(),
@@ -29,10 +30,11 @@ MAY_IMPORT = {
     "evaluation": {"metrics", "search"},
     "backbones": {"attention"},
     "models": {"attention", "backbones", "distances"},
-    "classifier": {"backbones", "models"},
+    # Of the datasets, the progress display and the download alone.
+    "classifier": {"backbones", "datasets", "models"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
-    "pretrained": {"checkpoint", "classifier", "datasets", "torch_files"},
-    "hub": {"models", "pretrained"},
+    "pretrained": {"checkpoint", "classifier", "datasets", "torch_files", "whole_files"},
+    "hub": {"models", "pretrained", "whole_files"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")

@@ -21,7 +21,7 @@ from cbam_jax import InputError, models, steps
 from cbam_jax.backbones.resnet import BasicBlock, ResNet
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.evaluation import classification_metrics
-from cbam_jax.losses import cross_entropy_loss
+from cbam_jax.losses import cross_entropy_loss, deep_cross_entropy_loss
 from cbam_jax.runlog import read_log
 from configs import default
 
@@ -165,6 +165,10 @@ def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
         ({**CLASSIFY, "model.num_classes": 1}, "model.num_classes=1: .* at least 2"),
         ({**CLASSIFY, "model.num_classes": 5}, "num_classes=5, but split 'train' .* 4 classes"),
         ({**CLASSIFY, "model.normalize": True}, "model.normalize=True: .* set it to False"),
+        (
+            {"loss.auxiliary_weight": -0.3},
+            "loss.auxiliary_weight=-0.3: give a weight of at least 0",
+        ),
         ({"loss.label_smoothing": 1.0}, r"loss.label_smoothing=1.0: give a share in \[0, 1\)"),
     ],
 )
@@ -194,6 +198,21 @@ def test_classification_metrics_by_loops(rng):
     assert metrics["accuracy"] == np.mean([hit < 1 for hit in hits])
     assert metrics["accuracy@5"] == np.mean([hit < 5 for hit in hits])
     assert classification_metrics(np.zeros((4, 9)), label[:4])["accuracy@5"] == 0
+
+
+def test_auxiliary_losses_count_by_their_weight(rng):
+    logits, labels = rng.normal(size=(3, 6, 5)), rng.integers(0, 5, 6)
+    each = []
+    for rows in logits:
+        probability = np.exp(rows) / np.exp(rows).sum(axis=1, keepdims=True)
+        target = 0.9 * np.eye(5)[labels] + 0.1 / 5
+        each.append(-np.mean(np.sum(target * np.log(probability), axis=1)))
+    arrays = [jnp.asarray(rows, jnp.float32) for rows in logits]
+    loss, stats = deep_cross_entropy_loss(arrays, jnp.asarray(labels), 0.1, auxiliary_weight=0.2)
+    np.testing.assert_allclose(loss, each[0] + 0.2 * (each[1] + each[2]), rtol=1e-5)
+    np.testing.assert_allclose(stats["accuracy"], np.mean(logits[0].argmax(1) == labels), rtol=1e-6)
+    with pytest.raises(ValueError, match="auxiliary_weight is -0.1, expected at least 0"):
+        deep_cross_entropy_loss(arrays, jnp.asarray(labels), auxiliary_weight=-0.1)
 
 
 def test_classify_is_linear_on_the_embedding(rng):

@@ -11,11 +11,13 @@ from golden.make_backbones import (
     seeded_images,
     seeded_torchvision,
     tensors,
+    torch_auxiliary,
     torch_features,
 )
 from seeded import jitted
 
 from cbam_jax.attention import CBAM, SqueezeExcite
+from cbam_jax.backbones.googlenet import GoogLeNet
 from cbam_jax.classifier import create_classifier, read_central_square
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.torch_files import read_torch
@@ -66,6 +68,20 @@ def test_features_and_logits(name, tmp_path):
         ours = jitted(backbone, images) if name == "googlenet" else backbone(images)
         assert relative_error(ours, features) < 1e-4
         assert relative_error(model.classify(ours), logits) < 1e-4
+
+
+def test_auxiliary_classifiers_of_googlenet(tmp_path):
+    theirs = seeded_torchvision("googlenet")
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    model = nnx.eval_shape(lambda: GoogLeNet(auxiliary_classes=1000, rngs=nnx.Rngs(0)))
+    report = load_pretrained(model, tmp_path / "weights.pth")
+    assert not report.fresh
+    assert {name.split(".")[0] for name in report.unused if "num_batches" not in name} == {"fc"}
+    graph, state = nnx.split(nnx.view(model, use_running_average=True))
+    images = seeded_images(193, 257)
+    forward = jax.jit(lambda state, images: nnx.merge(graph, state).with_auxiliary(images)[1])
+    for ours, expected in zip(forward(state, images), torch_auxiliary(theirs, images), strict=True):
+        assert relative_error(ours, expected) < 1e-4
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])

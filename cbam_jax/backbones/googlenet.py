@@ -3,8 +3,8 @@
 Szegedy et al.: Going Deeper with Convolutions, CVPR 2015. torchvision's form differs from that
 paper's, and its weights need the difference: BatchNorm (epsilon 1e-3) after every convolution, a
 3 x 3 convolution in the 5 x 5 branch, ceil-mode pools, and inputs in [-1, 1]. The auxiliary
-classifiers serve training from scratch only and are left out. Submodules carry torchvision's names
-(``conv1.conv, inception3a.branch2.0.bn``), so that weights port by one rule.
+classifiers serve training from scratch only and are there when asked for. Submodules carry
+torchvision's names (``conv1.conv, inception3a.branch2.0.bn``), so that weights port by one rule.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool
+from cbam_jax.backbones.layers import BatchNorm, Conv, adaptive_average_pool, max_pool
 
 # Input width, then the widths of 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: the
 # paper's Table 1.
@@ -107,6 +107,26 @@ class Inception(nnx.Module):
         return jnp.concatenate(outputs, axis=-1)
 
 
+class AuxiliaryClassifier(nnx.Module):
+    """Logits from the middle of the network, so that its lower half gets a gradient of its own.
+
+    Averages [b, h, w, c] to 4 x 4, then a 1 x 1 convolution to 128 and two linear layers: [b, n],
+    float32. Without the dropout of 0.7 that torchvision's has in training.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = BasicConv(in_features, 128, 1, dtype=dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(4 * 4 * 128, 1024, rngs=rngs)
+        self.fc2 = nnx.Linear(1024, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [b, h, w, c] to logits."""
+        x = self.conv(adaptive_average_pool(x.astype(jnp.float32), 4)).astype(jnp.float32)
+        # torch's order of the entries, channels first: the weights of fc1 follow it.
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        return self.fc2(nnx.relu(self.fc1(x)))
+
+
 class GoogLeNet(nnx.Module):
     """The convolutional part of GoogLeNet: [b, h, w, 3] to about [b, h/32, w/32, 1024].
 
@@ -115,6 +135,8 @@ class GoogLeNet(nnx.Module):
     Args:
         attention: called as ``attention(features, rngs=rngs)``; placed after the first convolution
             (conv1, *attention*, max-pool) and after the last block, inception5b. None: none.
+        auxiliary_classes: n of two auxiliary classifiers, after inception4a and inception4d; None:
+            none. They are used by ``with_auxiliary`` alone.
         dtype: of the computation; parameters and BatchNorm are float32.
         rngs: for the parameters.
 
@@ -129,6 +151,7 @@ class GoogLeNet(nnx.Module):
         self,
         *,
         attention: Callable[..., nnx.Module] | None = None,
+        auxiliary_classes: int | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -139,18 +162,31 @@ class GoogLeNet(nnx.Module):
         for name, widths in _INCEPTIONS.items():
             setattr(self, f"inception{name}", Inception(*widths, dtype=dtype, rngs=rngs))
         self.last_attention = attention(1024, rngs=rngs) if attention is not None else None
+        options = {"dtype": dtype, "rngs": rngs}
+        n = auxiliary_classes
+        self.aux1 = AuxiliaryClassifier(512, n, **options) if n is not None else None
+        self.aux2 = AuxiliaryClassifier(528, n, **options) if n is not None else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the last feature map, after its attention."""
+        return self.with_auxiliary(images)[0]
+
+    def with_auxiliary(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Return the last feature map, and the auxiliary classifiers' logits [b, n], if any."""
         x = self.conv1(transform_input(images))
         if self.stem_attention is not None:
             x = self.stem_attention(x)
         x = max_pool(x, 3, 2, ceil_mode=True)
         x = max_pool(self.conv3(self.conv2(x)), 3, 2, ceil_mode=True)
+        auxiliary = []
         for name in _INCEPTIONS:
             if name == "4a":
                 x = max_pool(x, 3, 2, ceil_mode=True)
             if name == "5a":
                 x = max_pool(x, 2, 2, ceil_mode=True)
             x = getattr(self, f"inception{name}")(x)
-        return x if self.last_attention is None else self.last_attention(x)
+            head = {"4a": self.aux1, "4d": self.aux2}.get(name)
+            if head is not None:
+                auxiliary.append(head(x))
+        x = x if self.last_attention is None else self.last_attention(x)
+        return x, tuple(auxiliary)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -203,3 +204,25 @@ def _pooled_length(length: int, size: int, strides: int, padding: int, ceil_mode
 def max_pool_3x3(x: jax.Array) -> jax.Array:
     """Max-pool 3 x 3, stride 2, padding 1: the ResNet stem's."""
     return max_pool(x, 3, 2, padding=1)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Average [b, h, w, c] to [b, size, size, c] as torch's ``AdaptiveAvgPool2d`` does.
+
+    Bin i of n spans the entries from floor(i h / n) up to ceil((i + 1) h / n), so bins overlap
+    where n does not divide h, and repeat entries where h < n.
+
+    >>> adaptive_average_pool(jnp.arange(3.0).reshape(1, 3, 1, 1), 2)[0, :, 0, 0]
+    Array([0.5, 1.5], dtype=float32)
+    """
+    rows, columns = _bins(x.shape[1], size), _bins(x.shape[2], size)
+    return jnp.einsum("bhwc,ih,jw->bijc", x, rows, columns, precision="highest")
+
+
+def _bins(length: int, size: int) -> np.ndarray:
+    """Averaging weights [size, length], float32."""
+    weights = np.zeros((size, length), np.float32)
+    for i in range(size):
+        start, end = i * length // size, -(-(i + 1) * length // size)
+        weights[i, start:end] = 1 / (end - start)
+    return weights

@@ -75,6 +75,24 @@ def seeded_torchvision(name, num_classes=1000):
     return model.eval()
 
 
+def torch_auxiliary(model, images):
+    """The logits of GoogLeNet's auxiliary classifiers; in evaluation torchvision skips them."""
+    import torch
+
+    seen = {}
+    handles = [
+        getattr(model, block).register_forward_hook(
+            lambda *args, head=head: seen.update({head: getattr(model, head)(args[2])})
+        )
+        for head, block in {"aux1": "inception4a", "aux2": "inception4d"}.items()
+    ]
+    with torch.no_grad():
+        model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    for handle in handles:
+        handle.remove()
+    return [seen[head].numpy() for head in ("aux1", "aux2")]
+
+
 def torch_features(name, model, images):
     """The last feature map [b, h, w, c], before pooling."""
     import torch
@@ -119,6 +137,8 @@ def main():
         model = seeded_torchvision(name, NUM_CLASSES)
         features, logits = torch_features(name, model, seeded_images(height, width))
         arrays |= {f"{name}_features": features, f"{name}_logits": logits}
+        if name == "googlenet":
+            arrays["googlenet_auxiliary"] = torch_auxiliary(model, seeded_images(height, width))
     versions = {"torch": torch.__version__, "torchvision": import_torchvision().__version__}
     np.savez_compressed(FOLDER / "backbones.npz", versions=str(versions), **arrays)
     torch.save(tensors(), FOLDER / "torch_zip.pth")
