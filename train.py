@@ -48,12 +48,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
         if checkpoints.steps():
             check_same_run(config, read_config(workdir))
+        source = None if checkpoints.steps() else config.model.pretrained
+        if source and source not in IMAGENET and not Path(source).exists():
+            raise InputError(
+                f"model.pretrained={source!r} is not there: give a file, the folder of a run, or "
+                f"one of {', '.join(IMAGENET)}"
+            )
         training = open_split(config, config.data.train_split)
         validation = open_split(config, config.data.eval_split)
         check_labels(config, training, validation)
         split_protocol(config, validation)
         train_batches(config, training, step=0).close()  # Their errors belong before what is slow.
-        source = None if checkpoints.steps() else config.model.pretrained
         if source:  # Before the model, whose drawing takes a while.
             check_source(config, source)
         model = build_model(config)

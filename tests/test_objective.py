@@ -179,6 +179,13 @@ def test_mistakes_are_told_before_anything_slow(fields, message, photos, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_missing_weights_are_told_before_the_dataset_is_opened(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_split", None)
+    config = make_config(photos, **{"model.pretrained": "runs/nowhere"})
+    with pytest.raises(InputError, match="model.pretrained='runs/nowhere' is not there: give a"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
 def test_splits_that_number_their_labels_anew_have_no_common_classes(photos):
     config = make_config(photos, **CLASSIFY)
     training = evaluate.open_split(config, "train")

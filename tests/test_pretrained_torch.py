@@ -290,16 +290,25 @@ def test_attention_forward_and_gradients(rng, build, reference):
         assert relative_error(module(x), to_nhwc(swapped)) > 0.01
 
 
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex128),
+)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_files_as_torch_reads_them(tmp_path, zipped):
     path = tmp_path / "x.pth"
-    torch.save(tensors(), path, _use_new_zipfile_serialization=zipped)
+    values = torch.tensor([[-2.5, 0.0, 1.0], [3.0, 100.0, 7.0]])
+    every = {str(dtype): values.abs().to(dtype).t() for dtype in DTYPES}
+    torch.save(tensors() | every, path, _use_new_zipfile_serialization=zipped)
     ours, theirs = read_torch(path), torch.load(path, weights_only=True)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         if isinstance(tensor, torch.Tensor):
-            expected = tensor.detach().float().numpy()
-            np.testing.assert_array_equal(ours[name].astype(np.float32), expected)
+            wide = np.complex128 if tensor.is_complex() else np.float64
+            expected = tensor.detach().to(torch.complex128).numpy()
+            np.testing.assert_array_equal(ours[name].astype(wide), expected)
             assert str(tensor.dtype).removeprefix("torch.") == str(ours[name].dtype)
             strides = tensor.stride() if tensor.numel() else (0,) * tensor.ndim
             assert strides == tuple(s // ours[name].itemsize for s in ours[name].strides)
