@@ -1,12 +1,13 @@
 """Exact nearest neighbours, streamed over blocks of the gallery.
 
 A search has two steps. The first computes, by one float32 product a block, a *lower bound* of each
-distance (the product less its largest possible rounding error), and keeps the few lowest of each
-query: of each group of 16 gallery items first the minimum, then the items of the groups that
-can still hold one of the lowest. The second computes those few distances from x - y in float64.
-Where the k-th of them is below every bound that was not kept, the answer is proven; the rare other
-queries (many near ties) are searched again in float64. So neither block sizes, nor devices, nor the
-batching of queries show in the result: the k lowest by (float32 distance, gallery index).
+distance (the product less its largest possible rounding error), and of each group of 16 gallery
+items keeps the lowest, whose it is, and the second lowest; then, of each query, the few groups with
+the lowest. The second step computes those few distances from x - y in float64, and those of a
+group's other items where its second lowest bound asks for it. Where the k-th distance is below
+every bound that was not kept, the answer is proven; the rare other queries (many near ties) are
+searched again in float64. So neither block sizes, nor devices, nor the batching of queries show in
+the result: the k lowest by (float32 distance, gallery index).
 """
 
 import functools
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from numpy.typing import ArrayLike
 
 from cbam_jax.distances import l2_normalize
@@ -25,25 +27,45 @@ from cbam_jax.distances import l2_normalize
 METRICS = ("euclidean", "squared_euclidean", "cosine", "inner_product")
 FIRST_PASSES = ("float32", "bfloat16")
 
-_GROUP = 16  # Gallery items whose minimum stands for them in the selection.
-_ALIGNED = 16 * _GROUP  # Columns that make groups of whole cache lines.
+_GROUP = 16  # Gallery items whose lowest bound stands for them; a power of two.
+_KEPT = 2**21  # Lowest bounds that are kept before a selection, 16 MiB with the second lowest.
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
 _CHUNK, _STEPS = 2**19, 16  # Numbers in a step of the second pass, 2 MiB; steps in a call.
+_NO_BOUND, _INFINITE = 2**31 - 1, 0x7F800000  # Of bounds as integers.
+# Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
+_ON_ACCELERATOR = 2**28, 4096, 2**18
+_NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
+_SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
 _DOUBLE_BLOCK = (64, 4096)  # Queries and gallery items at a time in the float64 search.
 _RESIDENT = 2**30  # Bytes up to which a NumPy gallery is copied to the device once.
 
 
 class _Shard(NamedTuple):
-    """Rows ``first`` to ``first + len(rows)`` of the gallery, to be searched by ``device``."""
+    """Rows ``first`` to ``first + len(rows)`` of the gallery, to be searched by ``device``.
+
+    ``squares`` [rows] are their squared norms, float32.
+    """
 
     device: Any
     first: int
     rows: np.ndarray | jax.Array
+    squares: np.ndarray
+
+
+class _Lowest(NamedTuple):
+    """Of each query, [q, count]: the lowest bounds, whose they are, and the next in their group.
+
+    In the first pass bounds are integers of the same order, `_NO_BOUND` where there is none.
+    """
+
+    bound: Any
+    index: Any
+    second: Any
 
 
 class _Labels(NamedTuple):
-    """What decides who is ignored: of queries ([q] or [q, 1]) or of items ([n] or [1, n])."""
+    """What decides who is ignored, of queries or of items."""
 
     index: np.ndarray | None  # Of an item; of a query: the item that it is.
     group: np.ndarray | None
@@ -63,8 +85,8 @@ def search(
     gallery_category: ArrayLike | None = None,
     first_pass: str = "float32",
     devices: Sequence[Any] | None = None,
-    query_block: int = 256,
-    gallery_block: int = 16128,
+    query_block: int | None = None,
+    gallery_block: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest gallery items of each query, exactly.
 
@@ -89,8 +111,8 @@ def search(
       first_pass: ``"float32"``, which is exact, or ``"bfloat16"``: products of rounded embeddings
         choose 4 k candidates, which are ranked exactly; neighbours not among them are lost.
       devices: Devices to split the gallery over; by default one, or those that hold the gallery.
-      query_block: Queries at a time.
-      gallery_block: Gallery items at a time.
+      query_block: Queries at a time; None: what suits the device.
+      gallery_block: Gallery items at a time; None: likewise.
 
     Returns:
       Distances ``[q, k]`` float32, ascending, and indices ``[q, k]`` int32. Ties are broken by the
@@ -118,31 +140,42 @@ def search(
 
     shards = _shards(gallery, devices)
     queries = np.asarray(queries).astype(np.float32)
-    peak = max(_peak(queries, "queries"), *(_peak(s.rows, "gallery", s.first) for s in shards))
-    prepare = _preparation(shards, peak, metric)
+    own_squares = _squares(queries, "queries")
+    prepare = _preparation(queries, own_squares, shards, metric)
     exact = first_pass == "float32"
     count = min(k + _SLACK if exact else 4 * k, n)
-    blocks = (query_block, gallery_block)
-    lowest = _lowest_bounds(queries, shards, count, prepare, query, items, first_pass, blocks)
+    blocks = _block_sizes(shards[0].device, queries.shape, query_block, gallery_block)
+    x, own_share = map(np.asarray, prepare(queries, own_squares))
+    lowest = _lowest_bounds(x, shards, count, prepare, query, items, first_pass, blocks)
 
-    own_share = np.asarray(prepare(queries)[1])
-    bounds = [_bound_distances(b, own_share, prepare) for b, _ in lowest]
-    keys = [
-        _candidate_keys(queries, s, b, f, k, metric)
-        for s, b, (_, f) in zip(shards, bounds, lowest, strict=True)
-    ]
+    keys, unseen = [], []
+    for shard, (bound, index, second) in zip(shards, lowest, strict=True):
+        bounds = [_bound_distances(b, own_share, prepare) for b in (bound, second)]
+        found, labels = _Lowest(bounds[0], index, bounds[1]), (query, items)
+        keys.append(_candidate_keys(queries, shard, found, k, metric, labels, blocks[1]))
+        unseen.append(found.bound[:, -1])
     distances, indices = _unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
-    if exact and count < n:
-        unseen = np.min([b[:, -1] for b in bounds], axis=0)
-        rest = np.flatnonzero(~_proven(distances[:, -1], unseen))
+    if exact:
+        rest = np.flatnonzero(~_proven(distances[:, -1], np.min(unseen, axis=0)))
         if len(rest):
             labels = _taken(query, rest), items
             distances[rest], indices[rest] = _exhaustive(queries[rest], shards, k, metric, *labels)
     return distances, indices
 
 
+def _block_sizes(
+    device: Any, shape: tuple[int, ...], query_block: int | None, gallery_block: int | None
+) -> tuple[int, int]:
+    """Queries and gallery items at a time: 16 MiB of products, which stay in a CPU's cache."""
+    products, most_queries, most_items = _ON_ACCELERATOR
+    if device.platform == "cpu":
+        products, most_queries, most_items = 2**22, 512 if shape[1] < 1024 else 1024, 2**15
+    query_block = query_block or min(most_queries, shape[0])
+    return query_block, gallery_block or min(products // query_block, most_items)
+
+
 def _lowest_bounds(
-    queries: np.ndarray,
+    x: np.ndarray,
     shards: Sequence[_Shard],
     count: int,
     prepare: Callable,
@@ -150,68 +183,74 @@ def _lowest_bounds(
     items: _Labels,
     first_pass: str,
     blocks: tuple[int, int],
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each shard, the ``count`` lowest bounds of each query and whose they are, [q, count]."""
-    tile = -(-len(queries) // -(-len(queries) // blocks[0]))
-    starts = [min(i, len(queries) - tile) for i in range(0, len(queries), tile)]
-    factor = np.float32(
-        -2 if prepare.keywords["metric"] in ("euclidean", "squared_euclidean") else -1
-    )
-    x = factor * np.asarray(prepare(queries)[0])
-    sides = [
-        [
-            jax.device_put((x[t : t + tile], _column(_taken(query, slice(t, t + tile)))), s.device)
-            for t in starts
-        ]
-        for s in shards
-    ]
-    empty = np.full((tile, count), np.inf, np.float32), np.full((tile, count), -1, np.int32)
-    best = [[jax.device_put(empty, shard.device) for _ in starts] for shard in shards]
+) -> list[_Lowest]:
+    """Of each shard, for each query the ``count`` groups with the lowest bounds."""
+    tile = _block_rows(len(x), blocks[0])  # Multiples of 16: rows of products begin cache lines.
+    starts = [min(i, len(x) - tile) for i in range(0, len(x), tile)]
+    distance = prepare.keywords["metric"] in ("euclidean", "squared_euclidean")
+    x = np.float32(-2 if distance else -1) * x
+    tiles = [(x[t : t + tile], _taken(query, slice(t, t + tile))) for t in starts]
+    sides = [jax.device_put(tiles, s.device) for s in shards]
+    best = [[jax.device_put(_nothing(tile, count), s.device) for _ in starts] for s in shards]
+    kept = [[[] for _ in starts] for _ in shards]
     # Devices run at the same time: each is given its next block before any result is waited for.
-    waiting = best
+    waiting = []
     for step in itertools.zip_longest(*(_blocks(shard, blocks[1]) for shard in shards)):
         # No more than two blocks wait in line, or all of the gallery would soon be in memory.
         jax.block_until_ready(waiting)
-        waiting = list(best)
+        waiting = [best, [tile[-1:] for states in kept for tile in states]]
         for i, block in enumerate(step):
             if block is None:
                 continue
-            first, fresh, rows = block
-            y, share = prepare(rows)
-            if fresh:
-                share = jnp.where(np.arange(len(rows)) < fresh, jnp.inf, share)
-            labels = jax.device_put(
-                _row(_taken(items, slice(first, first + len(rows)))), shards[i].device
-            )
-            best[i] = [
-                _update(state, *side, y, share[None, :], labels, first_pass=first_pass)
-                for state, side in zip(best[i], sides[i], strict=True)
-            ]
-    return [_untiled(states, starts, len(queries)) for states in best]
+            first, fresh, rows, squares = block
+            labels = _taken(items, slice(first, first + len(rows)))
+            block = (*prepare(rows, squares), np.int32(fresh), labels)
+            block = jax.device_put(block, shards[i].device)
+            for t, side in enumerate(sides[i]):
+                lowest = _group_minima(*side, *block, first_pass=first_pass)
+                kept[i][t].append((np.int32(first), *lowest))
+            blocks_kept = len(kept[i][0])
+            if blocks_kept * lowest[0].size >= _KEPT or blocks_kept * len(starts) >= 64:
+                best[i] = list(map(_select, best[i], kept[i]))
+                kept[i] = [[] for _ in starts]
+    best = [list(map(_select, *both)) for both in zip(best, kept, strict=True)]
+    return [_untiled(states, starts, len(x)) for states in best]
 
 
-def _preparation(shards: Sequence[_Shard], peak: float, metric: str) -> Callable:
+def _preparation(
+    queries: np.ndarray, own_squares: np.ndarray, shards: Sequence[_Shard], metric: str
+) -> Callable:
     """`_prepare` with a centre near the gallery's mean, and a scale that leaves no number above 2.
 
-    The centre shortens the norms, and the rounding errors with them; any would be right.
+    The centre shortens the norms, and the rounding errors with them; any would be right. Where it
+    would shorten them little and no square leaves float32's range, embeddings stay as they are.
     """
-    center = np.zeros(shards[0].rows.shape[1], np.float32)
+    center, scale = None, np.float32(1)
+    largest = max(float(np.max(s)) for s in (own_squares, *(s.squares for s in shards)))
     if metric in ("euclidean", "squared_euclidean"):
         # Runs of rows from all over: single rows would bring a whole file into memory.
-        runs = [
-            s.rows[i : i + 64] for s in shards for i in range(0, len(s.rows), -(-len(s.rows) // 16))
-        ]
-        sample = np.concatenate([np.asarray(run).astype(np.float64) for run in runs])
-        center = sample.mean(axis=0).astype(np.float32)
-    # A power of two scales exactly.
-    scale = np.float32(2.0 ** -float(np.clip(np.frexp(peak)[1], -100, 127)))
+        starts = [(s, i) for s in shards for i in range(0, len(s.rows), -(-len(s.rows) // 16))]
+        runs = [np.asarray(_view(s)[i : i + 64], np.float64) for s, i in starts]
+        sample = np.concatenate(runs)
+        mean = sample.mean(axis=0)
+        if np.sum(mean**2) > 0.25 * np.mean(np.sum(sample**2, axis=1)):
+            center = mean.astype(np.float32)
+    if not _SMALLEST < largest < _LARGEST:
+        peak = max(_peak(queries), *(_peak(s.rows) for s in shards))
+        # A power of two scales exactly.
+        scale = np.float32(2.0 ** -float(np.clip(np.frexp(peak)[1], -100, 127)))
+        center = np.zeros(queries.shape[1], np.float32) if center is None else center
     return functools.partial(_prepare, center=center, scale=scale, metric=metric)
 
 
-@functools.partial(jax.jit, static_argnames="metric")
 def _prepare(
-    x: jax.Array, center: jax.Array, scale: jax.Array, metric: str
-) -> tuple[jax.Array, jax.Array]:
+    x: np.ndarray | jax.Array,
+    squares: np.ndarray,
+    *,
+    center: np.ndarray | None,
+    scale: np.float32,
+    metric: str,
+) -> tuple[Any, Any]:
     """Embeddings as the product takes them, [m, d], and their share of the lower bounds, [m].
 
     A bound is the product, times -2 or -1, plus the shares of both sides. A float32 dot product of
@@ -219,67 +258,116 @@ def _prepare(
     2002, section 3.1), and |x| |y| <= (|x|^2 + |y|^2) / 2 splits that between both sides; 32 u more
     cover the roundings of centring, squaring and adding up.
     """
-    x = x.astype(jnp.float32)
     error = (x.shape[1] + 32) * _ROUNDING
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
-        share = jnp.full(x.shape[:1], 0.5 - error, jnp.float32)
-        return l2_normalize(x, eps=float(np.finfo(np.float32).tiny)), share
+        return _normalized(x), np.full(len(x), 0.5 - error, np.float32)
+    if center is not None:
+        x, squares = _moved(x, center, scale)
+    return x, squares * np.float32(-error / 2 if metric == "inner_product" else 1 - error)
+
+
+@jax.jit
+def _normalized(x: jax.Array) -> jax.Array:
+    return l2_normalize(x, eps=float(np.finfo(np.float32).tiny))
+
+
+@jax.jit
+def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Scaled first: a difference of two numbers near float32's end would overflow.
-    x = x * scale - (center * scale)[None, :]
-    squares = _sum(x * x)
-    return x, squares * (-error / 2 if metric == "inner_product" else 1 - error)
+    x = x.astype(jnp.float32) * scale - (center * scale)[None, :]
+    return x, _sum(x * x)
 
 
 @functools.partial(jax.jit, static_argnames="first_pass")
-def _update(best, x, query, y, share, items, first_pass):
-    """The lowest bounds of a tile of queries, after one more block of the gallery.
+def _group_minima(x, query, y, share, fresh, items, first_pass):
+    """Of each group of 16 items of a block, the lowest bound and the second lowest, [groups, t].
 
-    ``best`` is ([t, count] bounds, ascending; [t, count] indices); ``x`` [t, d], ``y`` [m, d] and
-    ``share`` [1, m] are prepared; the labels are [t, 1] and [1, m].
+    ``x`` [t, d], ``y`` [m, d] and ``share`` [m] are prepared; the labels are [t] and [m]. Group i
+    has the rows i, i + groups, i + 2 groups, ...: the minimum is taken over contiguous slabs, with
+    full vectors. Bounds are integers of their order, whose last four bits are the slab: rounded
+    down, so that they stay lower bounds.
     """
-    product = _product(x, y, first_pass)
-    # Slices that begin at multiples of 64 bytes are twice as fast.
-    count, groups = best[0].shape[1], y.shape[0] // _ALIGNED * _ALIGNED // _GROUP
+    # Gallery items are the rows: XLA's CPU backend takes up to twice as long for x y^T.
+    product = _product(y.astype(jnp.float32), x, first_pass)
+    # Rows before ``fresh`` were in the block before.
+    share = jnp.where(jnp.arange(len(y), dtype=jnp.int32) < fresh, jnp.inf, share)
+    groups = -(-len(y) // _GROUP)
+    lowest = second = jnp.full((groups, len(x)), _NO_BOUND, jnp.int32)
+    for slab in range(_GROUP):
+        rows = slice(slab * groups, (slab + 1) * groups)
+        ignored = _ignored(_row(query), _column(_taken(items, rows)))
+        bound = jnp.where(ignored, jnp.inf, product[rows] + share[rows, None])
+        missing = (0, groups - len(bound)), (0, 0)
+        bound = jnp.pad((_ordered(bound) & -_GROUP) | slab, missing, constant_values=_NO_BOUND)
+        second = jnp.minimum(second, jnp.maximum(lowest, bound))
+        lowest = jnp.minimum(lowest, bound)
+    return lowest, second
+
+
+@jax.jit
+def _select(best: _Lowest, kept: list) -> _Lowest:
+    """The lowest of ``best`` and of the groups of some blocks.
+
+    ``kept`` are (first row, lowest, second) of `_group_minima`.
+    """
+    if not kept:
+        return best
+    count, (groups, t) = best.bound.shape[1], kept[0][1].shape
+    firsts = jnp.stack([first for first, _, _ in kept])
+    lowest = _by_rows(jnp.concatenate([lowest for _, lowest, _ in kept]))
+    second = _by_rows(jnp.concatenate([second for _, _, second in kept]))
+    bound, row = _lowest_rows(lowest, min(count, len(lowest)))
+    block, group = row // groups, row % groups
+    index = firsts[block] + group + (bound & (_GROUP - 1)) * groups
+    second = second.at[row, jnp.arange(t, dtype=jnp.int32)[:, None]].get(mode="clip")
+    new = _Lowest(bound, index, second)
+    both = _Lowest(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
+    place = _lowest_places(both.bound, count)
+    return _Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in both))
+
+
+def _lowest_rows(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The ``count`` lowest entries of each column of [n, t] int32, and their rows; [t, count].
+
+    By way of the minima over groups of rows, where that is less than sorting them all.
+    """
+    groups = -(-len(x) // _GROUP)
     if groups <= 2 * count:
-        return _merge(best, product, share, query, items)
-    # Group i has the columns i, i + groups, i + 2 groups, ...: contiguous slices, so that the
-    # minimum is taken with full vectors. The columns left over always go on.
-    bounds = _bounds(product, share, query, items)
-    minima = functools.reduce(
-        jnp.minimum, [bounds[:, i * groups : (i + 1) * groups] for i in range(_GROUP)]
-    )
-    tail = jnp.arange(groups * _GROUP, y.shape[0], dtype=jnp.int32)
-
-    def merge_groups(number: int):
-        """The lowest bounds lie in the groups with the lowest minima."""
-        _, group = jax.lax.top_k(-minima, number)
-        steps = groups * jnp.arange(_GROUP, dtype=jnp.int32)
-        columns = (group[:, :, None] + steps[None, None, :]).reshape(x.shape[0], -1)
-        tails = jnp.broadcast_to(tail[None, :], (x.shape[0], tail.shape[0]))
-        columns = jnp.concatenate([columns, tails], axis=1)
-        picked = jax.tree.map(lambda a: a[0][columns], (share, items))
-        values = jnp.take_along_axis(product, columns, axis=1, mode="promise_in_bounds")
-        return _merge(best, values, picked[0], query, picked[1])
-
-    # Once good candidates are known, few groups hold a better one, and fewer need sorting.
-    numbers = [number for number in (8, 16) if number < count] + [count]
-    holding = jnp.max(jnp.sum((minima < best[0][:, -1:]).astype(jnp.int32), axis=1))
-    branch = sum((holding > number).astype(jnp.int32) for number in numbers[:-1])
-    return jax.lax.switch(branch, [functools.partial(merge_groups, n) for n in numbers])
+        row = _lowest_places(x.T, count)
+        return jnp.take_along_axis(x.T, row, axis=1), row
+    padded = jax.lax.pad(x, jnp.int32(_NO_BOUND), ((0, groups * _GROUP - len(x), 0), (0, 0, 0)))
+    slabs = [padded[i * groups : (i + 1) * groups] for i in range(_GROUP)]
+    minima = _by_rows(functools.reduce(jnp.minimum, slabs))
+    group = _lowest_places(minima.T, count)
+    steps = groups * jnp.arange(_GROUP, dtype=jnp.int32)
+    rows = (group[:, :, None] + steps[None, None, :]).reshape(len(group), -1)
+    columns = jnp.arange(len(group), dtype=jnp.int32)[:, None]
+    values = padded.at[rows, columns].get(mode="promise_in_bounds")
+    place = _lowest_places(values, count)
+    return jnp.take_along_axis(values, place, axis=1), jnp.take_along_axis(rows, place, axis=1)
 
 
-def _merge(best, product, share, query, items):
-    bounds = _bounds(product, share, query, items)
-    index = jnp.where(bounds < jnp.inf, jnp.broadcast_to(items.index, bounds.shape), -1)
-    bounds = jnp.concatenate([best[0], bounds], axis=1)
-    negated, lowest = jax.lax.top_k(-bounds, best[0].shape[1])
-    index = jnp.concatenate([best[1], index], axis=1)
-    return -negated, jnp.take_along_axis(index, lowest, axis=1)
+def _by_rows(x: jax.Array) -> jax.Array:
+    """Keep a matrix in memory by rows.
+
+    To save its transposition, XLA would make it by columns, in large steps over memory: ten times
+    as slow.
+    """
+    return with_layout_constraint(x, Layout((0, 1)))
 
 
-def _bounds(product, share, query, items):
-    return jnp.where(_ignored(query, items), jnp.inf, product + share)
+def _lowest_places(x: jax.Array, count: int) -> jax.Array:
+    """Where the ``count`` lowest of each row of [t, n] int32 are; by floats, the faster top_k."""
+    finite = jnp.minimum(x, _INFINITE - 1)
+    bits = finite ^ ((finite >> 31) & 0x7FFFFFFF)
+    return jax.lax.top_k(-jax.lax.bitcast_convert_type(bits, jnp.float32), count)[1]
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """float32 as int32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _ignored(query: _Labels, items: _Labels):
@@ -306,8 +394,11 @@ def _product(x: jax.Array, y: jax.Array, first_pass: str) -> jax.Array:
 def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callable) -> np.ndarray:
     """Lower bounds [q, m] in the unit of the distances, rounded to float32 as these are."""
     metric, scale = prepare.keywords["metric"], float(prepare.keywords["scale"])
+    bits = bounds & -_GROUP
+    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
+    values[bounds >= _INFINITE] = np.inf
     # The last term covers what underflows once the scale is applied.
-    values = bounds.astype(np.float64) + own_share[:, None] - 1e-30
+    values = values + own_share[:, None] - 1e-30
     if metric != "cosine":
         values /= scale**2
     if metric == "euclidean":
@@ -317,22 +408,62 @@ def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callabl
 
 
 def _candidate_keys(
-    queries: np.ndarray, shard: _Shard, bounds: np.ndarray, found: np.ndarray, k: int, metric: str
+    queries: np.ndarray,
+    shard: _Shard,
+    found: _Lowest,
+    k: int,
+    metric: str,
+    labels: tuple[_Labels, _Labels],
+    gallery_block: int,
 ) -> np.ndarray:
-    """Keys of the candidates ``found``, [q, count], by their distances in float64.
+    """Keys of the candidates of each query, [q, at least count], by their distances in float64.
 
-    First of those with the k lowest bounds; then of the others that may be as near as these.
+    First of those with the k lowest bounds, then of the others that may be as near as these: with
+    a lower bound, or in a group whose second lowest bound is.
     """
-    distances = np.full(found.shape, np.inf, np.float32)
-    rows = np.arange(len(found), dtype=np.int32)
-    distances[:, :k] = _pair_distances(queries, shard, rows, found[:, :k], metric)
-    distances[found < 0] = np.inf
-    kth = np.max(distances[:, :k], axis=1, keepdims=True)
-    row, column = np.nonzero((bounds[:, k:] <= kth) & (found[:, k:] >= 0))
-    others = found[row, column + k]
+    distances = np.full(found.index.shape, np.inf, np.float32)
+    rows = np.arange(len(distances), dtype=np.int32)
+    distances[:, :k] = _pair_distances(queries, shard, rows, found.index[:, :k], metric)
+    there = found.bound < np.inf
+    distances[~there] = np.inf
+    kth = np.max(distances[:, :k], axis=1, keepdims=True) if k <= distances.shape[1] else np.inf
+    row, column = np.nonzero((found.bound[:, k:] <= kth) & there[:, k:])
+    others = found.index[row, column + k]
     pairs = _pair_distances(queries, shard, row.astype(np.int32), others[:, None], metric)
     distances[row, column + k] = pairs[:, 0]
-    return _keys(distances, found)
+    keys = _keys(distances, np.where(there, found.index, -1))
+    row, column = np.nonzero((found.second <= kth) & there)
+    if not len(row):
+        return keys
+    members = _group_members(found.index[row, column], shard, gallery_block)
+    ignored = _ignored(_column(_taken(labels[0], row)), _taken(labels[1], members))
+    members = np.where(ignored, -1, members)
+    more = _pair_distances(queries, shard, row.astype(np.int32), members, metric)
+    more[members < 0] = np.inf
+    return np.concatenate([keys, _rows_of_keys(_keys(more, members), row, len(keys))], axis=1)
+
+
+def _group_members(index: np.ndarray, shard: _Shard, gallery_block: int) -> np.ndarray:
+    """The other items of the groups that hold ``index`` [p]; [p, 15], -1 where there is none."""
+    n = len(shard.rows)
+    rows = _block_rows(n, gallery_block)
+    groups = -(-rows // _GROUP)
+    start = (index - shard.first) // rows * rows
+    first = np.minimum(start, n - rows)
+    place = index - shard.first - first
+    members = place[:, None] % groups + groups * np.arange(_GROUP, dtype=np.int32)
+    members = members[members != place[:, None]].reshape(len(index), -1)
+    # Rows from before the start are the block's before, which the last block overlaps.
+    there = (members < rows) & (members >= (start - first)[:, None])
+    return np.where(there, members + (first + shard.first)[:, None], -1).astype(np.int32)
+
+
+def _rows_of_keys(keys: np.ndarray, row: np.ndarray, q: int) -> np.ndarray:
+    """Keys [p, c] gathered by their row: [q, as many as any row has], the rest without an item."""
+    place = np.arange(len(row)) - np.searchsorted(row, row)  # ``row`` ascends.
+    gathered = np.full((q, int(place.max()) + 1, keys.shape[-1]), _keys(*_NOBODY), np.uint64)
+    gathered[row, place] = keys
+    return gathered.reshape(q, -1)
 
 
 def _pair_distances(
@@ -417,7 +548,7 @@ def _exhaustive(
     nothing = np.full((len(queries), k), np.inf, np.float32)
     keys = _keys(nothing, np.full(nothing.shape, -1, np.int32))
     for shard in shards:
-        for first, fresh, rows in _blocks(shard, _DOUBLE_BLOCK[1]):
+        for first, fresh, rows, _ in _blocks(shard, _DOUBLE_BLOCK[1]):
             y = np.asarray(rows).astype(np.float32)
             labels = _row(_taken(items, slice(first, first + len(y))))
             for i in range(0, len(queries), _DOUBLE_BLOCK[0]):
@@ -475,14 +606,18 @@ def _unpacked(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return bits.view(np.float32), (keys & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
 
-def _untiled(states: list, starts: list[int], q: int) -> tuple[np.ndarray, np.ndarray]:
+def _nothing(q: int, count: int) -> _Lowest:
+    none = np.full((q, count), _NO_BOUND, np.int32)
+    return _Lowest(none, np.full((q, count), -1, np.int32), none.copy())
+
+
+def _untiled(states: list[_Lowest], starts: list[int], q: int) -> _Lowest:
     """The states of all tiles as arrays of all queries; the last tile overlaps the one before."""
-    count = states[0][0].shape[1]
-    bounds, found = np.empty((q, count), np.float32), np.empty((q, count), np.int32)
+    whole = _nothing(q, states[0].bound.shape[1])
     for t, state in zip(starts, states, strict=True):
-        rows = slice(t, t + len(state[0]))
-        bounds[rows], found[rows] = state
-    return bounds, found
+        for to, part in zip(whole, state, strict=True):
+            to[t : t + len(part)] = part
+    return whole
 
 
 def _taken(labels: _Labels, rows: slice | np.ndarray) -> _Labels:
@@ -497,19 +632,35 @@ def _row(labels: _Labels) -> _Labels:
     return _Labels(*(None if a is None else a[None, :] for a in labels))
 
 
-def _blocks(shard: _Shard, size: int) -> Iterator[tuple[int, int, np.ndarray | jax.Array]]:
-    """Blocks of one size: gallery index of the first row, rows that the last block had, rows."""
+def _blocks(shard: _Shard, size: int) -> Iterator[tuple[int, int, Any, Any]]:
+    """Blocks of one size: gallery index of the first row, rows that the last block had, rows.
+
+    And the squares of the rows.
+    """
     n = len(shard.rows)
-    rows = -(-n // -(-n // size))
-    if rows < n:
-        rows = min(size, -(-rows // _ALIGNED) * _ALIGNED)
+    rows = _block_rows(n, size)
+    source = _view(shard)
     for start in range(0, n, rows):
         begin = min(start, n - rows)
-        block = shard.rows[begin : begin + rows]
-        if isinstance(block, np.ndarray):
+        block = source[begin : begin + rows]
+        if source is not shard.rows:
+            block = jax.device_put(block, shard.device)
+        elif isinstance(block, np.ndarray):
             block = jax.block_until_ready(jax.device_put(np.array(block), shard.device))
             _release(shard.rows)
-        yield shard.first + begin, start - begin, block
+        yield shard.first + begin, start - begin, block, shard.squares[begin : begin + rows]
+
+
+def _view(shard: _Shard) -> np.ndarray | jax.Array:
+    """The rows to take blocks from: NumPy's view on a CPU, since slices of jnp are copies."""
+    on_cpu = isinstance(shard.rows, jax.Array) and shard.device.platform == "cpu"
+    return np.asarray(shard.rows) if on_cpu else shard.rows
+
+
+def _block_rows(n: int, size: int) -> int:
+    """Rows of each block: about equally many, whole groups where there are several blocks."""
+    rows = -(-n // -(-n // size))
+    return rows if rows == n else min(n, -(-rows // _GROUP) * _GROUP)
 
 
 def _shards(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> list[_Shard]:
@@ -521,7 +672,7 @@ def _shards(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> l
             s.data.shape[1] != gallery.shape[1] for s in parts.values()
         ):
             raise ValueError("the gallery is to be sharded over its rows only, on local devices")
-        return [_Shard(parts[i].device, i, parts[i].data) for i in sorted(parts)]
+        return [_shard(parts[i].device, i, parts[i].data) for i in sorted(parts)]
     if devices is None:
         devices = jax.local_devices()[:1]
     # Copying once is faster than twice block by block, where there is room.
@@ -530,7 +681,7 @@ def _shards(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> l
     )
     edges = np.linspace(0, n, len(devices) + 1).astype(int)
     return [
-        _Shard(d, int(i), jax.device_put(gallery[i:j], d) if resident else gallery[i:j])
+        _shard(d, int(i), jax.device_put(gallery[i:j], d) if resident else gallery[i:j])
         for d, i, j in zip(devices, edges[:-1], edges[1:], strict=True)
         if j > i
     ]
@@ -551,28 +702,47 @@ def _release(x: np.ndarray | jax.Array) -> None:
         x._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _peak(x: np.ndarray | jax.Array, name: str, first: int = 0) -> float:
-    """The largest magnitude; raises where there is NaN or infinity."""
+def _shard(device: Any, first: int, rows: np.ndarray | jax.Array) -> _Shard:
+    return _Shard(device, first, rows, _squares(rows, "gallery", first))
+
+
+def _squares(x: np.ndarray | jax.Array, name: str, first: int = 0) -> np.ndarray:
+    """Squared norms, [m] float32, infinite if too large; raises where there is NaN or infinity."""
     if isinstance(x, jax.Array):
-        peak = float(np.max(np.asarray(_column_peaks(x))))
+        squares = np.asarray(_square_sums(x))
     else:
-        peaks = []
-        for i in range(0, len(x), 4096):
-            block = np.asarray(x[i : i + 4096])
-            peaks.append(np.maximum(block.max(), -block.min()))
-            _release(x)
-        peak = float(np.max(peaks))
-    if not np.isfinite(peak):
-        blocks = (np.asarray(x[i : i + 4096]) for i in range(0, len(x), 4096))
-        wrong = np.concatenate([~np.isfinite(b).all(axis=1) for b in blocks])
-        row = first + int(np.argmax(wrong))
-        raise ValueError(f"{name}: NaN or infinity in {wrong.sum()} rows, the first is row {row}")
-    return peak
+        squares = np.empty(len(x), np.float32)
+        for block in _host_blocks(x):
+            rows = np.asarray(x[block], np.float32)
+            with np.errstate(over="ignore"):
+                squares[block] = np.einsum("ij,ij->i", rows, rows)
+    if not np.isfinite(np.sum(squares, dtype=np.float64)):
+        _refuse_not_finite(x, name, first)
+    return squares
 
 
 @jax.jit
-def _column_peaks(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), axis=0)
+def _square_sums(x: jax.Array) -> jax.Array:
+    return _sum(jnp.square(x.astype(jnp.float32)))
+
+
+def _refuse_not_finite(x: np.ndarray | jax.Array, name: str, first: int) -> None:
+    wrong = np.concatenate([~np.isfinite(np.asarray(x[b])).all(axis=1) for b in _host_blocks(x)])
+    if wrong.any():
+        row = first + int(np.argmax(wrong))
+        raise ValueError(f"{name}: NaN or infinity in {wrong.sum()} rows, the first is row {row}")
+
+
+def _peak(x: np.ndarray | jax.Array) -> float:
+    """The largest magnitude."""
+    return float(max(np.max(np.abs(np.asarray(x[block]))) for block in _host_blocks(x)))
+
+
+def _host_blocks(x: np.ndarray | jax.Array) -> Iterator[slice]:
+    """Blocks of rows to look at one after another; of a file, not kept in memory."""
+    for i in range(0, len(x), 4096):
+        yield slice(i, i + 4096)
+        _release(x)
 
 
 def _matrix(x: ArrayLike, name: str) -> np.ndarray | jax.Array:
@@ -590,8 +760,8 @@ def _check(
     k: int,
     metric: str,
     first_pass: str,
-    query_block: int,
-    gallery_block: int,
+    query_block: int | None,
+    gallery_block: int | None,
 ) -> None:
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"queries are {queries.shape[1]} wide, the gallery {gallery.shape[1]}")
@@ -603,7 +773,7 @@ def _check(
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
     if first_pass not in FIRST_PASSES:
         raise ValueError(f"unknown first_pass {first_pass!r}; choose {' or '.join(FIRST_PASSES)}")
-    if min(query_block, gallery_block) < 1:
+    if min(query_block or 1, gallery_block or 1) < 1:
         raise ValueError(f"blocks are {query_block} and {gallery_block}, expected at least 1")
 
 

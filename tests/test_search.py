@@ -52,6 +52,22 @@ def test_random_shapes_match_float64(rng):
         np.testing.assert_allclose(distances, expected[0], rtol=1e-7)
 
 
+@pytest.mark.slow
+def test_two_hundred_random_shapes_match_float64(rng):
+    for _ in range(200):
+        q, n, d = (int(size) for size in rng.integers(1, (40, 700, 90)))
+        queries = rng.normal(1.0, 2.0, (q, d)).astype(np.float32)
+        gallery = rng.normal(1.0, 2.0, (n, d)).astype(np.float32)
+        k = int(rng.integers(1, min(n, 40) + 1))
+        blocks = {"query_block": rng.integers(1, 50), "gallery_block": rng.integers(1, 800)}
+        distances, indices = search(
+            queries, gallery, k, **{name: int(size) for name, size in blocks.items()}
+        )
+        expected = brute_force(queries, gallery, k)
+        np.testing.assert_array_equal(indices, expected[1])
+        np.testing.assert_allclose(distances, expected[0], rtol=1e-7)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_metrics_match_float64(rng, metric):
     queries = rng.normal(0.5, 1.0, (6, 40)).astype(np.float32)
@@ -99,7 +115,7 @@ def test_batching_of_queries_changes_no_bit(rng):
     queries = rng.normal(size=(11, 33)).astype(np.float32)
     gallery = rng.normal(size=(1200, 33)).astype(np.float32)
     whole = search(queries, gallery, 7)
-    for size in (1, 4):
+    for size in (1, 5):
         parts = [search(queries[i : i + size], gallery, 7) for i in range(0, 11, size)]
         assert_same([np.concatenate(part) for part in zip(*parts, strict=True)], whole)
     assert_same(search(queries, gallery, 7, gallery_block=300), whole)
@@ -155,6 +171,30 @@ def test_float64_search_alone(rng, monkeypatch, metric):
         expected = brute_force(queries, gallery, 120, metric, ignored)
         np.testing.assert_array_equal(indices, expected[1])
         np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [cbam_jax.search._KEPT, 1])
+def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
+    """Bounds are kept of the lowest two of each group of 16: rows i, i + groups, ..."""
+    monkeypatch.setattr(cbam_jax.search, "_KEPT", kept)
+    queries = rng.normal(size=(5, 24)).astype(np.float32)
+    gallery = rng.normal(size=(1130, 24)).astype(np.float32)
+    for rows, block in ((1130, 2000), (384, 384)):  # One block; three, the last one overlapping.
+        groups = -(-rows // 16)
+        near = gallery.copy()
+        for i, query in enumerate(queries):
+            for first in (0, 1130 - rows):  # The first block's group and the last block's.
+                members = np.arange(first + 3 * i, first + rows, groups)
+                noise = rng.normal(0, 0.1, (len(members), 24))
+                near[members] = (query + noise).astype(np.float32)
+        assert_same(search(queries, near, 25, gallery_block=block), brute_force(queries, near, 25))
+        ignored = rng.integers(0, 3, 5)[:, None] == rng.integers(0, 3, 1130)
+        group = {"query_group": np.arange(5), "gallery_group": np.where(ignored.any(0), 2, 9)}
+        found = search(queries, near, 25, gallery_block=block, **group)
+        expected = brute_force(
+            queries, near, 25, ignored=group["query_group"][:, None] == group["gallery_group"]
+        )
+        assert_same(found, expected)
 
 
 def test_query_in_the_gallery_is_at_distance_zero(rng):
