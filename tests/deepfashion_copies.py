@@ -60,7 +60,7 @@ def drawn(width, height, box, number):
     x1, y1, x2, y2 = box
     image[y1:y2, x1:x2] = GARMENT
     # Bars in a corner, so that no two images are the same.
-    for bit in range(10):
+    for bit in range(9):
         if number >> bit & 1:
             image[2:8, 2 + 6 * bit : 6 + 6 * bit] = 0
     return image
@@ -165,18 +165,18 @@ def write_consumer2shop(root):
     write_list(root / "Eval" / "list_eval_partition.txt", pairs, columns)
 
 
-def write_category(root, lists="Anno_coarse"):
+def write_category(root, folders=FOLDERS, statuses=("train", "train", "val", "test")):
     """12 images in 3 folders, of 3 categories of which one is empty; long side 300."""
     boxes, marks, labels, attributes, partition = [], [], [], [], []
     number = 200
-    for folder, category in FOLDERS.items():
-        for index, status in enumerate(("train", "train", "val", "test"), 1):
+    for folder, category in folders.items():
+        for index, status in enumerate(statuses, 1):
             number += 1
             name = f"img/{folder}/img_{index:08d}.jpg"
             box = 30, 20 + number % 9, 170, 280
             image = drawn(200, 300, box, number)
             save(root / "Img" / name, image)
-            if index == 2:  # one grey, one CMYK a folder or two
+            if index == 2:  # grey blouses, CMYK jeans
                 encoding = "L" if category == 1 else "CMYK"
                 file = io.BytesIO()
                 Image.fromarray(image).convert(encoding).save(file, "JPEG", quality=95)
@@ -187,7 +187,7 @@ def write_category(root, lists="Anno_coarse"):
             labels.append((name, category))
             attributes.append((name, *(f"{1 if number >> i & 1 else -1:2d}" for i in range(4))))
             partition.append((name, status))
-    anno = root / lists
+    anno = root / "Anno_coarse"
     write_list(anno / "list_category_cloth.txt", CATEGORIES, "category_name  category_type")
     write_list(anno / "list_category_img.txt", labels, "image_name  category_label")
     write_list(anno / "list_attr_cloth.txt", ATTRIBUTES, "attribute_name  attribute_type")

@@ -233,10 +233,11 @@ def _find_images(root: Path, highres: bool) -> Path:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        children = sorted(folder.iterdir())
-        return [path for path in children if path.name.lower()[:3] != "img" and path.is_dir()]
+        children = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     except OSError:
         return []
+    skipped = ("img", "anno_fine")  # thousands of folders; lists of the same names
+    return [path for path in children if not path.name.lower().startswith(skipped)]
 
 
 def _found(folder: Path) -> str:
@@ -498,11 +499,13 @@ def read_attributes(
             digits = np.frombuffer(b" " + values, np.uint8)
             first = digits[1:][(digits[1:] > 32) & (digits[:-1] <= 32)]  # of each word
             if len(first) == len(names):
-                attributes[name.decode()] = np.flatnonzero(first == ord("1")).astype(np.int16)
+                attributes[name.decode(errors="replace")] = np.flatnonzero(
+                    first == ord("1")
+                ).astype(np.int16)
             else:
-                problems.append(f"{path.name} has {len(first)} attributes for {name.decode()}")
+                problems.append(f"{path.name} has {len(first)} attributes for {name!r}")
     if announced != str(count).encode():
-        problems.append(f"{path.name} announces {announced.decode()[:40]} rows and has {count}")
+        problems.append(f"{path.name} announces {announced!r:.40} rows and has {count}")
     return tuple(names), attributes
 
 
