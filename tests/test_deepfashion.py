@@ -29,7 +29,7 @@ INSHOP, CONSUMER, CATEGORY = (
     "deepfashion_category",
 )
 TITLES = dict(zip((INSHOP, CONSUMER, CATEGORY), copies.WRITERS, strict=True))
-PARTITION = "Eval/list_eval_partition.txt"
+PARTITION, BOXES = "Eval/list_eval_partition.txt", "Anno/list_bbox_inshop.txt"
 # What verify compares the copies with here.
 COUNTS = {
     INSHOP: {
@@ -101,7 +101,6 @@ def test_inshop(opened, pristine):
     rows = {status: [] for status in ("train", "query", "gallery")}
     for name, status, _ in copies.INSHOP_ROWS:
         rows[status].append(name)
-    assert names(training) + names(validation) != []
     assert sorted(names(training) + names(validation)) == sorted(rows["train"])
     assert len({name.split("/")[2] for name in names(validation)}) == 1
     assert not set(training.item) & set(validation.item)
@@ -120,6 +119,8 @@ def test_inshop(opened, pristine):
             path = pristine / TITLES[INSHOP] / "Img" / "img" / name
             assert dataset.encoded(row) == path.read_bytes()  # byte for byte
     assert len(opened(INSHOP, "train+validation")) == len(rows["train"])
+    # Once it is prepared, the copy is not needed.
+    assert opened(INSHOP, "test", manual_dir=None).id.tolist() == test.id.tolist()
 
 
 def test_inshop_by_item_trains_without_the_item_of_one_image(opened):
@@ -156,10 +157,8 @@ def test_consumer2shop_takes_pairs_apart(opened):
         place = {str(name): row for row, name in enumerate(dataset.id)}
         for folder, consumer, shop, of in copies.PAIRS:
             if of == status:
-                query, found = (
-                    place[f"img/{folder}/{consumer}.jpg"],
-                    place[f"img/{folder}/{shop}.jpg"],
-                )
+                query = place[f"img/{folder}/{consumer}.jpg"]
+                found = place[f"img/{folder}/{shop}.jpg"]
                 assert dataset.item[query] == dataset.item[found] == int(folder[-8:])
                 assert dataset.series[query] != dataset.series[found]
 
@@ -262,9 +261,8 @@ def test_inshop_boxes_hold_the_garment_in_both_resolutions(opened, config):
             if config == "lowres":
                 scale = 256 / 1101
                 garment = garment * scale + np.tile([(256 - 750 * scale) / 2, 0], 2)
-            assert dataset.image(row).shape == (
-                (256,) * 2 if config == "lowres" else (1101, 750)
-            ) + (3,)
+            shape = (256, 256, 3) if config == "lowres" else (1101, 750, 3)
+            assert dataset.image(row).shape == shape
             # Boxes are rounded to a pixel of 256, which is 4.3 of 1101.
             atol = 1.0 if config == "lowres" else 1101 / 256 / 2 + 0.1
             np.testing.assert_allclose(dataset.bbox[row], garment, atol=atol)
@@ -288,20 +286,17 @@ def test_highres_of_the_others_scales_by_the_ratio(copy, tmp_path, twin):
         cv2.imwrite(str(high), cv2.resize(cv2.imread(str(path)), (601, 900)))
     if not twin:
         shutil.rmtree(root / "Img" / "img")
-    low_dataset = read(files.Layout(CONSUMER, root, files.find_layout(CONSUMER, root, highres=True)
-                                    .lists, root / "Img", False))  # fmt: skip
+    boxes = read(files.find_layout(CONSUMER, root, highres=True)).boxes
     dataset = open_dataset(f"{CONSUMER}/highres", "train", data_dir=tmp_path, manual_dir=root)
     for row, name in enumerate(dataset.id):
-        listed = np.array(low_dataset.boxes[str(name)])
+        listed = np.array(boxes[str(name)])
         width = 601 / 200 if twin else 3.0  # without a twin, both sides are a third
         np.testing.assert_allclose(dataset.bbox[row], listed * [width, 3, width, 3], rtol=1e-6)
 
 
-def test_boxes_are_clamped_and_an_empty_or_missing_one_is_the_whole_image(
-    opened, copy, tmp_path, capsys
-):
+def test_boxes_are_clamped_and_an_empty_or_missing_one_is_the_image(copy, tmp_path, capsys):
     root = copy(INSHOP)
-    lists = root / "Anno" / "list_bbox_inshop.txt"
+    lists = root / BOXES
     lines = lists.read_text().splitlines()
     del lines[2 + 5]
     lists.write_text("\n".join(["15", *lines[1:]]))
@@ -424,8 +419,6 @@ def test_other_mistakes_about_the_folder(pristine, copy, tmp_path):
 
 
 # Mistakes in the lists and among the images.
-
-BOXES = "Anno/list_bbox_inshop.txt"
 LIST_MISTAKES = [
     (INSHOP, PARTITION, "16\n", "52712\n", "partition.txt announces 52712 rows and has 16"),
     (INSHOP, PARTITION, "16\n", "", "announces image_name item_id evaluation_status rows"),
