@@ -60,7 +60,7 @@ def draw_paper_splits(
         >>> Counter((category, split) for _, category, split in drawn)
         Counter({(0, 'train'): 4, (1, 'train'): 4, (0, 'test'): 2, (1, 'test'): 2})
     """
-    rows = sorted(rows)
+    rows = list(rows)
     counts = Counter(category for _, category, _ in rows)
     kept = sorted(
         sorted(counts, key=lambda category: (-counts[category], category))[:num_categories]
@@ -98,7 +98,7 @@ def assign_folders(rows: Sequence[Row], sizes: dict[str, int]) -> dict[str, str]
         Folder -> split.
     """
     contents: dict[str, Counter] = {}
-    for path, category, split in sorted(rows):
+    for path, category, split in rows:
         contents.setdefault(_folder(path), Counter())[category, split] += 1
     members: dict[int, list[str]] = {}
     for folder, images in contents.items():
