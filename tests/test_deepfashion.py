@@ -646,6 +646,13 @@ def test_paper_config(small_paper, tmp_path, config, capsys):
     assert {kind for kind, count in report["wrong"].items() if count} == {"counts"}
 
 
+def test_paper_is_not_drawn_from_lists_with_mistakes(small_paper, capsys):
+    edit(small_paper / PARTITION, "108\n", "289222\n")
+    status, _, error = run_verify(capsys, f"{CATEGORY}/paper", small_paper)
+    assert status == 2
+    assert re.search("error: 1 mistakes in the lists of .*: .*announces 289222 rows and", error)
+
+
 # verify.
 
 

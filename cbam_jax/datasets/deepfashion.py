@@ -199,6 +199,7 @@ def read_splits(
     annotations = files.READERS[builder.name](layout)
     manifest = ""
     if config.paper:
+        _check_lists(layout, annotations.problems)  # what is drawn from other lists is another draw
         annotations, manifest = _draw(annotations, config.by_folder)
     photos = annotations.photos
     splits = {split: [photo for photo in photos if photo.split == split] for split in files.SPLITS}
@@ -226,40 +227,38 @@ def _draw(annotations: Annotations, by_folder: bool) -> tuple[Annotations, str]:
 
 def _write_splits(builder: tfds.core.DatasetBuilder) -> dict[str, Iterator[tuple[str, dict]]]:
     layout, annotations, splits, manifest = read_splits(builder)
-    problems = annotations.problems
-    attributes: dict[str, np.ndarray] = {}
     features = cast(Any, builder.info.features)
     features["label"].names = annotations.categories
+    attributes: dict[str, np.ndarray] = {}
     if "attributes" in features:
-        names, attributes = files.read_attributes(layout, problems)
+        names, attributes = files.read_attributes(layout, annotations.problems)
         features["attributes"].feature.names = names
-    if problems:
-        few = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
-        raise InputError(
-            f"{len(problems)} mistakes in the lists of {layout.root}: {few}: unpack them again; "
-            f"python -m cbam_jax.datasets verify {builder.name} shows all"
-        )
+    _check_lists(layout, annotations.problems)
     _tell_absent(layout)
     on_bad_image = cast(Any, builder).on_bad_image
-    sizes, skipped = _measure(builder.name, layout, annotations.photos, on_bad_image)
-    splits = {
-        split: [photo for photo in photos if photo.path in sizes]
-        for split, photos in splits.items()
-    }
-    empty = [split for split, photos in splits.items() if not photos]
-    if empty:
-        raise InputError(f"{layout.root} has no images for {', '.join(empty)}: unpack it again")
+    sizes, skipped = _measure(layout, annotations.photos, on_bad_image)
     # data_dir is TFDS's temporary folder here, which is renamed when all is written.
     folder = Path(builder.data_dir)
     (folder / SKIPPED_LIST).write_text("".join(f"{line}\n" for line in skipped))
     if manifest:
         print(f"manifest.csv has SHA-256 {write_manifest(folder, manifest)}", file=sys.stderr)
-    return {
-        split: cast(Any, builder)._generate_examples(
-            split, photos, layout, annotations, sizes, attributes
+    examples = {}
+    for split, listed in splits.items():
+        photos = [photo for photo in listed if photo.path in sizes]
+        if not photos:
+            raise InputError(f"{layout.root} has no images for {split}: unpack it again")
+        arguments = split, photos, layout, annotations, sizes, attributes
+        examples[split] = cast(Any, builder)._generate_examples(*arguments)
+    return examples
+
+
+def _check_lists(layout: Layout, problems: list[str]) -> None:
+    if problems:
+        few = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
+        raise InputError(
+            f"{len(problems)} mistakes in the lists of {layout.root}: {few}: unpack them again; "
+            f"python -m cbam_jax.datasets verify {layout.benchmark} shows all"
         )
-        for split, photos in splits.items()
-    }
 
 
 def _tell_absent(layout: Layout) -> None:
@@ -269,7 +268,7 @@ def _tell_absent(layout: Layout) -> None:
 
 
 def _measure(
-    name: str, layout: Layout, photos: list[Photo], on_bad_image: str
+    layout: Layout, photos: list[Photo], on_bad_image: str
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """The size of every image that can be used, and a line for each that cannot."""
     looks = files.look_at([layout.file(photo.path) for photo in photos])
@@ -287,7 +286,7 @@ def _measure(
     if on_bad_image == "fail" or not sizes:
         raise InputError(
             f"{report}: unpack them again, or go on with on_bad_image='skip'; "
-            f"python -m cbam_jax.datasets verify {name} shows all"
+            f"python -m cbam_jax.datasets verify {layout.benchmark} shows all"
         )
     print(f"skipped: {report}", file=sys.stderr)
     return sizes, bad

@@ -22,6 +22,7 @@ from cbam_jax.datasets.retrieval import decode_image
 SITE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion"
 SPLITS = ("train", "validation", "test")
 SOURCES = ("shop", "consumer")
+MISSING = "is missing"  # what a Look says of a file that is not there
 
 # Where a release keeps its lists: the old folders, the new one, a flat copy. Anno_fine is not among
 # them: its lists have the same names, and hold 20,000 images and 26 attributes.
@@ -422,7 +423,7 @@ def read_consumer2shop(layout: Layout) -> Annotations:
     items = {photo.item for photo in photos.values()}
     counts = {"items": len(items), "pairs": len(rows)}
     annotations = _annotations(layout, list(photos.values()), 7, counts, problems)
-    counts["images"] = len(annotations.boxes.keys() | photos.keys())
+    annotations.counts["images"] = len(annotations.boxes.keys() | photos.keys())
     return annotations
 
 
@@ -538,7 +539,8 @@ def _look(file: Path) -> Look:
     try:
         encoded = file.read_bytes()
     except OSError as error:
-        return Look(None, b"", "is missing" if isinstance(error, FileNotFoundError) else "unread")
+        missing = isinstance(error, FileNotFoundError)
+        return Look(None, b"", MISSING if missing else f"cannot be read ({error.strerror})")
     digest = hashlib.sha256(encoded).digest()
     try:
         height, width = decode_image(encoded).shape[:2]

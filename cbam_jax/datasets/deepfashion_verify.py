@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -37,69 +36,71 @@ def verify(builder: tfds.core.DatasetBuilder, *, show_all: bool = False) -> int:
         InputError: there is nothing to check: the layout is another one.
     """
     layout, annotations, _, manifest = read_splits(builder)
-    photos, config = annotations.photos, config_of(builder)
     if "attributes" in layout.lists:
         names, _ = files.read_attributes(layout, annotations.problems)
         annotations.counts["attributes"] = len(names)
+    photos, config = annotations.photos, config_of(builder)
     print(f"{builder.name}/{config.name}: {len(photos)} images in {layout.images}")
-    looks = list(
-        progress(
-            files.look_at([layout.file(photo.path) for photo in photos]),
-            "checking images",
-            total=len(photos),
-        )
-    )
-    counts, wrong_counts = _compare_counts(layout, annotations.counts)
+    seen = files.look_at([layout.file(photo.path) for photo in photos])
+    looks = list(progress(seen, "checking images", total=len(photos)))
+    counts = {
+        name: {"found": annotations.counts.get(name, 0), "published": published}
+        for name, published in files.BENCHMARKS[builder.name].published.items()
+    }
+    # The official partition of the categories is by image, and so is one of the draws.
+    by_item = builder.name != "deepfashion_category" or (config.paper and config.by_folder)
     duplicates, leaks = _repeated_images(photos, looks)
     findings = {
-        "counts": wrong_counts,
+        "counts": [_count_line(name, **count) for name, count in counts.items()],
         "lists": annotations.problems,
-        "missing_images": _with_problem(layout, photos, looks, missing=True),
-        "unreadable_images": _with_problem(layout, photos, looks, missing=False),
+        "missing_images": _missing(layout, photos, looks),
+        "unreadable_images": _unreadable(photos, looks),
         "duplicate_images": duplicates,
         "leaking_images": leaks,
-        "leaking_items": _leaking_items(photos) if _keeps_items(builder) else [],
+        "leaking_items": _leaking_items(photos) if by_item else [],
     }
+    print(*findings["counts"], sep="\n")
+    findings["counts"] = [line for line in findings["counts"] if line.endswith("wrong")]
     for kind in list(findings)[1:]:
         _print_finding(kind, findings[kind], show_all)
-    report: dict[str, Any] = {"dataset": builder.name, "config": config.name}
-    report |= {"counts": counts, "boxes": _count_boxes(layout, annotations, looks)}
+    report = {
+        "dataset": builder.name,
+        "config": config.name,
+        "counts": counts,
+        "boxes": _count_boxes(layout, annotations, looks),
+        "wrong": {kind: len(lines) for kind, lines in findings.items()},
+        "ok": not any(findings.values()),
+    }
     print("boxes, mended when prepared: {outside} outside their image, {empty} empty, "
           "{missing} missing".format(**report["boxes"]))  # fmt: skip
-    if layout.benchmark == "deepfashion_category":
+    if builder.name == "deepfashion_category":
         report["folders_in_two_splits"] = len(_in_two_splits(photos))
         print(f"folders with images in two splits: {report['folders_in_two_splits']}")
     if manifest:
         report["manifest_sha256"] = hashlib.sha256(manifest.encode()).hexdigest()
         print(f"manifest.csv: SHA-256 {report['manifest_sha256']}")
-    report["wrong"] = {kind: len(lines) for kind, lines in findings.items()}
-    wrong = sum(report["wrong"].values())
-    print("something is wrong" if wrong else "everything is as it should be")
-    print(json.dumps(report | {"ok": not wrong}))
-    return 1 if wrong else 0
+    print("everything is as it should be" if report["ok"] else "something is wrong")
+    print(json.dumps(report))
+    return 0 if report["ok"] else 1
 
 
-def _compare_counts(layout: Layout, counts: dict[str, int]) -> tuple[dict, list[str]]:
-    table, wrong = {}, []
-    for name, published in files.BENCHMARKS[layout.benchmark].published.items():
-        found = counts.get(name, 0)
-        table[name] = {"found": found, "published": published}
-        differs = "" if found == published else ": wrong"
-        print(f"{name}: {found} of {published} published{differs}")
-        wrong += [name] if differs else []
-    return table, wrong
+def _count_line(name: str, found: int, published: int) -> str:
+    return f"{name}: {found} of {published} published" + ": wrong" * (found != published)
 
 
-def _with_problem(
-    layout: Layout, photos: Sequence[Photo], looks: Sequence[Look], *, missing: bool
-) -> list[str]:
-    names = [
-        (photo.path, look.problem)
+def _missing(layout: Layout, photos: Sequence[Photo], looks: Sequence[Look]) -> list[str]:
+    pairs = zip(photos, looks, strict=True)
+    paths = [photo.path for photo, look in pairs if look.problem == files.MISSING]
+    hints = _other_case(layout, paths)
+    return [f"{path} {files.MISSING}{hints.get(path, '')}" for path in paths]
+
+
+def _unreadable(photos: Sequence[Photo], looks: Sequence[Look]) -> list[str]:
+    return [
+        f"{photo.path} {look.problem}"
         for photo, look in zip(photos, looks, strict=True)
-        if look.problem and (look.problem == "is missing") == missing
+        if look.problem not in ("", files.MISSING)
     ]
-    other_case = _other_case(layout, [path for path, _ in names]) if missing else {}
-    return [f"{path} {problem}{other_case.get(path, '')}" for path, problem in names]
 
 
 def _other_case(layout: Layout, paths: Iterable[str]) -> dict[str, str]:
@@ -134,11 +135,6 @@ def _in_two_splits(photos: Sequence[Photo]) -> dict[int, set[str]]:
     for photo in photos:
         splits.setdefault(photo.item, set()).add(photo.split)
     return {item: found for item, found in splits.items() if len(found) > 1}
-
-
-def _keeps_items(builder: tfds.core.DatasetBuilder) -> bool:
-    config = config_of(builder)
-    return builder.name != "deepfashion_category" or (config.paper and config.by_folder)
 
 
 def _leaking_items(photos: Sequence[Photo]) -> list[str]:
