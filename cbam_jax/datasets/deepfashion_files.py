@@ -128,7 +128,7 @@ class Annotations:
         photos: each image once, in the order of the partition.
         categories: the names of the categories, in the order of their numbers.
         boxes: path -> x1, y1, x2, y2 in pixels of the low resolution, as listed.
-        landmarks: path -> int16 [n, 3], visibility (0 visible, 1 occluded, 2 cut off), x and y in
+        landmarks: path -> int32 [n, 3], visibility (0 visible, 1 occluded, 2 cut off), x and y in
             the same pixels; n is 4 for lower-body clothes, 6 for upper-body, 8 for full-body ones.
         counts: what can be compared with :attr:`Benchmark.published`.
         problems: a line for each row that contradicts the format or another row.
@@ -313,7 +313,7 @@ def _read_landmarks(layout: Layout, problems: list[str]) -> dict[str, np.ndarray
     for row in read_list(path, problems, columns=3, most=27):
         numbers = _integers(path, row[3:], problems, row)
         if numbers is not None and len(numbers) % 3 == 0:
-            landmarks[row[0]] = np.array(numbers, np.int16).reshape(-1, 3)
+            landmarks[row[0]] = np.array(numbers, np.int32).reshape(-1, 3)
         elif numbers is not None:
             problems.append(f"{path.name} breaks off in the landmarks of {row[0]}")
     return landmarks

@@ -57,8 +57,8 @@ def draw_paper_splits(
         >>> rows = [(f"img/{f}/{i}.jpg", f % 2, ("train", "test")[i % 2]) for f in range(8)
         ...         for i in range(8)]
         >>> drawn = draw_paper_splits(rows, sizes={"train": 8, "test": 4}, num_categories=2)
-        >>> Counter((category, split) for _, category, split in drawn)
-        Counter({(0, 'train'): 4, (1, 'train'): 4, (0, 'test'): 2, (1, 'test'): 2})
+        >>> sorted(Counter((split, category) for _, category, split in drawn).items())
+        [(('test', 0), 2), (('test', 1), 2), (('train', 0), 4), (('train', 1), 4)]
     """
     rows = list(rows)
     counts = Counter(category for _, category, _ in rows)
@@ -185,7 +185,7 @@ def _check_supply(
         return
     found = ", ".join(f"{sum(supply[split])} {split}" for split in sizes)
     wanted = ", ".join(f"{size} {split}" for split, size in sizes.items())
-    how, other = ("", "full")
+    how, other = "", "full"
     if by_folder:
         how, other = ", with each folder in one split", "paper_by_image or full"
     raise InputError(
