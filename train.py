@@ -227,7 +227,7 @@ def train_batches(config: ConfigDict, dataset: RetrievalDataset, step: int) -> d
     fields = dict(config.data)
     names = (
         "classes_per_batch", "images_per_class", "image_size", "crop_scale", "crop_ratio", "flip",
-        "color_jitter", "random_erasing", "crop_to_box", "workers",
+        "color_jitter", "random_erasing", "crop_to_box", "skip_singletons", "workers",
     )  # fmt: skip
     return data.train_batches(
         dataset,

@@ -45,6 +45,7 @@ def train_batches(
     color_jitter: float = 0.0,
     random_erasing: float = 0.0,
     crop_to_box: bool = False,
+    skip_singletons: bool = False,
     workers: int = 0,
     start_step: int = 0,
     num_steps: int | None = None,
@@ -75,6 +76,8 @@ def train_batches(
             factor from [max(0, 1 - c), 1 + c]. 0 switches it off.
         random_erasing: probability that a rectangle is replaced by noise.
         crop_to_box: whether to use only the part of an image inside its ``dataset.bbox``.
+        skip_singletons: leave out the labels that have one image, which no other can match, as
+            datasets labelled by item have. False refuses them.
         workers: processes that load batches; 0 loads them in threads of this process, one a core
             (at most 16), which starts at once and is as fast on a machine of few cores. Workers
             are spawned, so a script that uses them needs ``if __name__ == "__main__":``.
@@ -90,8 +93,8 @@ def train_batches(
 
     Raises:
         InputError: at the call, for an argument that is out of range, a dataset without images,
-            with fewer than P classes or with a class of one image; while iterating, for an image
-            that cannot be read.
+            with fewer than P classes or with a class of one image (unless ``skip_singletons``);
+            while iterating, for an image that cannot be read.
 
     Example:
         >>> png, everyone = cv2.imencode(".png", np.ones((8, 9, 3)))[1].tobytes(), np.ones(6, bool)
@@ -108,7 +111,10 @@ def train_batches(
     _check_augmentation(crop_scale, crop_ratio, color_jitter, random_erasing)
     _check_steps(seed, start_step, num_steps)
     batch_size = classes_per_batch * images_per_class
-    _check_classes(dataset, classes_per_batch, images_per_class)
+    images = images_by_class(dataset.label)
+    if skip_singletons:
+        images = [rows for rows in images if len(rows) > 1]
+    _check_classes(dataset, images, classes_per_batch, images_per_class)
     if batch_size % process_count:
         raise InputError(
             f"a batch of {classes_per_batch} classes x {images_per_class} images = {batch_size} "
@@ -121,7 +127,7 @@ def train_batches(
         label=dataset.label,
         indices=functools.partial(
             class_balanced_indices,
-            images_by_class(dataset.label),
+            images,
             seed=seed,
             classes_per_batch=classes_per_batch,
             images_per_class=images_per_class,
@@ -619,7 +625,10 @@ def _check_steps(seed: int, start_step: int, num_steps: int | None) -> None:
 
 
 def _check_classes(
-    dataset: RetrievalDataset, classes_per_batch: int, images_per_class: int
+    dataset: RetrievalDataset,
+    images: Sequence[np.ndarray],
+    classes_per_batch: int,
+    images_per_class: int,
 ) -> None:
     if classes_per_batch < 2:
         raise InputError(
@@ -629,26 +638,25 @@ def _check_classes(
         raise InputError(
             f"images_per_class={images_per_class}: give at least 2, or no image has a positive"
         )
-    labels, counts = np.unique(dataset.label, return_counts=True)
-    if len(labels) < classes_per_batch:
+    if len(images) < classes_per_batch:
         raise InputError(
-            f"{_name(dataset)} has {len(labels)} classes, fewer than "
+            f"{_name(dataset)} has {len(images)} classes, fewer than "
             f"classes_per_batch={classes_per_batch}; lower it or choose another split"
         )
-    _check_class_sizes(dataset, labels, counts, images_per_class)
+    _check_class_sizes(dataset, images, images_per_class)
 
 
 def _check_class_sizes(
-    dataset: RetrievalDataset, labels: np.ndarray, counts: np.ndarray, images_per_class: int
+    dataset: RetrievalDataset, images: Sequence[np.ndarray], images_per_class: int
 ) -> None:
-    single = [dataset.label_names[label] for label in labels[counts < 2]]
+    single = [dataset.label_names[dataset.label[rows[0]]] for rows in images if len(rows) < 2]
     if single:
         names = ", ".join(single[:10]) + (", ..." if len(single) > 10 else "")
         raise InputError(
             f"{_name(dataset)} has {len(single)} labels with one image, which no other image can "
-            f"match: {names}; remove them or add images"
+            f"match: {names}; remove them, add images, or leave them out with skip_singletons=True"
         )
-    few = int((counts < images_per_class).sum())
+    few = sum(len(rows) < images_per_class for rows in images)
     if few:
         logging.getLogger(__name__).info(
             "%s has %d labels with fewer than images_per_class=%d images: "

@@ -14,9 +14,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0
 
     config.data = data = ml_collections.ConfigDict()
-    # synthetic_garments[/config], clothing_dataset_small[/256px], any other installed TFDS dataset
-    # with an image and an integer label, or your own photos: the path of a CSV manifest, or of a
-    # folder of class folders (./photos/).
+    # synthetic_garments[/config], clothing_dataset_small[/256px], deepfashion_inshop[/highres],
+    # deepfashion_consumer2shop[/highres], deepfashion_category[/paper], any other installed TFDS
+    # dataset with an image and an integer label, or your own photos: the path of a CSV manifest, or
+    # of a folder of class folders (./photos/).
     data.name = "synthetic_garments"
     data.data_dir = placeholder(str)  # folder of prepared datasets; None: ~/tensorflow_datasets
     data.manual_dir = placeholder(str)  # folder of what was fetched by hand
@@ -34,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.color_jitter = 0.0  # strength; factors from [1 - c, 1 + c]
     data.random_erasing = 0.0  # probability
     data.crop_to_box = False  # use only the part inside the dataset's box
+    data.skip_singletons = False  # leave out labels with one training image, else refused
     data.crop_fraction = 0.875  # evaluation: short side is image_size / crop_fraction
 
     config.model = model = ml_collections.ConfigDict()

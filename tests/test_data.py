@@ -241,6 +241,19 @@ def test_crop_to_box(rng):
     assert sum(inside) >= 12  # all but those of images[1], whose box is another
 
 
+def test_singletons_can_be_left_out(rng):
+    images = [png(rng.integers(256, size=(8, 9, 3), dtype="u1"))] * 7
+    toy = make_dataset([0, 1, 1, 2, 2, 3, 1], images)
+    options = OPTIONS | {"classes_per_batch": 2, "images_per_class": 2, "num_steps": 9}
+    with pytest.raises(InputError, match="2 labels with one image.*: label0, label3; .*skip_si"):
+        data.train_batches(toy, **options)
+    batches = list(data.train_batches(toy, skip_singletons=True, **options))
+    drawn = collections.Counter(np.concatenate([batch["index"] for batch in batches]).tolist())
+    assert drawn == {1: 6, 2: 6, 6: 6, 3: 9, 4: 9}
+    with pytest.raises(InputError, match="has 2 classes, fewer than classes_per_batch=3"):
+        data.train_batches(toy, skip_singletons=True, **options | {"classes_per_batch": 3})
+
+
 @pytest.mark.parametrize("box", [[9, 5, 9, 20], [50, 5, 60, 20], [np.nan, 5, 60, 20]])
 def test_a_box_without_pixels_names_its_image(box, rng):
     images = [png(rng.integers(256, size=(30, 40, 3), dtype="u1"))] * 2

@@ -2,11 +2,14 @@
 
 * ``clothing_dataset_small``: 3,781 photos of clothes in 10 classes, CC0; downloaded when first used
 * ``synthetic_garments``: drawn on this machine, no download
+* ``deepfashion_inshop``, ``deepfashion_consumer2shop`` and ``deepfashion_category``, from one's own
+  copy of DeepFashion, see :mod:`cbam_jax.datasets.deepfashion`
 * any installed dataset of TensorFlow Datasets with an image and an integer label
 * ``photos.csv``: one's own photos, see :mod:`cbam_jax.datasets.manifest`
 * ``./photos/``: a folder of class folders, see :mod:`cbam_jax.datasets.class_folders`
 
-``python -m cbam_jax.datasets prepare NAME`` prepares one and checks its images.
+``python -m cbam_jax.datasets prepare NAME`` prepares one and checks its images; ``verify NAME``
+compares a copy of DeepFashion with what was published.
 """
 
 import os
@@ -29,10 +32,12 @@ def open_dataset(
     """Opens one split of a dataset, preparing the dataset first if necessary.
 
     Args:
-        name: ``clothing_dataset_small[/full|/256px]``, ``synthetic_garments[/config]``, the name of
-            an installed TFDS dataset (``package.module.name`` imports the module first), the path
-            of a CSV manifest, which ends in ``.csv``, or that of a folder of class folders, which
-            begins with ``/``, ``.`` or ``~`` or ends in ``/``, so that no name is mistaken for one.
+        name: ``clothing_dataset_small[/full|/256px]``, ``synthetic_garments[/config]``,
+            ``deepfashion_inshop[/highres]``, ``deepfashion_consumer2shop[/highres]``,
+            ``deepfashion_category[/full|/paper|...]``, the name of an installed TFDS dataset
+            (``package.module.name`` imports the module first), the path of a CSV manifest, which
+            ends in ``.csv``, or that of a folder of class folders, which begins with ``/``, ``.``
+            or ``~`` or ends in ``/``, so that no name is mistaken for one.
         split: ``train``, ``validation``, ``test``, or what else the dataset has.
         data_dir: where prepared datasets live; None is TFDS's default, ``$TFDS_DATA_DIR`` or
             ``~/tensorflow_datasets``. Not used for a manifest or a folder.

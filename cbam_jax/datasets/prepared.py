@@ -22,9 +22,12 @@ from cbam_jax.datasets import tfds_without_tensorflow
 from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
 
+# What users fetch by hand, having signed its agreement.
+BY_HAND = ("deepfashion_inshop", "deepfashion_consumer2shop", "deepfashion_category")
 OURS = {
     "clothing_dataset_small": "cbam_jax.datasets.clothing_dataset_small",
     "synthetic_garments": "cbam_jax.datasets.synthetic_garments",
+    **dict.fromkeys(BY_HAND, "cbam_jax.datasets.deepfashion"),
 }
 SKIPPED_LIST = "skipped_images.txt"  # in a prepared dataset: one line for each image left out
 _COLUMNS = ("id", "is_query", "is_gallery", "item_id", "series", "bbox")
@@ -135,7 +138,7 @@ def make_builder(
     builder_name = name.removeprefix(f"{module}.")
     module = OURS.get(plain_name, module)
     options: dict = {"data_dir": None if data_dir is None else os.path.expanduser(data_dir)}
-    if plain_name == "clothing_dataset_small":
+    if plain_name == "clothing_dataset_small" or plain_name in BY_HAND:
         options |= {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
     try:
         if module:
