@@ -11,9 +11,11 @@ grad_cam++ the same with weights sum over h', w' of alpha max(G, 0),
 hires_cam  sum over c of A times G; equal to grad_cam where A is only averaged and projected
 ========== ===================================================================================
 
+The numbers are those of pytorch-grad-cam, but for grad_cam++ before a max-pool: its squares show
+how a gradient is shared among equal entries, and torch gives it all to one of them.
+
 Selvaraju et al.: Grad-CAM, ICCV 2017. Chattopadhay et al.: Grad-CAM++, WACV 2018. Draelos, Carin:
-Use HiResCAM instead of Grad-CAM, 2020. Zhang et al.: Top-down Neural Attention by Excitation
-Backprop, ECCV 2016 (the pointing game). The numbers are those of pytorch-grad-cam.
+Use HiResCAM instead of Grad-CAM for faithful explanations of CNNs, 2020.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 METHODS = ("grad_cam", "grad_cam++", "hires_cam")
-# Differences within a raw map below this share of the target's own value are rounding.
+# What is below this share of the terms it was summed from is rounding.
 _ROUNDING = 1e-5
 
 
@@ -39,8 +41,9 @@ class HeatMaps(NamedTuple):
         raw: [b, h', w'], of the layer's size, signed, in units of the target for one entry of the
             feature map. What lowers the target is negative.
         maximum: [b], the greatest entry of the raw map.
-        empty: bool [b], whether the map shows nothing: no entry of the raw map is positive, or all
-            are equal, but for rounding. pytorch-grad-cam scales rounding up to 1.
+        empty: bool [b], whether the map shows nothing but rounding: no entry of the raw map is
+            positive, or all are equal, or the target does not change with the embedding.
+            pytorch-grad-cam scales rounding up to 1.
     """
 
     heat: jax.Array
@@ -101,9 +104,7 @@ def grad_cam(
     function, reference = (target, None) if callable(target) else (None, target)
     attributes = {"dtype": jnp.float32} | ({"normalize": False} if target is None else {})
     view = nnx.with_attributes(_evaluated(model), raise_if_not_found=False, **attributes)
-    return _maps(
-        *nnx.split(view), images, reference, path=path, method=method, function=function
-    )
+    return _maps(*nnx.split(view), images, reference, path=path, method=method, function=function)
 
 
 def pair_maps(
@@ -216,19 +217,24 @@ def _maps(
     method: str,
     function: Callable[[jax.Array], jax.Array] | None,
 ) -> HeatMaps:
-    def score(activation: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def value(embeddings: jax.Array) -> jax.Array:
+        return jnp.sum(_scores(embeddings, reference, function))
+
+    def rest(activation: jax.Array) -> tuple[jax.Array, jax.Array]:
         # What stands before the layer is computed for nothing, and XLA leaves it out.
         model = nnx.merge(graphdef, state)
         _hook(model, path, lambda layer, x: activation)
-        scores = _scores(model(images), reference, function)
-        return jnp.sum(scores), scores
+        embeddings = model(images)
+        return value(embeddings), embeddings
 
     # Also where the device would multiply float32 in fewer bits.
     with jax.default_matmul_precision("highest"):
         activation = _activation(nnx.merge(graphdef, state), path, images)
-        gradient, scores = jax.grad(score, has_aux=True)(activation)
-    raw = _raw_map(activation, gradient, method)
-    return _heat_maps(raw, scores, images.shape[1:3])
+        gradient, embeddings = jax.grad(rest, has_aux=True)(activation)
+    terms = activation * _weights(activation, gradient, method)
+    slope = jnp.sum(jnp.abs(embeddings * jax.grad(value)(embeddings)), axis=-1)
+    flat = slope <= _ROUNDING * jnp.abs(_scores(embeddings, reference, function))
+    return _heat_maps(terms, flat, (images.shape[1], images.shape[2]))
 
 
 def _activation(model: Any, path: tuple[str, ...], images: jax.Array) -> jax.Array:
@@ -280,22 +286,21 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-16))
 
 
-def _raw_map(activation: jax.Array, gradient: jax.Array, method: str) -> jax.Array:
+def _weights(activation: jax.Array, gradient: jax.Array, method: str) -> jax.Array:
     if method == "hires_cam":
-        return jnp.sum(activation * gradient, axis=-1)
-    weights = jnp.mean(gradient, axis=(1, 2), keepdims=True)
-    if method == "grad_cam++":
-        square, total = jnp.square(gradient), jnp.sum(activation, axis=(1, 2), keepdims=True)
-        alpha = square / (2 * square + total * square * gradient + 1e-6)
-        weights = jnp.sum(nnx.relu(gradient) * alpha, axis=(1, 2), keepdims=True)
-    return jnp.sum(activation * weights, axis=-1)
+        return gradient
+    if method == "grad_cam":
+        return jnp.mean(gradient, axis=(1, 2), keepdims=True)
+    square, total = jnp.square(gradient), jnp.sum(activation, axis=(1, 2), keepdims=True)
+    alpha = square / (2 * square + total * square * gradient + 1e-6)
+    return jnp.sum(nnx.relu(gradient) * alpha, axis=(1, 2), keepdims=True)
 
 
-def _heat_maps(raw: jax.Array, scores: jax.Array, size: tuple[int, int]) -> HeatMaps:
+def _heat_maps(terms: jax.Array, flat: jax.Array, size: tuple[int, int]) -> HeatMaps:
+    raw = jnp.sum(terms, axis=-1)
     maximum = jnp.max(raw, axis=(1, 2))
     above = maximum - jnp.maximum(jnp.min(raw, axis=(1, 2)), 0)
-    # An entry is one of h' w' that the target's value is spread over.
-    empty = above * (raw.shape[1] * raw.shape[2]) <= _ROUNDING * jnp.abs(scores)
+    empty = flat | (above <= _ROUNDING * jnp.max(jnp.sum(jnp.abs(terms), axis=-1), axis=(1, 2)))
     heat = jnp.where(empty[:, None, None], 0, _scale(nnx.relu(raw)))
     # Half-pixel centres and repeated edges, as OpenCV's INTER_LINEAR.
     heat = jax.image.resize(heat, (len(raw), *size), "linear", antialias=False)
@@ -318,7 +323,8 @@ def _gates(graphdef: Any, state: Any, images: jax.Array) -> dict[str, jax.Array]
         return layer(x)
 
     for path, module in list(nnx.iter_modules(model)):
-        name = ".".join(map(str, path))
+        path = tuple(map(str, path))
+        name = ".".join(path)
         if hasattr(module, "gate"):
             _hook(model, path, partial(keep, name, "channel"))
         elif hasattr(module, "channel") and hasattr(module, "spatial"):
