@@ -163,8 +163,10 @@ def find_layer(model: Any, layer: str) -> tuple[str, ...]:
     path, node = (["backbone"], backbone) if short else ([], model)
     for name in names:
         if name not in _layers(node):
-            choices = ".".join(path) + " has" if path else "the model has"
-            raise ValueError(f"unknown layer {layer!r}: {choices} {', '.join(_layers(node))}")
+            where, choices = ".".join(path) or "the model", ", ".join(_layers(node)) or "nothing"
+            raise ValueError(
+                f"unknown layer {layer!r}: no {name!r} in {where}, which has {choices}"
+            )
         path.append(name)
         node = _layers(node)[name]
     while isinstance(node, nnx.List):
