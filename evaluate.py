@@ -1,9 +1,11 @@
 """Measure a trained run: embed a split, search, and print every metric with its definition.
 
-python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained] [--figures]
+python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained]
+    [--figures] [--focus]
 
-Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures); the last line on stdout is
-one JSON document. The untrained network's go to RUN/eval/SPLIT-untrained.
+Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures, and focus.json: how much of the
+heat lies on the garment); the last line on stdout is one JSON document. The untrained network's go
+to RUN/eval/SPLIT-untrained.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cbam_jax import InputError, checkpoint, command_line, data, evaluation, steps
+from cbam_jax import InputError, checkpoint, command_line, data, evaluation, focus, gradcam, steps
 from cbam_jax.datasets import RetrievalDataset, open_dataset
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.pretrained import load_pretrained
@@ -55,16 +57,20 @@ def split_protocol(config: ConfigDict, dataset: RetrievalDataset) -> evaluation.
     )
 
 
+def geometry(config: ConfigDict) -> dict[str, Any]:
+    """Return how the config cuts an image for evaluation."""
+    fields = ("image_size", "crop_fraction", "crop_to_box")
+    return {name: config.data[name] for name in fields}
+
+
 def embed_split(
     config: ConfigDict, dataset: RetrievalDataset, embed_step: Any, state: Any, mesh: Any
 ) -> np.ndarray:
     """Embed every image of a split once: [n, d] float32. ``state`` is (params, batch_stats)."""
     batches = data.eval_batches(
         dataset,
-        image_size=config.data.image_size,
+        **geometry(config),
         batch_size=config.eval.batch_size,
-        crop_fraction=config.data.crop_fraction,
-        crop_to_box=config.data.crop_to_box,
         workers=config.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -141,14 +147,18 @@ def restore_model(
     return model, steps.replicate(state, mesh), read.step
 
 
-def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict[str, Any]:
-    """Measure one split of a run and write what was found."""
+def evaluate(
+    workdir: Path, split: str, which: str | int, *, figures: bool = False, measure: bool = False
+) -> dict[str, Any]:
+    """Measure one split of a run and write what was found; ``measure`` its focus too."""
     config = read_config(workdir)
     mesh = steps.data_mesh()
     model, state, step = restore_model(config, workdir, which, mesh)
     dataset = open_split(config, split)
     check_classes(config, dataset)
     split_protocol(config, dataset)  # Its errors belong before the slow part.
+    if measure:
+        dataset.mask(0)  # And those of a dataset that can't tell where the garment is.
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
     embed_step = steps.make_embed_step(model, mesh)
     result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
@@ -158,10 +168,38 @@ def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict
     command_line.write_json(folder / "metrics.json", report)
     save_embeddings(folder / "embeddings.npz", embeddings, dataset)
     print(evaluation.format_report(report), flush=True)
+    model = nnx.merge(nnx.graphdef(model), *state)
+    if measure:
+        report["focus"] = measure_focus(config, model, dataset, result, embeddings, mesh)
+        command_line.write_json(folder / "focus.json", report["focus"])
+        print(focus.format_report(report["focus"]), flush=True)
     if figures:
         save_figures(folder, dataset, result)
+        save_heat_figures(folder, config, model, dataset, result)
         save_training_curve(workdir, config)
     return report
+
+
+def measure_focus(
+    config: ConfigDict,
+    model: EmbeddingModel,
+    dataset: RetrievalDataset,
+    result: evaluation.Evaluation,
+    embeddings: np.ndarray,
+    mesh: Any,
+) -> dict[str, Any]:
+    """Measure where the model looks in each query: by itself, and for its nearest image."""
+    found = result.neighbour[:, 0] >= 0
+    measured = focus.measure_focus(
+        model,
+        dataset,
+        result.query[found],
+        {"energy": None, "nearest": embeddings[result.neighbour[found, 0]]},
+        mesh=mesh,
+        batch_size=config.eval.batch_size,
+        **geometry(config),
+    )
+    return focus.summarize(measured, image_size=config.data.image_size)
 
 
 def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDataset) -> None:
@@ -196,6 +234,56 @@ def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Eva
         print(f"wrote {folder / f'{name}.png'}", flush=True)
 
 
+def save_heat_figures(
+    folder: Path,
+    config: ConfigDict,
+    model: EmbeddingModel,
+    dataset: RetrievalDataset,
+    result: evaluation.Evaluation,
+) -> None:
+    """Draw for eight queries, spread evenly, and the nearest hit of each: heat, pairs, gates."""
+    from cbam_jax import figures
+
+    hit = np.flatnonzero(result.match.any(axis=1))
+    if not len(hit):
+        print("no query has a hit, so no pair is drawn", flush=True)
+        return
+    rows = hit[np.linspace(0, len(hit) - 1, min(8, len(hit))).astype(int)]
+    rank = result.match[rows].argmax(axis=1)
+    queries, results = (
+        np.stack([data.eval_image(dataset, i, **geometry(config)) for i in index])
+        for index in (result.query[rows], result.neighbour[rows, rank])
+    )
+    titles = [dataset.label_names[dataset.label[i]] for i in result.query[rows]]
+    inputs, others = model.preprocess(queries), model.preprocess(results)
+    drawn = {
+        "heat": figures.heat_rows(
+            queries, {config.model.name: _heat(gradcam.grad_cam(model, inputs))}, titles=titles
+        ),
+        "pairs": figures.pair_rows(
+            queries,
+            results,
+            *map(_heat, gradcam.pair_maps(model, inputs, others)),
+            titles=titles,
+            distances=result.distance[rows, rank],
+        ),
+    }
+    gates = {
+        name.removeprefix("backbone."): np.asarray(gate)
+        for name, gate in gradcam.attention_gates(model, inputs).items()
+        if name.endswith(".spatial")
+    }
+    if gates:
+        drawn["gates"] = figures.gate_rows(queries, gates, titles=titles)
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png")
+        print(f"wrote {folder / f'{name}.png'}", flush=True)
+
+
+def _heat(maps: gradcam.HeatMaps) -> np.ndarray:
+    return np.asarray(maps.heat)
+
+
 def save_training_curve(workdir: Path, config: ConfigDict) -> None:
     """Draw the run's loss and its best-deciding metric over the steps."""
     from cbam_jax import figures
@@ -214,13 +302,16 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="the run, as given to train.py")
     parser.add_argument("--split", default="test", help="split of the run's dataset")
     parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
-    parser.add_argument("--figures", action="store_true", help="draw result rows")
+    parser.add_argument("--figures", action="store_true", help="draw result rows and heat maps")
+    parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
     flags = parser.parse_args()
     which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
     if which not in ("best", "last", "untrained") and not isinstance(which, int):
         raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
-    report = evaluate(flags.workdir, flags.split, which, flags.figures)
-    line = {key: report[key] for key in ("dataset", "split", "step", "metrics", "interval")}
+    options = {"figures": flags.figures, "measure": flags.focus}
+    report = evaluate(flags.workdir, flags.split, which, **options)
+    keys = ("dataset", "split", "step", "metrics", "interval", "focus")
+    line = {key: report[key] for key in keys if key in report}
     print(command_line.to_json({"workdir": str(flags.workdir), **line}))
 
 

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
     "pretrained": {"checkpoint", "classifier", "datasets", "torch_files", "whole_files"},
     "hub": {"models", "pretrained", "whole_files"},
+    "focus": {"data", "datasets", "gradcam", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")
