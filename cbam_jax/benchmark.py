@@ -21,10 +21,14 @@ import numpy as np
 from cbam_jax.search import FIRST_PASSES, search
 
 
+_PAUSE_S = 0.1
+
+
 def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
     """Median, least and most seconds of each function, after one call of each to warm up.
 
-    The functions take turns, so that a disturbance of the machine meets all of them.
+    The functions take turns, so that a disturbance of the machine meets all of them, with a pause
+    between: threads of OpenMP and OpenBLAS keep a core busy for a while after their work.
 
     Example:
       >>> measured = seconds({"nothing": lambda: None}, repeats=3)
@@ -36,6 +40,7 @@ def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str,
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            time.sleep(_PAUSE_S)
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)

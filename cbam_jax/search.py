@@ -1,13 +1,13 @@
 """Exact nearest neighbours, streamed over blocks of the gallery.
 
 A search has two steps. The first computes, by one float32 product a block, a *lower bound* of each
-distance (the product less its largest possible rounding error), and of each group of 16 gallery
-items keeps the lowest, whose it is, and the second lowest; then, of each query, the few groups with
-the lowest. The second step computes those few distances from x - y in float64, and those of a
-group's other items where its second lowest bound asks for it. Where the k-th distance is below
-every bound that was not kept, the answer is proven; the rare other queries (many near ties) are
-searched again in float64. So neither block sizes, nor devices, nor the batching of queries show in
-the result: the k lowest by (float32 distance, gallery index).
+distance (the product less its largest possible rounding error), and of each group of gallery items
+(16, or fewer where k is large beside n) keeps the lowest, whose it is, and the second lowest; then,
+of each query, the few groups with the lowest. The second step computes those few distances from
+x - y in float64, and those of a group's other items where its second lowest bound asks for it.
+Where the k-th distance is below every bound that was not kept, the answer is proven; the rare other
+queries (many near ties) are searched again in float64. So neither block sizes, nor devices, nor the
+batching of queries show in the result: the k lowest by (float32 distance, gallery index).
 """
 
 import functools
@@ -27,7 +27,7 @@ from cbam_jax.distances import l2_normalize
 METRICS = ("euclidean", "squared_euclidean", "cosine", "inner_product")
 FIRST_PASSES = ("float32", "bfloat16")
 
-_GROUP = 16  # Gallery items whose lowest bound stands for them; a power of two.
+_GROUP = 16  # Gallery items whose lowest bound stands for them, at most; a power of two.
 _KEPT = 2**21  # Lowest bounds that are kept before a selection, 16 MiB with the second lowest.
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
@@ -146,13 +146,14 @@ def search(
     count = min(k + _SLACK if exact else 4 * k, n)
     blocks = _block_sizes(shards[0].device, queries.shape, query_block, gallery_block)
     x, own_share = map(np.asarray, prepare(queries, own_squares))
-    lowest = _lowest_bounds(x, shards, count, prepare, query, items, first_pass, blocks)
+    size = _group_size(k, n)
+    lowest = _lowest_bounds(x, shards, count, prepare, query, items, first_pass, blocks, size)
 
     keys, unseen = [], []
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
-        bounds = [_bound_distances(b, own_share, prepare) for b in (bound, second)]
+        bounds = [_bound_distances(b & -size, own_share, prepare) for b in (bound, second)]
         found, labels = _Lowest(bounds[0], index, bounds[1]), (query, items)
-        keys.append(_candidate_keys(queries, shard, found, k, metric, labels, blocks[1]))
+        keys.append(_candidate_keys(queries, shard, found, k, metric, labels, blocks[1], size))
         unseen.append(found.bound[:, -1])
     distances, indices = _unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
     if exact:
@@ -161,6 +162,11 @@ def search(
             labels = _taken(query, rest), items
             distances[rest], indices[rest] = _exhaustive(queries[rest], shards, k, metric, *labels)
     return distances, indices
+
+
+def _group_size(k: int, n: int) -> int:
+    """Items in a group: a power of two, so few that seldom two of the k nearest share one."""
+    return min(_GROUP, 2 ** max(0, int(np.log2(n / (8 * k)))))
 
 
 def _block_sizes(
@@ -183,6 +189,7 @@ def _lowest_bounds(
     items: _Labels,
     first_pass: str,
     blocks: tuple[int, int],
+    size: int,
 ) -> list[_Lowest]:
     """Of each shard, for each query the ``count`` groups with the lowest bounds."""
     tile = _block_rows(len(x), blocks[0])  # Multiples of 16: rows of products begin cache lines.
@@ -198,7 +205,7 @@ def _lowest_bounds(
     for step in itertools.zip_longest(*(_blocks(shard, blocks[1]) for shard in shards)):
         # No more than two blocks wait in line, or all of the gallery would soon be in memory.
         jax.block_until_ready(waiting)
-        waiting = [best, [tile[-1:] for states in kept for tile in states]]
+        waiting = [[list(states) for states in best], [t[-1:] for states in kept for t in states]]
         for i, block in enumerate(step):
             if block is None:
                 continue
@@ -207,13 +214,14 @@ def _lowest_bounds(
             block = (*prepare(rows, squares), np.int32(fresh), labels)
             block = jax.device_put(block, shards[i].device)
             for t, side in enumerate(sides[i]):
-                lowest = _group_minima(*side, *block, first_pass=first_pass)
+                lowest = _group_minima(*side, *block, first_pass=first_pass, size=size)
                 kept[i][t].append((np.int32(first), *lowest))
-            blocks_kept = len(kept[i][0])
-            if blocks_kept * lowest[0].size >= _KEPT or blocks_kept * len(starts) >= 64:
-                best[i] = list(map(_select, best[i], kept[i]))
-                kept[i] = [[] for _ in starts]
-    best = [list(map(_select, *both)) for both in zip(best, kept, strict=True)]
+                number = len(kept[i][t])
+                if number * lowest[0].size >= _KEPT or number * len(starts) >= 64:
+                    best[i][t] = _select(best[i][t], kept[i][t], size=size)
+                    kept[i][t] = []
+    select = functools.partial(_select, size=size)
+    best = [list(map(select, *both)) for both in zip(best, kept, strict=True)]
     return [_untiled(states, starts, len(x)) for states in best]
 
 
@@ -279,34 +287,34 @@ def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array
     return x, _sum(x * x)
 
 
-@functools.partial(jax.jit, static_argnames="first_pass")
-def _group_minima(x, query, y, share, fresh, items, first_pass):
-    """Of each group of 16 items of a block, the lowest bound and the second lowest, [groups, t].
+@functools.partial(jax.jit, static_argnames=("first_pass", "size"))
+def _group_minima(x, query, y, share, fresh, items, first_pass, size):
+    """Lowest and second lowest bound of each group of ``size`` items of a block, [groups, t].
 
     ``x`` [t, d], ``y`` [m, d] and ``share`` [m] are prepared; the labels are [t] and [m]. Group i
     has the rows i, i + groups, i + 2 groups, ...: the minimum is taken over contiguous slabs, with
-    full vectors. Bounds are integers of their order, whose last four bits are the slab: rounded
-    down, so that they stay lower bounds.
+    full vectors. Bounds are integers of their order, whose last bits are the slab: rounded down,
+    so that they stay lower bounds.
     """
     # Gallery items are the rows: XLA's CPU backend takes up to twice as long for x y^T.
     product = _product(y.astype(jnp.float32), x, first_pass)
     # Rows before ``fresh`` were in the block before.
     share = jnp.where(jnp.arange(len(y), dtype=jnp.int32) < fresh, jnp.inf, share)
-    groups = -(-len(y) // _GROUP)
+    groups = -(-len(y) // size)
     lowest = second = jnp.full((groups, len(x)), _NO_BOUND, jnp.int32)
-    for slab in range(_GROUP):
+    for slab in range(size):
         rows = slice(slab * groups, (slab + 1) * groups)
         ignored = _ignored(_row(query), _column(_taken(items, rows)))
         bound = jnp.where(ignored, jnp.inf, product[rows] + share[rows, None])
         missing = (0, groups - len(bound)), (0, 0)
-        bound = jnp.pad((_ordered(bound) & -_GROUP) | slab, missing, constant_values=_NO_BOUND)
+        bound = jnp.pad((_ordered(bound) & -size) | slab, missing, constant_values=_NO_BOUND)
         second = jnp.minimum(second, jnp.maximum(lowest, bound))
         lowest = jnp.minimum(lowest, bound)
     return lowest, second
 
 
-@jax.jit
-def _select(best: _Lowest, kept: list) -> _Lowest:
+@functools.partial(jax.jit, static_argnames="size")
+def _select(best: _Lowest, kept: list, size: int) -> _Lowest:
     """The lowest of ``best`` and of the groups of some blocks.
 
     ``kept`` are (first row, lowest, second) of `_group_minima`.
@@ -319,7 +327,7 @@ def _select(best: _Lowest, kept: list) -> _Lowest:
     second = _by_rows(jnp.concatenate([second for _, _, second in kept]))
     bound, row = _lowest_rows(lowest, min(count, len(lowest)))
     block, group = row // groups, row % groups
-    index = firsts[block] + group + (bound & (_GROUP - 1)) * groups
+    index = firsts[block] + group + (bound & (size - 1)) * groups
     second = second.at[row, jnp.arange(t, dtype=jnp.int32)[:, None]].get(mode="clip")
     new = _Lowest(bound, index, second)
     both = _Lowest(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
@@ -392,10 +400,9 @@ def _product(x: jax.Array, y: jax.Array, first_pass: str) -> jax.Array:
 
 
 def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callable) -> np.ndarray:
-    """Lower bounds [q, m] in the unit of the distances, rounded to float32 as these are."""
+    """Lower bounds [q, m], from integers, in the unit of the distances, as float32."""
     metric, scale = prepare.keywords["metric"], float(prepare.keywords["scale"])
-    bits = bounds & -_GROUP
-    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
+    values = (bounds ^ ((bounds >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
     values[bounds >= _INFINITE] = np.inf
     # The last term covers what underflows once the scale is applied.
     values = values + own_share[:, None] - 1e-30
@@ -415,6 +422,7 @@ def _candidate_keys(
     metric: str,
     labels: tuple[_Labels, _Labels],
     gallery_block: int,
+    size: int,
 ) -> np.ndarray:
     """Keys of the candidates of each query, [q, at least count], by their distances in float64.
 
@@ -426,7 +434,7 @@ def _candidate_keys(
     distances[:, :k] = _pair_distances(queries, shard, rows, found.index[:, :k], metric)
     there = found.bound < np.inf
     distances[~there] = np.inf
-    kth = np.max(distances[:, :k], axis=1, keepdims=True) if k <= distances.shape[1] else np.inf
+    kth = np.max(distances[:, :k], axis=1, keepdims=True)
     row, column = np.nonzero((found.bound[:, k:] <= kth) & there[:, k:])
     others = found.index[row, column + k]
     pairs = _pair_distances(queries, shard, row.astype(np.int32), others[:, None], metric)
@@ -435,7 +443,7 @@ def _candidate_keys(
     row, column = np.nonzero((found.second <= kth) & there)
     if not len(row):
         return keys
-    members = _group_members(found.index[row, column], shard, gallery_block)
+    members = _group_members(found.index[row, column], shard, gallery_block, size)
     ignored = _ignored(_column(_taken(labels[0], row)), _taken(labels[1], members))
     members = np.where(ignored, -1, members)
     more = _pair_distances(queries, shard, row.astype(np.int32), members, metric)
@@ -443,15 +451,15 @@ def _candidate_keys(
     return np.concatenate([keys, _rows_of_keys(_keys(more, members), row, len(keys))], axis=1)
 
 
-def _group_members(index: np.ndarray, shard: _Shard, gallery_block: int) -> np.ndarray:
-    """The other items of the groups that hold ``index`` [p]; [p, 15], -1 where there is none."""
+def _group_members(index: np.ndarray, shard: _Shard, gallery_block: int, size: int) -> np.ndarray:
+    """The others in the groups that hold ``index`` [p]; [p, size - 1], -1 where there is none."""
     n = len(shard.rows)
     rows = _block_rows(n, gallery_block)
-    groups = -(-rows // _GROUP)
+    groups = -(-rows // size)
     start = (index - shard.first) // rows * rows
     first = np.minimum(start, n - rows)
     place = index - shard.first - first
-    members = place[:, None] % groups + groups * np.arange(_GROUP, dtype=np.int32)
+    members = place[:, None] % groups + groups * np.arange(size, dtype=np.int32)
     members = members[members != place[:, None]].reshape(len(index), -1)
     # Rows from before the start are the block's before, which the last block overlaps.
     there = (members < rows) & (members >= (start - first)[:, None])

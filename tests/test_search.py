@@ -176,6 +176,7 @@ def test_float64_search_alone(rng, monkeypatch, metric):
 @pytest.mark.parametrize("kept", [cbam_jax.search._KEPT, 1])
 def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
     """Bounds are kept of the lowest two of each group of 16: rows i, i + groups, ..."""
+    assert cbam_jax.search._group_size(8, 1130) == 16
     monkeypatch.setattr(cbam_jax.search, "_KEPT", kept)
     queries = rng.normal(size=(5, 24)).astype(np.float32)
     gallery = rng.normal(size=(1130, 24)).astype(np.float32)
@@ -187,12 +188,12 @@ def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
                 members = np.arange(first + 3 * i, first + rows, groups)
                 noise = rng.normal(0, 0.1, (len(members), 24))
                 near[members] = (query + noise).astype(np.float32)
-        assert_same(search(queries, near, 25, gallery_block=block), brute_force(queries, near, 25))
+        assert_same(search(queries, near, 8, gallery_block=block), brute_force(queries, near, 8))
         ignored = rng.integers(0, 3, 5)[:, None] == rng.integers(0, 3, 1130)
         group = {"query_group": np.arange(5), "gallery_group": np.where(ignored.any(0), 2, 9)}
-        found = search(queries, near, 25, gallery_block=block, **group)
+        found = search(queries, near, 8, gallery_block=block, **group)
         expected = brute_force(
-            queries, near, 25, ignored=group["query_group"][:, None] == group["gallery_group"]
+            queries, near, 8, ignored=group["query_group"][:, None] == group["gallery_group"]
         )
         assert_same(found, expected)
 
