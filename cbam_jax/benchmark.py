@@ -20,7 +20,6 @@ import numpy as np
 
 from cbam_jax.search import FIRST_PASSES, search
 
-
 _PAUSE_S = 0.1
 
 
