@@ -46,7 +46,12 @@ def _without_nan(document: Any) -> Any:
 
 def write_json(path: str | os.PathLike, document: Any) -> None:
     """Write a JSON file whole or not at all: beside it first, then renamed."""
+    write_text(path, to_json(document, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file whole or not at all: beside it first, then renamed."""
     partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w") as file:
-        file.write(to_json(document, indent=2) + "\n")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(partial, path)

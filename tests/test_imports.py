@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "command_line": set(),
     "checkpoint": set(),
     "figures": set(),
+    "report": set(),
     "runlog": set(),
     "steps": set(),
     "torch_files": set(),
@@ -27,12 +28,15 @@ MAY_IMPORT = {
     "losses": {"distances"},
     "search": {"distances"},
     "evaluation": {"metrics", "search"},
+    "tables": {"metrics"},
     "backbones": {"attention"},
     "models": {"attention", "backbones", "distances"},
     "classifier": {"backbones", "models"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
     "pretrained": {"checkpoint", "classifier", "datasets", "torch_files"},
     "hub": {"models", "pretrained"},
+    # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
+    "paper": {"command_line", "datasets", "figures", "tables"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")
@@ -102,6 +106,9 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         ("metrics", (*HEAVY, "jax")),
         ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
         ("figures", ("matplotlib", "jax")),
+        ("tables", (*HEAVY, "jax")),
+        # A GPU is for the processes that it starts.
+        ("paper", (*(name for name in HEAVY if name != "cv2"), "jax")),
     ],
 )
 def test_importing_a_part_does_not_load_the_rest(module, absent):
