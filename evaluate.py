@@ -1,15 +1,18 @@
 """Measure a trained run: embed a split, search, and print every metric with its definition.
 
 python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained] [--figures]
+                   [--html] [--queries=ID,ID]
 
-Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures); the last line on stdout is
-one JSON document. The untrained network's go to RUN/eval/SPLIT-untrained.
+Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures, and report.html, a page of all
+of it); the last line on stdout is one JSON document. The untrained network's go to
+RUN/eval/SPLIT-untrained.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +144,23 @@ def restore_model(
     return model, steps.replicate(state, mesh), read.step
 
 
-def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict[str, Any]:
-    """Measure one split of a run and write what was found."""
+def evaluate(
+    workdir: Path,
+    split: str,
+    which: str | int,
+    *,
+    figures: bool = False,
+    html: bool = False,
+    queries: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure one split of a run and write what was found; ``queries`` are ids to draw."""
     config = read_config(workdir)
     mesh = steps.data_mesh()
     model, state, step = restore_model(config, workdir, which, mesh)
     dataset = open_split(config, split)
     check_classes(config, dataset)
     split_protocol(config, dataset)  # Its errors belong before the slow part.
+    chosen = find_queries(dataset, queries)
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
     embed_step = steps.make_embed_step(model, mesh)
     result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
@@ -158,10 +170,24 @@ def evaluate(workdir: Path, split: str, which: str | int, figures: bool) -> dict
     command_line.write_json(folder / "metrics.json", report)
     save_embeddings(folder / "embeddings.npz", embeddings, dataset)
     print(evaluation.format_report(report), flush=True)
-    if figures:
-        save_figures(folder, dataset, result)
+    if figures or html:
+        save_figures(folder, dataset, result, chosen)
         save_training_curve(workdir, config)
+    if html:
+        save_page(folder, config, dataset, result, report)
     return report
+
+
+def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:
+    """Return the rows of queries by their ids; InputError where one is none."""
+    rows = {name: row for row, name in enumerate(dataset.id) if dataset.is_query[row]}
+    for name in ids:
+        if name not in rows:
+            raise InputError(
+                f"--queries: {name!r} is no query of {dataset.name}/{dataset.split}: ids look like "
+                f"{', '.join(map(repr, list(rows)[:3]))}, and embeddings.npz has them all"
+            )
+    return [rows[name] for name in ids]
 
 
 def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDataset) -> None:
@@ -178,14 +204,16 @@ def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDatase
     os.replace(partial, path)
 
 
-def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation) -> None:
-    """Draw the nearest five of eight queries, spread evenly over the split, and of the worst."""
+def save_figures(
+    folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation, chosen: Sequence[int]
+) -> None:
+    """Draw the nearest five of the chosen queries, or of eight spread evenly, and of the worst."""
     from cbam_jax import figures
 
     counted = np.flatnonzero(~np.isnan(result.headline))
     spread = counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
-    worst = counted[np.argsort(result.headline[counted], kind="stable")[:8]]
-    for name, rows in {"results": spread, "worst": worst}.items():
+    drawn = np.flatnonzero(np.isin(result.query, chosen)) if chosen else spread
+    for name, rows in {"results": drawn, "worst": ranked_queries(result)[:8]}.items():
         figure = figures.result_rows(
             [dataset.image(i) for i in result.query[rows]],
             [[dataset.image(i) for i in line if i >= 0] for line in result.neighbour[rows, :5]],
@@ -195,6 +223,54 @@ def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Eva
         )
         figures.save(figure, folder / f"{name}.png")
         print(f"wrote {folder / f'{name}.png'}", flush=True)
+
+
+def ranked_queries(result: evaluation.Evaluation) -> np.ndarray:
+    """Rows of ``result``, the worst query first, those left out of the means left out."""
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    return counted[np.argsort(result.headline[counted], kind="stable")]
+
+
+def save_page(
+    folder: Path,
+    config: ConfigDict,
+    dataset: RetrievalDataset,
+    result: evaluation.Evaluation,
+    report: dict[str, Any],
+) -> None:
+    """Write the evaluation as one HTML page, with the figures that were drawn."""
+    from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
+
+    def describe(row: int) -> tuple[np.ndarray, str, str]:
+        return dataset.image(row), dataset.label_names[dataset.label[row]], str(dataset.id[row])
+
+    def query(row: int) -> Query:
+        found = zip(result.neighbour[row], result.distance[row], result.match[row], strict=True)
+        neighbours = [
+            Neighbour(*describe(i), float(distance), bool(match))
+            for i, distance, match in list(found)[:5]
+            if i >= 0
+        ]
+        return Query(*describe(result.query[row]), float(result.headline[row]), neighbours)
+
+    worst = ranked_queries(result)
+    headings = {"Best queries": worst[::-1][:8], "Worst queries": worst[:8]}
+    captions = {
+        folder.parent / "training.png": (
+            f"Training loss, and {evaluation.HEADLINE} on split {config.data.eval_split}, which "
+            "chooses the checkpoint, by step.",
+            "Two curves over the training steps: the loss, and the metric below it",
+        )
+    }
+    page = evaluation_page(
+        report,
+        model=config.model.name,
+        config=config.to_dict(),
+        queries={name: [query(row) for row in rows] for name, rows in headings.items()},
+        pictures=[Picture(path.read_bytes(), *text) for path, text in captions.items()],
+    )
+    command_line.write_text(folder / "report.html", page)
+    print(f"wrote {folder / 'report.html'}", flush=True)
 
 
 def save_training_curve(workdir: Path, config: ConfigDict) -> None:
@@ -216,11 +292,20 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="split of the run's dataset")
     parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
     parser.add_argument("--figures", action="store_true", help="draw result rows")
+    parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
+    parser.add_argument("--queries", help="ids of queries to draw, ID,ID; default: eight of all")
     flags = parser.parse_args()
     which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
     if which not in ("best", "last", "untrained") and not isinstance(which, int):
         raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
-    report = evaluate(flags.workdir, flags.split, which, flags.figures)
+    report = evaluate(
+        flags.workdir,
+        flags.split,
+        which,
+        figures=flags.figures,
+        html=flags.html,
+        queries=flags.queries.split(",") if flags.queries else (),
+    )
     line = {key: report[key] for key in ("dataset", "split", "step", "metrics", "interval")}
     print(command_line.to_json({"workdir": str(flags.workdir), **line}))
 

@@ -1,10 +1,10 @@
-"""The paper's tables on any dataset: ``python -m cbam_jax.paper tables --workdir=WORKDIR``.
+"""The paper's tables and figures on any dataset: ``python -m cbam_jax.paper {tables,figures}``.
 
 Each row is a config of the checkout, trained and measured by its ``train.py`` and ``evaluate.py``
 in processes of their own, once a seed. The same command again goes on where it was interrupted,
 however that was: finished rows are kept, and an unfinished one resumes from its checkpoint.
 WORKDIR gets ``table1.md``, ``.csv``, ``.json`` and ``.png``, likewise ``table2``, and the runs
-themselves under ``runs/``.
+themselves under ``runs/``; ``figures`` then draws Figures 4 and 5 from these runs.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cbam_jax import InputError, command_line
 from cbam_jax.datasets import open_dataset
@@ -80,6 +83,62 @@ def make_tables(
             if (new and row == rows[-1]) or i == len(jobs) - 1:
                 documents = write_tables(workdir, numbers, seed + 1, split, command)
     return documents
+
+
+def make_figures(workdir: Path, *, seed: int, split: str, queries: Sequence[str]) -> dict[str, Any]:
+    """Draw Figure 4 of each row and Figure 5 of all, from the finished runs of one seed.
+
+    Args:
+        workdir: of ``make_tables``.
+        seed: of the runs.
+        split: whose queries are drawn.
+        queries: their ids; without any, six that are spread evenly over the split.
+
+    Raises:
+        InputError: there is no such run, or a query is none of the split's.
+    """
+    from cbam_jax import figures
+
+    with locked(workdir):
+        rows = [row for row in ROWS if read_result(workdir, row, seed, split)]
+        if not rows:
+            raise InputError(
+                f"no finished row of seed {seed}, split {split}, in {workdir}: make the tables "
+                "first, or check --workdir, --seed and --split"
+            )
+        folder = workdir / "figures"
+        folder.mkdir(exist_ok=True)
+        queries = queries or sample_queries(run_folder(workdir, rows[0], seed) / "eval" / split)
+        written, heats = [], {}
+        for i, row in enumerate(rows):
+            print(f"[{i + 1}/{len(rows)}] {ROWS[row].title}, seed {seed}", flush=True)
+            run = run_folder(workdir, row, seed)
+            arguments = [f"--workdir={run}", f"--split={split}", f"--queries={','.join(queries)}"]
+            call(workdir, f"{row}-figures", [script("evaluate.py"), "--figures", *arguments])
+            for source, name in {"results": f"figure4-{row}", "worst": f"worst-{row}"}.items():
+                written.append(folder / f"{name}.png")
+                shutil.copyfile(run / "eval" / split / f"{source}.png", written[-1])
+            heats[row] = dict(np.load(run / "eval" / split / "heat.npz"))
+        drawn = heats[rows[0]]
+        figure = figures.heat_rows(
+            list(drawn["image"]),
+            {ROWS[row].title: heat["heat"] for row, heat in heats.items()},
+            titles=drawn["title"].tolist(),
+        )
+        written.append(folder / "figure5.png")
+        figures.save(figure, written[-1])
+    return {"queries": list(queries), "figures": [str(path) for path in written]}
+
+
+def sample_queries(evaluated: Path, number: int = 6) -> list[str]:
+    """Return ids of queries spread evenly over an evaluation's ``embeddings.npz``."""
+    with np.load(evaluated / "embeddings.npz") as saved:
+        label, is_query, ids = saved["label"], saved["is_query"], saved["id"]
+    # Alone in its category, a query has nothing to find; a comma parts the ids of --queries.
+    alone = np.bincount(label)[label] < 2
+    usable = [name for name in ids[is_query & ~alone].tolist() if "," not in name]
+    places = np.linspace(0, len(usable) - 1, min(number, len(usable))).astype(int)
+    return [usable[place] for place in places]
 
 
 def run_folder(workdir: Path, row: str, seed: int) -> Path:
@@ -403,36 +462,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     tables.add_argument("--table", type=int, choices=TABLES, help="default: both")
     tables.add_argument("--seeds", type=int, default=3, help="number of seeds, 0 to N - 1")
-    tables.add_argument("--split", default="test", help="split that is measured")
+    drawing = commands.add_parser(
+        "figures",
+        help="draw Figures 4 and 5 from the tables' runs",
+        description="Draw what each row finds (Figure 4), what it finds worst, and where the rows "
+        "look (Figure 5, Grad-CAM), into WORKDIR/figures.",
+        allow_abbrev=False,
+    )
+    drawing.add_argument("--workdir", required=True, type=Path, help="of the tables")
+    drawing.add_argument("--queries", help="ids, ID,ID; default: six spread over the split")
+    drawing.add_argument("--seed", type=int, default=0, help="whose runs are drawn")
+    for command in (tables, drawing):
+        command.add_argument("--split", default="test", help="split that is measured")
     return parser
+
+
+def run_tables(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """Make the tables that the flags ask for."""
+    if flags.seeds < 1:
+        raise InputError(f"--seeds={flags.seeds}: give at least 1")
+    settings = parse_overrides(rest)
+    own = {"data.name": flags.data, "config": flags.config}
+    settings |= {name: value for name, value in own.items() if value is not None}
+    documents = make_tables(
+        flags.workdir,
+        [flags.table] if flags.table else list(TABLES),
+        seeds=flags.seeds,
+        split=flags.split,
+        settings=settings,
+        command=shlex.join(["python", "-m", "cbam_jax.paper", *sys.argv[1:]]),
+    )
+    return {"workdir": str(flags.workdir), "tables": documents}
+
+
+def run_figures(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """Draw the figures that the flags ask for."""
+    if rest:
+        raise InputError(f"unknown argument {rest[0]!r}: see python -m cbam_jax.paper --help")
+    queries = flags.queries.split(",") if flags.queries else []
+    drawn = make_figures(flags.workdir, seed=flags.seed, split=flags.split, queries=queries)
+    return {"workdir": str(flags.workdir), **drawn}
 
 
 def main() -> int:
     """Run one command; the last line on stdout is one JSON document."""
     flags, rest = _parser().parse_known_args()
-    if flags.seeds < 1:
-        raise InputError(f"--seeds={flags.seeds}: give at least 1")
-    settings = parse_overrides(rest)
-    if flags.data is not None:
-        settings["data.name"] = flags.data
-    if flags.config is not None:
-        settings["config"] = flags.config
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    numbers = [flags.table] if flags.table else list(TABLES)
-    command = shlex.join(["python", "-m", "cbam_jax.paper", *sys.argv[1:]])
     try:
-        documents = make_tables(
-            flags.workdir,
-            numbers,
-            seeds=flags.seeds,
-            split=flags.split,
-            settings=settings,
-            command=command,
-        )
+        document = {"tables": run_tables, "figures": run_figures}[flags.command](flags, rest)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         return 130
-    print(command_line.to_json({"workdir": str(flags.workdir), "tables": documents}))
+    print(command_line.to_json(document))
     return 0
 
 
