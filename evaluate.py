@@ -1,11 +1,11 @@
 """Measure a trained run: embed a split, search, and print every metric with its definition.
 
-python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained] [--figures]
-                   [--html] [--queries=ID,ID]
+python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained]
+    [--figures] [--queries=ID,ID] [--html] [--focus]
 
-Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures, and report.html, a page of all
-of it); the last line on stdout is one JSON document. The untrained network's go to
-RUN/eval/SPLIT-untrained.
+Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures; report.html, a page of all of
+it; focus.json: how much of the heat lies on the garment); the last line on stdout is one JSON
+document. The untrained network's go to RUN/eval/SPLIT-untrained.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cbam_jax import InputError, checkpoint, command_line, data, evaluation, steps
+from cbam_jax import InputError, checkpoint, command_line, data, evaluation, focus, gradcam, steps
 from cbam_jax.datasets import RetrievalDataset, open_dataset
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.pretrained import load_pretrained
@@ -58,16 +58,20 @@ def split_protocol(config: ConfigDict, dataset: RetrievalDataset) -> evaluation.
     )
 
 
+def geometry(config: ConfigDict) -> dict[str, Any]:
+    """Return how the config cuts an image for evaluation."""
+    fields = ("image_size", "crop_fraction", "crop_to_box")
+    return {name: config.data[name] for name in fields}
+
+
 def embed_split(
     config: ConfigDict, dataset: RetrievalDataset, embed_step: Any, state: Any, mesh: Any
 ) -> np.ndarray:
     """Embed every image of a split once: [n, d] float32. ``state`` is (params, batch_stats)."""
     batches = data.eval_batches(
         dataset,
-        image_size=config.data.image_size,
+        **geometry(config),
         batch_size=config.eval.batch_size,
-        crop_fraction=config.data.crop_fraction,
-        crop_to_box=config.data.crop_to_box,
         workers=config.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -150,10 +154,21 @@ def evaluate(
     which: str | int,
     *,
     figures: bool = False,
-    html: bool = False,
     queries: Sequence[str] = (),
+    html: bool = False,
+    measure: bool = False,
 ) -> dict[str, Any]:
-    """Measure one split of a run and write what was found; ``queries`` are ids to draw."""
+    """Measure one split of a run and write what was found.
+
+    Args:
+        workdir: of the run.
+        split: of its dataset.
+        which: checkpoint; see ``restore_model``.
+        figures: draw them.
+        queries: ids of those to draw; without any, eight of all.
+        html: write the page, with the figures.
+        measure: measure the focus too.
+    """
     config = read_config(workdir)
     mesh = steps.data_mesh()
     model, state, step = restore_model(config, workdir, which, mesh)
@@ -161,6 +176,8 @@ def evaluate(
     check_classes(config, dataset)
     split_protocol(config, dataset)  # Its errors belong before the slow part.
     chosen = find_queries(dataset, queries)
+    if measure:
+        dataset.mask(0)  # And those of a dataset that can't tell where the garment is.
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
     embed_step = steps.make_embed_step(model, mesh)
     result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
@@ -170,11 +187,18 @@ def evaluate(
     command_line.write_json(folder / "metrics.json", report)
     save_embeddings(folder / "embeddings.npz", embeddings, dataset)
     print(evaluation.format_report(report), flush=True)
+    model = nnx.merge(nnx.graphdef(model), *state)
+    if measure:
+        report["focus"] = measure_focus(config, model, dataset, result, embeddings, mesh)
+        command_line.write_json(folder / "focus.json", report["focus"])
+        print(focus.format_report(report["focus"]), flush=True)
     if figures or html:
-        save_figures(folder, dataset, result, chosen)
+        drawn = chosen_rows(result, chosen)
+        save_figures(folder, dataset, result, drawn)
+        names = save_heat_figures(folder, config, model, dataset, result, drawn)
         save_training_curve(workdir, config)
     if html:
-        save_page(folder, config, dataset, result, report)
+        save_page(folder, config, dataset, result, report, ["../training.png", *names])
     return report
 
 
@@ -190,29 +214,61 @@ def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:
     return [rows[name] for name in ids]
 
 
+def measure_focus(
+    config: ConfigDict,
+    model: EmbeddingModel,
+    dataset: RetrievalDataset,
+    result: evaluation.Evaluation,
+    embeddings: np.ndarray,
+    mesh: Any,
+) -> dict[str, Any]:
+    """Measure where the model looks in each query: by itself, and for its nearest image."""
+    found = result.neighbour[:, 0] >= 0
+    measured = focus.measure_focus(
+        model,
+        dataset,
+        result.query[found],
+        {"energy": None, "nearest": embeddings[result.neighbour[found, 0]]},
+        mesh=mesh,
+        batch_size=config.eval.batch_size,
+        **geometry(config),
+    )
+    return focus.summarize(measured, image_size=config.data.image_size)
+
+
 def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDataset) -> None:
-    """Write the embeddings and what each row is; beside it first, then renamed."""
-    partial = path.with_name("partial-" + path.name)
-    np.savez(
-        partial,
+    """Write the embeddings and what each row is."""
+    save_arrays(
+        path,
         embedding=embeddings,
         label=dataset.label,
         id=dataset.id,
         is_query=dataset.is_query,
         is_gallery=dataset.is_gallery,
     )
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write an npz file whole or not at all: beside it first, then renamed."""
+    partial = path.with_name("partial-" + path.name)
+    np.savez(partial, **arrays)
     os.replace(partial, path)
 
 
+def chosen_rows(result: evaluation.Evaluation, chosen: Sequence[int]) -> np.ndarray:
+    """Rows of ``result`` of the chosen queries, or of eight spread evenly over the split."""
+    if chosen:
+        return np.array([int(np.flatnonzero(result.query == query)[0]) for query in chosen])
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    return counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
+
+
 def save_figures(
-    folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation, chosen: Sequence[int]
+    folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation, drawn: np.ndarray
 ) -> None:
-    """Draw the nearest five of the chosen queries, or of eight spread evenly, and of the worst."""
+    """Draw the nearest five of some queries, and of those with the worst results."""
     from cbam_jax import figures
 
-    counted = np.flatnonzero(~np.isnan(result.headline))
-    spread = counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
-    drawn = np.flatnonzero(np.isin(result.query, chosen)) if chosen else spread
     for name, rows in {"results": drawn, "worst": ranked_queries(result)[:8]}.items():
         figure = figures.result_rows(
             [dataset.image(i) for i in result.query[rows]],
@@ -231,14 +287,36 @@ def ranked_queries(result: evaluation.Evaluation) -> np.ndarray:
     return counted[np.argsort(result.headline[counted], kind="stable")]
 
 
+# Of the page's figures: a caption, and what is seen, in words.
+_CAPTIONS = {
+    "../training.png": (
+        "Training loss, and the metric that chooses the checkpoint, by step.",
+        "Two curves over the steps of training: the loss, and below it the validation metric",
+    ),
+    "heat.png": (
+        "Where the embedding of an image comes from: Grad-CAM of the last convolution's output.",
+        "Rows of two pictures: a query, and the same with its heat laid over it",
+    ),
+    "pairs.png": (
+        "A query and its nearest hit, and where either is like the other.",
+        "Rows of four pictures: a query, its heat, the heat of its nearest hit, that image",
+    ),
+    "gates.png": (
+        "What the attention itself multiplies its feature maps by, at each place.",
+        "Rows of pictures: a query, and the same with the spatial gates laid over it",
+    ),
+}
+
+
 def save_page(
     folder: Path,
     config: ConfigDict,
     dataset: RetrievalDataset,
     result: evaluation.Evaluation,
     report: dict[str, Any],
+    figures: Sequence[str],
 ) -> None:
-    """Write the evaluation as one HTML page, with the figures that were drawn."""
+    """Write the evaluation as one HTML page, with the best and worst queries and the figures."""
     from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
 
     def describe(row: int) -> tuple[np.ndarray, str, str]:
@@ -255,22 +333,69 @@ def save_page(
 
     worst = ranked_queries(result)
     headings = {"Best queries": worst[::-1][:8], "Worst queries": worst[:8]}
-    captions = {
-        folder.parent / "training.png": (
-            f"Training loss, and {evaluation.HEADLINE} on split {config.data.eval_split}, which "
-            "chooses the checkpoint, by step.",
-            "Two curves over the training steps: the loss, and the metric below it",
-        )
-    }
+    pictures = [Picture((folder / name).read_bytes(), *_CAPTIONS[name]) for name in figures]
     page = evaluation_page(
         report,
         model=config.model.name,
         config=config.to_dict(),
         queries={name: [query(row) for row in rows] for name, rows in headings.items()},
-        pictures=[Picture(path.read_bytes(), *text) for path, text in captions.items()],
+        pictures=pictures,
     )
     command_line.write_text(folder / "report.html", page)
     print(f"wrote {folder / 'report.html'}", flush=True)
+
+
+def save_heat_figures(
+    folder: Path,
+    config: ConfigDict,
+    model: EmbeddingModel,
+    dataset: RetrievalDataset,
+    result: evaluation.Evaluation,
+    rows: np.ndarray,
+) -> list[str]:
+    """Draw the heat of some queries, the gates there, and each with its nearest hit.
+
+    The heat is kept in ``heat.npz`` too, so that runs can be drawn side by side. Returns the names
+    of the files.
+    """
+    from cbam_jax import figures
+
+    def images(index: np.ndarray) -> np.ndarray:
+        return np.stack([data.eval_image(dataset, i, **geometry(config)) for i in index])
+
+    query = result.query[rows]
+    titles = [dataset.label_names[dataset.label[i]] for i in query]
+    queries = images(query)
+    inputs = model.preprocess(queries)
+    heat = _heat(gradcam.grad_cam(model, inputs))
+    save_arrays(folder / "heat.npz", id=dataset.id[query], image=queries, title=titles, heat=heat)
+    drawn = {"heat": figures.heat_rows(queries, {config.model.name: heat}, titles=titles)}
+    gates = {
+        name.removeprefix("backbone."): np.asarray(gate)
+        for name, gate in gradcam.attention_gates(model, inputs).items()
+        if name.endswith(".spatial")
+    }
+    if gates:
+        drawn["gates"] = figures.gate_rows(queries, gates, titles=titles)
+    hit = np.flatnonzero(result.match[rows].any(axis=1))
+    if len(hit):
+        rank = result.match[rows[hit]].argmax(axis=1)
+        results = images(result.neighbour[rows[hit], rank])
+        drawn["pairs"] = figures.pair_rows(
+            queries[hit],
+            results,
+            *map(_heat, gradcam.pair_maps(model, inputs[hit], model.preprocess(results))),
+            titles=[titles[i] for i in hit],
+            distances=result.distance[rows[hit], rank],
+        )
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png")
+        print(f"wrote {folder / f'{name}.png'}", flush=True)
+    return [f"{name}.png" for name in drawn]
+
+
+def _heat(maps: gradcam.HeatMaps) -> np.ndarray:
+    return np.asarray(maps.heat)
 
 
 def save_training_curve(workdir: Path, config: ConfigDict) -> None:
@@ -291,9 +416,10 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="the run, as given to train.py")
     parser.add_argument("--split", default="test", help="split of the run's dataset")
     parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
-    parser.add_argument("--figures", action="store_true", help="draw result rows")
+    parser.add_argument("--figures", action="store_true", help="draw result rows and heat maps")
+    parser.add_argument("--queries", help="ids of those to draw, ID,ID; default: eight of all")
     parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
-    parser.add_argument("--queries", help="ids of queries to draw, ID,ID; default: eight of all")
+    parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
     flags = parser.parse_args()
     which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
     if which not in ("best", "last", "untrained") and not isinstance(which, int):
@@ -303,10 +429,12 @@ def main() -> None:
         flags.split,
         which,
         figures=flags.figures,
-        html=flags.html,
         queries=flags.queries.split(",") if flags.queries else (),
+        html=flags.html,
+        measure=flags.focus,
     )
-    line = {key: report[key] for key in ("dataset", "split", "step", "metrics", "interval")}
+    keys = ("dataset", "split", "step", "metrics", "interval", "focus")
+    line = {key: report[key] for key in keys if key in report}
     print(command_line.to_json({"workdir": str(flags.workdir), **line}))
 
 

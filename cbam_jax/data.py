@@ -186,16 +186,55 @@ def eval_batches(
             f"batch_size={batch_size}: give a positive multiple of the number of processes, "
             f"{process_count}"
         )
+    geometry = {
+        "image_size": image_size, "crop_fraction": crop_fraction, "crop_to_box": crop_to_box
+    }  # fmt: skip
     load = functools.partial(
         _eval_batch,
-        read=functools.partial(_read, dataset, crop_to_box=crop_to_box),
+        read=functools.partial(eval_image, dataset, **geometry),
         label=dataset.label,
         batch_size=batch_size,
         rows=_rows(batch_size, process_index, process_count),
         image_size=image_size,
-        crop_fraction=crop_fraction,
     )
     return _iterate(load, 0, math.ceil(len(dataset) / batch_size), workers)
+
+
+def eval_image(
+    dataset: RetrievalDataset,
+    index: int,
+    *,
+    image_size: int,
+    crop_fraction: float = 0.875,
+    crop_to_box: bool = False,
+) -> np.ndarray:
+    """One image as :func:`eval_batches` delivers it, uint8 [s, s, 3].
+
+    Raises:
+        InputError: the image cannot be read, or its box holds no pixel.
+    """
+    image = _read(dataset, index, crop_to_box=crop_to_box)
+    return center_crop(image, image_size=image_size, crop_fraction=crop_fraction)
+
+
+def eval_mask(
+    dataset: RetrievalDataset,
+    index: int,
+    *,
+    image_size: int,
+    crop_fraction: float = 0.875,
+    crop_to_box: bool = False,
+) -> np.ndarray:
+    """Where the garment is in :func:`eval_image`'s pixels, bool [s, s]; see ``dataset.mask``.
+
+    A pixel belongs to it when at least half of what it was resized from does.
+
+    Raises:
+        InputError: as for :func:`eval_image`; also where the dataset has neither masks nor boxes.
+    """
+    mask = dataset.mask(index).astype(np.uint8) * np.uint8(255)
+    mask = _crop_to_box(dataset, index, mask) if crop_to_box else mask
+    return center_crop(mask, image_size=image_size, crop_fraction=crop_fraction) >= 128
 
 
 def deal(key: Sequence[int], *, size: int, hand: int, turn: int) -> np.ndarray:
@@ -373,12 +412,12 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     evaluation share this rule: features of differently resized images match less well.
 
     Args:
-        image: uint8 [h, w, 3].
+        image: uint8 [h, w, 3] or [h, w].
         height: of the result, in pixels.
         width: of the result, in pixels.
 
     Returns:
-        uint8 [height, width, 3].
+        uint8 [height, width, 3] or [height, width].
     """
     rows, columns = image.shape[0] // 2, image.shape[1] // 2
     if rows * columns > height * width:
@@ -393,12 +432,12 @@ def center_crop(image: np.ndarray, *, image_size: int, crop_fraction: float) -> 
     """Resize the short side to ``round(image_size / crop_fraction)``; cut out the centre.
 
     Args:
-        image: uint8 [h, w, 3].
+        image: uint8 [h, w, 3] or [h, w].
         image_size: side of the result, in pixels.
         crop_fraction: side of the result / short side of the resized image, in (0, 1].
 
     Returns:
-        uint8 [image_size, image_size, 3].
+        uint8 [image_size, image_size, 3] or [image_size, image_size].
 
     Example:
         >>> center_crop(np.zeros((40, 30, 3), np.uint8), image_size=14, crop_fraction=0.875).shape
@@ -500,14 +539,12 @@ def _eval_batch(
     batch_size: int,
     rows: range,
     image_size: int,
-    crop_fraction: float,
 ) -> dict[str, np.ndarray]:
     index = step * batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
     mask = index < len(label)
     images = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
     for row in np.flatnonzero(mask):
-        image = read(index[row])
-        images[row] = center_crop(image, image_size=image_size, crop_fraction=crop_fraction)
+        images[row] = read(index[row])
     index = np.where(mask, index, 0)
     labels = np.where(mask, label[index], 0).astype(np.int32)
     return {"image": images, "label": labels, "index": index, "mask": mask}
@@ -515,8 +552,10 @@ def _eval_batch(
 
 def _read(dataset: RetrievalDataset, index: int, crop_to_box: bool) -> np.ndarray:
     image = dataset.image(index)
-    if not crop_to_box:
-        return image
+    return _crop_to_box(dataset, index, image) if crop_to_box else image
+
+
+def _crop_to_box(dataset: RetrievalDataset, index: int, image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     box = dataset.bbox[index]  # pyright: ignore[reportOptionalSubscript] (checked at the call)
     left, top = np.floor(np.clip(box[:2], 0, (width, height)))

@@ -1,4 +1,4 @@
-"""Figures from arrays: result rows as in the paper's Figure 4, and the curves of a run.
+"""Figures from arrays: the paper's Figures 4 (result rows) and 5 (heat), the curves of a run.
 
 Each function returns a ``matplotlib.figure.Figure``, which notebooks show and ``save`` writes.
 matplotlib is imported where it is used and pyplot never, so that nothing here needs a display or
@@ -51,23 +51,14 @@ def result_rows(
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['dress', '0.310', '0.550']
     """
-    from matplotlib.figure import Figure
-
-    lengths = [len(part) for part in (queries, neighbours, matches, distances, titles)]
-    if len(set(lengths)) > 1 or not lengths[0]:
-        raise ValueError(
-            "queries, neighbours, matches, distances and titles have lengths "
-            f"{lengths}, expected the same, at least 1"
-        )
-    columns = 1 + max(map(len, neighbours))
-    size = (_WIDTH * columns, _HEIGHT * len(queries) + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
+    _check_lengths(
+        queries=queries, neighbours=neighbours, matches=matches, distances=distances, titles=titles
+    )
     caption = (
         "Each query and its nearest gallery images, nearest first. Red frame: same category as "
         "the query. Number: Euclidean distance of the embeddings."
     )
-    figure.suptitle(textwrap.fill(caption, 16 * columns), fontsize=9)
-    grid = figure.subplots(len(queries), columns, squeeze=False)
+    figure, grid = _grid(len(queries), 1 + max(map(len, neighbours)), caption)
     for row, (query, nearest) in enumerate(zip(queries, neighbours, strict=True)):
         _show(grid[row, 0], query, "query", titles[row], "black")
         for rank, image in enumerate(nearest):
@@ -78,8 +69,138 @@ def result_rows(
     return figure
 
 
+def heat_rows(
+    images: Sequence[np.ndarray], heats: Mapping[str, np.ndarray], *, titles: Sequence[str]
+) -> "Figure":
+    """Draw one row an image: the image, then the heat of each model laid over it.
+
+    That is the paper's Figure 5. An empty map, all zero, is said to be empty.
+
+    Args:
+        images: n images, uint8 [h, w, 3].
+        heats: of each column, its name and its maps [n, h, w] in [0, 1], from ``gradcam``.
+        titles: of each image, its category.
+
+    Raises:
+        ValueError: when there is no image, or the arguments are not of one length.
+
+    >>> figure = heat_rows([np.zeros((8, 6, 3), np.uint8)], {
+    ...     "plain": np.zeros((1, 8, 6)), "cbam": np.ones((1, 8, 6))}, titles=["dress"])
+    >>> [axes.get_xlabel() for axes in figure.axes]
+    ['dress', 'empty map', '']
+    """
+    _check_lengths(images=images, titles=titles, **heats)
+    caption = (
+        "Each image and where its embedding comes from (Grad-CAM). Red: the most of this image; "
+        "blue: none."
+    )
+    figure, grid = _grid(len(images), 1 + len(heats), caption)
+    for row, (image, title) in enumerate(zip(images, titles, strict=True)):
+        _show(grid[row, 0], image, "image", title, "black")
+        for axes, (name, heat) in zip(grid[row, 1:], heats.items(), strict=True):
+            _show_heat(axes, image, heat[row], name)
+    return figure
+
+
+def pair_rows(
+    queries: Sequence[np.ndarray],
+    results: Sequence[np.ndarray],
+    query_heats: np.ndarray,
+    result_heats: np.ndarray,
+    *,
+    titles: Sequence[str],
+    distances: np.ndarray,
+) -> "Figure":
+    """Draw one row a pair: the query, where it is like its result, the converse, the result.
+
+    Args:
+        queries: n images, uint8 [h, w, 3].
+        results: n images, the i-th for the i-th query.
+        query_heats: [n, h, w] in [0, 1], from ``gradcam.pair_maps``.
+        result_heats: [n, h, w] likewise.
+        titles: of each query, its category.
+        distances: [n], written below each result.
+
+    Raises:
+        ValueError: when there is no pair, or the arguments are not of one length.
+    """
+    _check_lengths(
+        queries=queries, results=results, query_heats=query_heats, result_heats=result_heats,
+        titles=titles, distances=distances,
+    )  # fmt: skip
+    caption = (
+        "Each query and a result, and where either is more like the other than on the whole "
+        "(Grad-CAM of the cosine). Red: the most; blue: none. Number: Euclidean distance."
+    )
+    figure, grid = _grid(len(queries), 4, caption)
+    for row, (query, result) in enumerate(zip(queries, results, strict=True)):
+        _show(grid[row, 0], query, "query", titles[row], "black")
+        _show_heat(grid[row, 1], query, query_heats[row], "query, like the result")
+        _show_heat(grid[row, 2], result, result_heats[row], "result, like the query")
+        _show(grid[row, 3], result, "result", f"{distances[row]:.3f}", _OTHER)
+    return figure
+
+
+def gate_rows(
+    images: Sequence[np.ndarray], gates: Mapping[str, np.ndarray], *, titles: Sequence[str]
+) -> "Figure":
+    """Draw one row an image: the image, then what each spatial gate multiplies its places by.
+
+    Args:
+        images: n images, uint8 [h, w, 3].
+        gates: of each column, its name and its gates [n, h', w'], from
+            ``gradcam.attention_gates``. Each map is drawn from its least to its greatest value,
+            which are written below it.
+        titles: of each image, its category.
+
+    Raises:
+        ValueError: when there is no image, or the arguments are not of one length.
+    """
+    _check_lengths(images=images, titles=titles, **gates)
+    caption = (
+        "Each image and its spatial gates: what the feature map is multiplied by at each place. "
+        "White: the greatest; black: the least; numbers: both."
+    )
+    figure, grid = _grid(len(images), 1 + len(gates), caption)
+    for row, (image, title) in enumerate(zip(images, titles, strict=True)):
+        _show(grid[row, 0], image, "image", title, "black")
+        for axes, (name, gate) in zip(grid[row, 1:], gates.items(), strict=True):
+            span = f"{gate[row].min():.3f} to {gate[row].max():.3f}"
+            _show(axes, gate[row], name, span, _OTHER)
+    return figure
+
+
+def _check_lengths(**parts: Any) -> None:
+    lengths = [len(part) for part in parts.values()]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        names = ", ".join(parts)
+        raise ValueError(f"{names} have lengths {lengths}, expected the same, at least 1")
+
+
+def _grid(rows: int, columns: int, caption: str) -> "tuple[Figure, np.ndarray]":
+    from matplotlib.figure import Figure
+
+    text = textwrap.fill(caption, 16 * columns)
+    height = _HEIGHT * rows + 0.3 + 0.15 * (1 + text.count("\n"))
+    figure = Figure(figsize=(_WIDTH * columns, height), layout="constrained")
+    figure.suptitle(text, fontsize=9)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _show_heat(axes: "Axes", image: np.ndarray, heat: np.ndarray, above: str) -> None:
+    from matplotlib import colormaps
+
+    color = np.rint(255 * colormaps["turbo"](heat)[..., :3])
+    blend = (color + image + 1) // 2
+    if heat.any():
+        _show(axes, blend.astype(np.uint8), above, "", _OTHER)
+        return
+    _show(axes, image // 2 + 128, above, "empty map", _OTHER)
+    axes.plot([0, 1], [0, 1], color=_OTHER, transform=axes.transAxes, linewidth=1)
+
+
 def _show(axes: "Axes", image: np.ndarray, above: str, below: str, color: str) -> None:
-    axes.imshow(image)
+    axes.imshow(image, cmap="gray")  # The map is for gates: photos have their own colours.
     axes.set(xticks=[], yticks=[])
     # Names of categories are text, whatever dollar signs they hold.
     axes.set_title(above, fontsize=8, pad=4)

@@ -492,7 +492,16 @@ def run_tables(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]
         settings=settings,
         command=shlex.join(["python", "-m", "cbam_jax.paper", *sys.argv[1:]]),
     )
-    return {"workdir": str(flags.workdir), "tables": documents}
+    of_table = [
+        {
+            "table": table["table"],
+            "file": str(flags.workdir / f"table{table['table']}.json"),
+            "seeds": table["seeds"],
+            "map@10": {row["row"]: row["metrics"]["map@10"]["mean"] for row in table["rows"]},
+        }
+        for table in documents
+    ]
+    return {"workdir": str(flags.workdir), "tables": of_table}
 
 
 def run_figures(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:

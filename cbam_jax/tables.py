@@ -200,16 +200,19 @@ def _comparable(run: Mapping[str, Any]) -> dict[str, Any]:
         f"{section}.{name}": value
         for section, values in _common_config(run).items()
         for name, value in values.items()
-        if f"{section}.{name}" not in READING
     }
     searched = {key: report[key] for key in ("split", "protocol", "num_gallery")}
     return fields | searched | {key: report["metrics"][key] for key in _COUNTS}
 
 
 def _common_config(run: Mapping[str, Any]) -> dict[str, Any]:
-    config = {name: dict(fields) for name, fields in run["config"].items() if name != "seed"}
-    del config["model"]["name"]
-    return config
+    """The fields of a run's config that decide its result, model and seed aside."""
+    aside = ("model.name", *READING)
+    return {
+        section: {name: value for name, value in fields.items() if f"{section}.{name}" not in aside}
+        for section, fields in run["config"].items()
+        if section != "seed"
+    }
 
 
 def markdown(table: Mapping[str, Any]) -> str:

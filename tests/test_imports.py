@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "hub": {"models", "pretrained"},
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {"command_line", "datasets", "figures", "tables"},
+    "focus": {"data", "datasets", "gradcam", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")

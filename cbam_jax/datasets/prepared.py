@@ -33,18 +33,19 @@ tfds_without_tensorflow.install()
 
 
 class EncodedImages(Sequence):
-    """The encoded images of a TFDS data source, by index."""
+    """The encoded images of a TFDS data source, by index; ``feature`` is ``image`` or ``mask``."""
 
-    def __init__(self, source: Sequence, folder: str) -> None:
+    def __init__(self, source: Sequence, folder: str, feature: str = "image") -> None:
         self.source = source
         self.folder = folder
+        self.feature = feature
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index):
         with _damage_told(self.folder):
-            return self.source[int(index)]["image"]
+            return self.source[int(index)][self.feature]
 
 
 def open_prepared(
@@ -59,9 +60,10 @@ def open_prepared(
     """Opens one split of a TFDS dataset, preparing it first if necessary.
 
     The features ``image`` and ``label`` (any integer feature) are required; ``id``, ``is_query``,
-    ``is_gallery``, ``item_id``, ``series`` and ``bbox`` are used where they exist. A ``ClassLabel``
-    keeps its numbers and names. Another integer column, such as ``item_id``, is numbered within the
-    split; its names are the numbers of the dataset, and those are comparable between splits.
+    ``is_gallery``, ``item_id``, ``series``, ``bbox`` and ``mask`` (an image) are used where they
+    exist. A ``ClassLabel`` keeps its numbers and names. Another integer column, such as
+    ``item_id``, is numbered within the split; its names are the numbers of the dataset, and those
+    are comparable between splits.
     Without unique ``id``s an image is called ``<split>/<index>``. The columns are read once, and
     kept in ``columns-*.npz`` in the folder of the prepared dataset.
 
@@ -76,6 +78,7 @@ def open_prepared(
         source = _open_source(builder, split)
         columns = _read_columns(builder, source, split, label)
     labels, label_names = _number_labels(builder, split, label, columns["label"])
+    has_masks = isinstance(_features(builder).get("mask"), tfds.features.Image)
     every = np.ones(len(labels), bool)
     return RetrievalDataset(
         name=name,
@@ -89,6 +92,7 @@ def open_prepared(
         series=_as_integers(columns.get("series")),
         bbox=columns["bbox"].astype(np.float32) if "bbox" in columns else None,
         images=EncodedImages(source, folder),
+        masks=EncodedImages(source, folder, "mask") if has_masks else None,
     )
 
 

@@ -30,6 +30,8 @@ class RetrievalDataset:
         bbox: float32 [n, 4], ``x1, y1, x2, y2`` of the garment in pixels of the decoded image;
             None likewise.
         images: ``images[index]`` is the encoded file of an image.
+        masks: ``masks[index]`` is the encoded file of an image's mask, grey, of the decoded image's
+            size, and at least 128 where the garment is seen; None when the dataset has none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class RetrievalDataset:
     series: np.ndarray | None
     bbox: np.ndarray | None
     images: Sequence[bytes] = dataclasses.field(repr=False)
+    masks: Sequence[bytes] | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -62,6 +65,28 @@ class RetrievalDataset:
             InputError: names the image and the remedy.
         """
         return decode_image(self.encoded(index), name=f"{self.id[index]} of {self.name}")
+
+    def mask(self, index: int) -> np.ndarray:
+        """Where the garment is, bool [h, w]: the dataset's mask, or else the pixels of its box.
+
+        A pixel on the edge of the box belongs to it.
+
+        Raises:
+            InputError: the dataset has neither, or the file cannot be read.
+        """
+        if self.masks is not None:
+            encoded, name = self.masks[int(index)], f"the mask of {self.id[index]} of {self.name}"
+            return decode_image(encoded, name=name)[..., 0] >= 128
+        if self.bbox is None:
+            raise InputError(
+                f"{self.name} has neither masks nor boxes to tell where the garment is: use a "
+                "dataset that has, such as synthetic_garments or a CSV with x1,y1,x2,y2"
+            )
+        mask = np.zeros(self.image(index).shape[:2], bool)
+        left, top = np.maximum(np.floor(self.bbox[index, :2]).astype(int), 0)
+        right, bottom = np.maximum(np.ceil(self.bbox[index, 2:]).astype(int), 0)
+        mask[top:bottom, left:right] = True
+        return mask
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
