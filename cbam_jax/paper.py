@@ -360,7 +360,7 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
         begin = path.stat().st_size
         # A session of its own: Ctrl-C in a terminal would reach it beside the signal of _follow,
         # and the second signal keeps train.py from saving.
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, *arguments],
             env=_environment(workdir),
             stdin=subprocess.DEVNULL,
@@ -369,8 +369,8 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
             text=True,
             close_fds=False,
             start_new_session=True,
-        )
-        last = _follow(process, log)
+        ) as process:
+            last = _follow(process, log)
     if process.returncode:
         with path.open() as log:
             log.seek(begin)
