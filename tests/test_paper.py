@@ -398,20 +398,21 @@ def test_tables_killed_at_random_moments_are_those_of_one_that_was_not(tmp_path)
             text=True,
         )
 
-    whole = start(tmp_path / "whole")
-    output = whole.communicate()[0]
-    assert whole.returncode == 0, output
+    def finish(workdir):
+        with start(workdir) as process:
+            output = process.communicate()[0]
+        assert process.returncode == 0, output
+        return output
+
+    output = finish(tmp_path / "whole")
     moments = random.Random(2022).sample(range(3, output.count("\n") - 30), 4)
     for moment in moments:
-        process = start(tmp_path / "killed")
-        for i, _ in enumerate(process.stdout):
-            if i == moment:
-                # This process alone: what it has started ends by itself, and is waited for.
-                process.kill()
-        process.wait()
-    process = start(tmp_path / "killed")
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+        with start(tmp_path / "killed") as process:
+            for i, _ in enumerate(process.stdout):
+                if i == moment:
+                    # This process alone: what it has started ends by itself, and is waited for.
+                    process.kill()
+    finish(tmp_path / "killed")
     expected, actual = (
         json.loads((tmp_path / name / "table1.json").read_text()) for name in ("whole", "killed")
     )
