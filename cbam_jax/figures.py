@@ -91,8 +91,7 @@ def heat_rows(
     """
     _check_lengths(images=images, titles=titles, **heats)
     caption = (
-        "Each image and where its embedding comes from (Grad-CAM). Red: the most of this image; "
-        "blue: none."
+        "Each image and where the model looks (Grad-CAM). Red: the most of this image; blue: none."
     )
     figure, grid = _grid(len(images), 1 + len(heats), caption)
     for row, (image, title) in enumerate(zip(images, titles, strict=True)):

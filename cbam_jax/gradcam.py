@@ -142,15 +142,13 @@ def attention_gates(model: Any, images: jax.Array | np.ndarray) -> dict[str, jax
         For each attention its name and ``.channel``: [b, c], and for a CBAM also ``.spatial``:
         [b, h', w']. Empty for a model without attention.
 
-    >>> from cbam_jax.models import create_model
-    >>> model = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
-    >>> gates = attention_gates(model, jnp.ones((1, 64, 64, 3)))
-    >>> for name, gate in gates.items():
+    >>> from cbam_jax.attention import CBAM
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), CBAM(8, 4, rngs=rngs))
+    >>> for name, gate in attention_gates(model, jnp.ones((2, 6, 5, 3))).items():
     ...     print(name, gate.shape)
-    backbone.last_attention.channel (1, 512)
-    backbone.last_attention.spatial (1, 2, 2)
-    backbone.stem_attention.channel (1, 64)
-    backbone.stem_attention.spatial (1, 32, 32)
+    layers.1.channel (2, 8)
+    layers.1.spatial (2, 6, 5)
     """
     return _gates(*nnx.split(_evaluated(model)), images)
 
@@ -234,8 +232,13 @@ def _maps(
         activation = _activation(nnx.merge(graphdef, state), path, images)
         gradient, embeddings = jax.grad(rest, has_aux=True)(activation)
     terms = activation * _weights(activation, gradient, method)
-    slope = jnp.sum(jnp.abs(embeddings * jax.grad(value)(embeddings)), axis=-1)
-    flat = slope <= _ROUNDING * jnp.abs(_scores(embeddings, reference, function))
+    # Nothing that the embedding, or the feature map, could change makes a difference.
+    slopes = [
+        jnp.sum(jnp.abs(embeddings * jax.grad(value)(embeddings)), axis=-1),
+        jnp.sum(jnp.abs(activation * gradient), axis=(1, 2, 3)),
+    ]
+    scores = _scores(embeddings, reference, function)
+    flat = jnp.minimum(*slopes) <= _ROUNDING * jnp.abs(scores)
     return _heat_maps(terms, flat, (images.shape[1], images.shape[2]))
 
 

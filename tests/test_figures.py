@@ -61,8 +61,75 @@ def texts(figure):
     return [text for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
 
 
-def test_no_text_is_clipped_or_covered(drawn):
-    figure = drawn[0]
+@pytest.fixture
+def heat_figures(rng):
+    """Heat rows, pairs and gates of three images; the second has an empty map."""
+    images = [rng.integers(0, 256, (12, 16, 3), np.uint8) for _ in range(3)]
+    heat = rng.uniform(size=(3, 12, 16)).astype(np.float32)
+    heat[1] = 0
+    gates = rng.uniform(0.2, 0.7, size=(3, 4, 5)).astype(np.float32)
+    drawn = {
+        "heat": figures.heat_rows(images, {"resnet50": heat[::-1], "cbam": heat}, titles=TITLES),
+        "pairs": figures.pair_rows(
+            images, images[::-1], heat, heat[::-1], titles=TITLES, distances=np.array([0.5, 1, 2])
+        ),
+        "gates": figures.gate_rows(images, {"last_attention": gates}, titles=TITLES),
+    }
+    return drawn, images, heat, gates
+
+
+def blend(image, heat):
+    """Half the image, half the colours of the heat, in float64."""
+    return (matplotlib.colormaps["turbo"](heat)[..., :3] * 255 + image) / 2
+
+
+def test_heat_is_laid_over_its_image_and_an_empty_map_is_called_so(heat_figures):
+    drawn, images, heat, _ = heat_figures
+    for name, columns in {
+        "heat": {1: heat[::-1], 2: heat},
+        "pairs": {1: heat, 2: heat[::-1]},
+    }.items():
+        grid = np.array(drawn[name].axes).reshape(3, -1)
+        for column, heats in columns.items():
+            for row in range(3):
+                image = images[2 - row] if (name, column) == ("pairs", 2) else images[row]
+                axes = grid[row, column]
+                shown = np.asarray(axes.images[0].get_array())
+                assert axes.get_xlabel() == ("" if heats[row].any() else "empty map")
+                if heats[row].any():
+                    np.testing.assert_allclose(shown, blend(image, heats[row]), atol=1.01)
+                else:
+                    np.testing.assert_allclose(shown, image / 2 + 128, atol=1)
+
+
+def test_titles_and_numbers_of_the_heat_figures(heat_figures):
+    drawn, images, _, gates = heat_figures
+    grids = {name: np.array(figure.axes).reshape(3, -1) for name, figure in drawn.items()}
+    for name, grid in grids.items():
+        for row in range(3):
+            np.testing.assert_array_equal(grid[row, 0].images[0].get_array(), images[row])
+            assert grid[row, 0].get_xlabel().replace("\n", " ") == TITLES[row], name
+    assert [axes.get_title() for axes in grids["heat"][1]] == ["image", "resnet50", "cbam"]
+    pairs = grids["pairs"]
+    assert [axes.get_xlabel() for axes in pairs[:, 3]] == ["0.500", "1.000", "2.000"]
+    np.testing.assert_array_equal(pairs[0, 3].images[0].get_array(), images[2])
+    np.testing.assert_array_equal(grids["gates"][2, 1].images[0].get_array(), gates[2])
+    low, high = grids["gates"][2, 1].get_xlabel().split(" to ")
+    assert float(low) == pytest.approx(gates[2].min(), abs=5e-4)
+    assert float(high) == pytest.approx(gates[2].max(), abs=5e-4)
+
+
+def test_maps_of_another_number_of_images_are_named(heat_figures):
+    _, images, heat, gates = heat_figures
+    with pytest.raises(ValueError, match=r"images, titles, cbam have lengths \[3, 3, 2\]"):
+        figures.heat_rows(images, {"cbam": heat[:2]}, titles=TITLES)
+    with pytest.raises(ValueError, match="at least 1"):
+        figures.gate_rows([], {"last": gates[:0]}, titles=[])
+
+
+@pytest.mark.parametrize("name", ["results", "heat", "pairs", "gates"])
+def test_no_text_is_clipped_or_covered(name, drawn, heat_figures):
+    figure = ({"results": drawn[0]} | heat_figures[0])[name]
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in texts(figure)]
     # Half a pixel of slack for antialiasing.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -352,6 +353,41 @@ def test_evaluate_writes_files_that_agree_with_brute_force(uninterrupted, monkey
     assert report["definitions"]["map@K"] in stdout
 
 
+def with_boxes(manifest, workdir, copied):
+    """A copy of a run, whose manifest has a box on each photo."""
+    first, *rows = manifest.read_text().splitlines()
+    lines = [first + ",x1,y1,x2,y2", *(f"{row},4,6,30,33" for row in rows)]
+    boxes = manifest.with_name("boxes.csv")
+    boxes.write_text("\n".join(lines) + "\n")
+    shutil.copytree(workdir, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["data"] |= {"name": str(boxes), "image_size": 40}
+    (copied / "config.json").write_text(json.dumps(config))
+
+
+def test_evaluate_measures_and_draws_where_the_model_looks(
+    uninterrupted, manifest, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    with_boxes(manifest, uninterrupted[0], workdir)
+    arguments = (f"--workdir={workdir}", "--checkpoint=6", "--figures", "--focus")
+    status, stdout, stderr = run_main(monkeypatch, capsys, evaluate.main, *arguments)
+    assert status == 0, stderr
+    folder = workdir / "eval" / "test"
+    report = json.loads((folder / "focus.json").read_text())
+    assert json.loads(stdout.splitlines()[-1])["focus"] == report
+    assert report["num_images"] == SIZES["test"] * len(CLASSES)
+    # Of 40 x 36 pixels, resized by 46 / 36: the box is 33 by 34, and 2 px off the cut on the left.
+    assert report["area"] == pytest.approx(33 * 34 / 40**2, abs=0.03)
+    for target in ("energy", "nearest"):
+        assert 0 < report["targets"][target]["heat_inside"] < 1
+    assert report["gates"] == {}
+    assert f"{report['targets']['nearest']['heat_inside']:.4f}" in stdout
+    for name in ("heat", "pairs"):
+        assert cv2.imread(str(folder / f"{name}.png")) is not None
+    assert not (folder / "gates.png").exists()
+
+
 @pytest.mark.parametrize("which", ["best", "untrained"])
 def test_evaluate_agrees_with_what_training_recorded(uninterrupted, monkeypatch, capsys, which):
     workdir, stdout, _ = uninterrupted
@@ -473,6 +509,7 @@ def test_workdir_beyond_the_steps(uninterrupted, manifest, monkeypatch, capsys):
         (["--queries=a.png"], "'a.png' is no query of"),
         (["--checkpoint=newest"], "--checkpoint=newest: give best, last, untrained or a step"),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),
+        (["--focus"], "has neither masks nor boxes to tell where the garment is"),
     ],
 )
 def test_mistake_to_evaluate_gets_one_line(arguments, expected, uninterrupted, monkeypatch, capsys):
