@@ -282,9 +282,13 @@ def save_figures(
 
 
 def ranked_queries(result: evaluation.Evaluation) -> np.ndarray:
-    """Rows of ``result``, the worst query first, those left out of the means left out."""
+    """Rows of ``result``, the worst query first, those left out of the means left out.
+
+    Of equal ones that with fewer hits is worse: map@K is 1 for a single hit, if it comes first.
+    """
     counted = np.flatnonzero(~np.isnan(result.headline))
-    return counted[np.argsort(result.headline[counted], kind="stable")]
+    hits = result.match[counted].sum(axis=1)
+    return counted[np.lexsort((hits, result.headline[counted]))]
 
 
 # Of the page's figures: a caption, and what is seen, in words.

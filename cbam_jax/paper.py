@@ -232,11 +232,14 @@ def draw_table(path: Path, table: Mapping[str, Any]) -> None:
 
     metrics = [f"map@{k}" for k in table["ks"]]
     rows = {row["title"]: [row["metrics"][name] for name in metrics] for row in table["rows"]}
+    several = len(table["seeds"]) > 1
+    bars = "means of seeds" if several else "seed"
+    line = "; lines: 95 % interval (Student's t over the seeds)" if several else ""
     caption = (
         f"{table['title']}, {table['data']}, split {table['split']}, {table['num_queries']} "
-        f"queries ({table['num_left_out']} left out). map@K as the paper defines it. Bars: means "
-        f"over seeds {', '.join(map(str, table['seeds']))}; dots: each seed; lines: 95 % interval "
-        "(Student's t over the seeds). Red diamonds: the paper's figures, of DeepFashion."
+        f"queries ({table['num_left_out']} left out). map@K as the paper defines it. Bars: {bars} "
+        f"{', '.join(map(str, table['seeds']))}; dots: each seed{line}. Red diamonds: the paper's "
+        "figures, of DeepFashion."
     )
     figure = figures.metric_bars(
         metrics,

@@ -15,6 +15,10 @@ import numpy as np
 from cbam_jax import __version__
 
 _HEIGHT = 140  # Pixels of a thumbnail.
+_LEGEND = (
+    "Each query and the images found nearest to it. A hit, framed in red, is of the query's "
+    "category; the number is the Euclidean distance of the embeddings."
+)
 
 
 class Neighbour(NamedTuple):
@@ -82,7 +86,11 @@ def evaluation_page(
         _section("Metrics", _metrics(report), _interval(report)),
         _section("Categories", _categories(report)),
         *(
-            _section(heading, *(_query(query, report["interval"]["metric"]) for query in shown))
+            _section(
+                heading,
+                _tag("p", _LEGEND),
+                *(_query(query, report["interval"]["metric"]) for query in shown),
+            )
             for heading, shown in queries.items()
         ),
         *figures,
@@ -270,7 +278,7 @@ figure span { display: block; }
 .row img { border: 4px solid var(--line); max-width: 100%; }
 .row .hit img { border-color: var(--hit); }
 .picture { margin: 1rem 0; font-size: .9rem; }
-.picture img { max-width: 100%; background: #fff; }
+.picture img { max-width: min(100%, 48rem); background: #fff; }
 figcaption { overflow-wrap: anywhere; }
 footer { margin: 2rem 0; font-size: .8rem; }
 """

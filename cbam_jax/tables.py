@@ -222,8 +222,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     shown = [f"{family}@{k}" for family in _SHOWN for k in ks]
     papers = [f"map@{k}" for k in ks if k in _PAPER_KS]
     seeds = len(table["seeds"])
-    spread = "mean ± half of the 95 % interval" if seeds > 1 else "one seed, so no interval"
-    lines = [f"## {table['title']}", "", f"In %, over {seeds} seed(s): {spread}.", ""]
+    spread = f"mean of {seeds} seeds ± half of its 95 % interval"
+    spread = spread if seeds > 1 else "one seed, so no interval and no difference shown"
+    lines = [f"## {table['title']}", "", f"In %: {spread}.", ""]
     lines += _pipe_table(
         ["model", *shown, *(f"paper's mAP{name[3:]}" for name in papers)],
         [
