@@ -52,8 +52,11 @@ def result_rows(
     ['dress', '0.310', '0.550']
     """
     _check_lengths(
-        queries=queries, neighbours=neighbours, matches=matches, distances=distances, titles=titles
-    )
+        {
+            "queries": queries, "neighbours": neighbours, "matches": matches,
+            "distances": distances, "titles": titles,
+        }
+    )  # fmt: skip
     caption = (
         "Each query and its nearest gallery images, nearest first. Red frame: same category as "
         "the query. Number: Euclidean distance of the embeddings."
@@ -89,7 +92,7 @@ def heat_rows(
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['dress', 'empty map', '']
     """
-    _check_lengths(images=images, titles=titles, **heats)
+    _check_lengths({"images": images, "titles": titles, **heats})
     caption = (
         "Each image and where the model looks (Grad-CAM). Red: the most of this image; blue: none."
     )
@@ -124,8 +127,10 @@ def pair_rows(
         ValueError: when there is no pair, or the arguments are not of one length.
     """
     _check_lengths(
-        queries=queries, results=results, query_heats=query_heats, result_heats=result_heats,
-        titles=titles, distances=distances,
+        {
+            "queries": queries, "results": results, "query_heats": query_heats,
+            "result_heats": result_heats, "titles": titles, "distances": distances,
+        }
     )  # fmt: skip
     caption = (
         "Each query and a result, and where either is more like the other than on the whole "
@@ -155,7 +160,7 @@ def gate_rows(
     Raises:
         ValueError: when there is no image, or the arguments are not of one length.
     """
-    _check_lengths(images=images, titles=titles, **gates)
+    _check_lengths({"images": images, "titles": titles, **gates})
     caption = (
         "Each image and its spatial gates: what the feature map is multiplied by at each place. "
         "White: the greatest; black: the least; numbers: both."
@@ -169,7 +174,7 @@ def gate_rows(
     return figure
 
 
-def _check_lengths(**parts: Any) -> None:
+def _check_lengths(parts: Mapping[str, Any]) -> None:
     lengths = [len(part) for part in parts.values()]
     if len(set(lengths)) > 1 or not lengths[0]:
         names = ", ".join(parts)
@@ -189,10 +194,9 @@ def _grid(rows: int, columns: int, caption: str) -> "tuple[Figure, np.ndarray]":
 def _show_heat(axes: "Axes", image: np.ndarray, heat: np.ndarray, above: str) -> None:
     from matplotlib import colormaps
 
-    color = np.rint(255 * colormaps["turbo"](heat)[..., :3])
-    blend = (color + image + 1) // 2
     if heat.any():
-        _show(axes, blend.astype(np.uint8), above, "", _OTHER)
+        color = np.rint(255 * colormaps["turbo"](heat)[..., :3])
+        _show(axes, ((color + image + 1) // 2).astype(np.uint8), above, "", _OTHER)
         return
     _show(axes, image // 2 + 128, above, "empty map", _OTHER)
     axes.plot([0, 1], [0, 1], color=_OTHER, transform=axes.transAxes, linewidth=1)

@@ -172,7 +172,8 @@ def _masked_mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def summarize(measured: Mapping[str, np.ndarray], *, image_size: int) -> dict[str, Any]:
     """Average what ``measure_focus`` gave into a JSON document, with every definition.
 
-    An image whose garment is out of view counts as left out; a mean over nothing is NaN.
+    An image whose garment is out of view, or whose box is missing, counts as left out; a mean over
+    nothing is NaN.
     """
     report: dict[str, Any] = {
         "num_images": len(measured["area"]),

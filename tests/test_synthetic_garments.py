@@ -1,3 +1,4 @@
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 
 from cbam_jax import InputError
+from cbam_jax.datasets import open_dataset
+from cbam_jax.datasets import prepared as opening
 from cbam_jax.datasets.synthetic_garments import (
     CATEGORIES,
     DOMAINS,
@@ -190,6 +193,18 @@ def test_prepared_dataset_is_what_is_drawn(prepared):
             error = np.abs(record["image"].astype(int) - drawn["image"])
             assert error.mean() < 6  # JPEG; another garment is off by 40 and more
     assert "tensorflow" not in sys.modules
+
+
+def test_opened_dataset_has_the_masks_of_its_images(prepared, monkeypatch):
+    monkeypatch.setattr(opening, "prepare", lambda *args, **kwargs: prepared)
+    dataset = pickle.loads(pickle.dumps(open_dataset("synthetic_garments/tiny", "test")))
+    for i in (0, 7, len(dataset) - 1):
+        category, item, view = dataset.id[i].split("/")
+        drawn = draw_garment(
+            seed=5, category=category, item=int(item), view=int(view), image_size=48, clutter=0.7,
+            domain=DOMAINS[dataset.series[i] % 2],
+        )  # fmt: skip
+        np.testing.assert_array_equal(dataset.mask(i), drawn["mask"])
 
 
 def test_splits_share_no_item_and_have_every_category(prepared):

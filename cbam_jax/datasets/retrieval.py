@@ -69,7 +69,7 @@ class RetrievalDataset:
     def mask(self, index: int) -> np.ndarray:
         """Where the garment is, bool [h, w]: the dataset's mask, or else the pixels of its box.
 
-        A pixel on the edge of the box belongs to it.
+        A pixel on the edge of the box belongs to it; none does where the box is missing (NaN).
 
         Raises:
             InputError: the dataset has neither, or the file cannot be read.
@@ -83,9 +83,11 @@ class RetrievalDataset:
                 "dataset that has, such as synthetic_garments or a CSV with x1,y1,x2,y2"
             )
         mask = np.zeros(self.image(index).shape[:2], bool)
-        left, top = np.maximum(np.floor(self.bbox[index, :2]).astype(int), 0)
-        right, bottom = np.maximum(np.ceil(self.bbox[index, 2:]).astype(int), 0)
-        mask[top:bottom, left:right] = True
+        box = self.bbox[index]
+        if not np.isnan(box).any():
+            left, top = np.floor(np.maximum(box[:2], 0)).astype(int)
+            right, bottom = np.ceil(np.maximum(box[2:], 0)).astype(int)
+            mask[top:bottom, left:right] = True
         return mask
 
 
