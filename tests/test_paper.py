@@ -51,8 +51,11 @@ if fail.startswith(run.name):
     if fail.endswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
     if fail.endswith("parent"):  # As Ctrl-C or a scheduler would, while this is under way.
-        signal.signal(signal.SIGTERM, lambda *_: print(json.dumps({"finished": False})) or os._exit(
-            sys.stdout.flush() or 0))
+        def save(*_):
+            (here / "saved").touch()
+            print(json.dumps({"finished": False}), flush=True)
+            os._exit(0)
+        signal.signal(signal.SIGTERM, save)
         os.kill(os.getppid(), signal.SIGTERM)
         while True:
             signal.pause()
@@ -247,6 +250,7 @@ def test_a_signal_is_handed_on_and_the_same_command_goes_on(checkout, run):
     status, stdout, stderr = run("--table=1", "--seeds=1")
     assert status == 130
     assert "stopping: the step under way is saved first" in stdout
+    assert (checkout / "saved").exists()
     assert stderr == "stopped: the same command goes on from here\n"
     calls(checkout)
     (checkout / "fail").unlink()

@@ -87,6 +87,17 @@ def test_means_intervals_and_paired_differences_agree_with_scipy(runs, costs):
     assert low < table["rows"][0]["metrics"]["map@5"]["mean"] < high
 
 
+def test_a_loss_is_shown_as_a_gain_is(runs, costs):
+    runs["resnet50"], runs["resnet50_cbam"] = runs["resnet50_cbam"], runs["resnet50"]
+    for row in ("resnet50", "resnet50_cbam"):
+        for run in runs[row]:
+            run["config"]["model"]["name"] = row
+    table = make_table(1, runs, costs, command="do it")
+    found = table["rows"][2]["metrics"]["map@5"]["difference"]
+    assert found["mean"] < found["interval"][1] < 0
+    assert found["shown"]
+
+
 def test_the_papers_figures_are_those_of_its_tables(runs, costs):
     table = make_table(1, runs, costs, command="do it")
     assert table["rows"][2]["metrics"]["map@5"]["paper"] == 0.925
