@@ -1,16 +1,17 @@
 """Measure a trained run: embed a split, search, and print every metric with its definition.
 
 python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained]
-    [--figures] [--focus]
+    [--figures] [--queries=ID,ID] [--html] [--focus]
 
-Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures, and focus.json: how much of the
-heat lies on the garment); the last line on stdout is one JSON document. The untrained network's go
-to RUN/eval/SPLIT-untrained.
+Writes RUN/eval/SPLIT/metrics.json and embeddings.npz (and figures; report.html, a page of all of
+it; focus.json: how much of the heat lies on the garment); the last line on stdout is one JSON
+document. The untrained network's go to RUN/eval/SPLIT-untrained.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +149,33 @@ def restore_model(
 
 
 def evaluate(
-    workdir: Path, split: str, which: str | int, *, figures: bool = False, measure: bool = False
+    workdir: Path,
+    split: str,
+    which: str | int,
+    *,
+    figures: bool = False,
+    queries: Sequence[str] = (),
+    html: bool = False,
+    measure: bool = False,
 ) -> dict[str, Any]:
-    """Measure one split of a run and write what was found; ``measure`` its focus too."""
+    """Measure one split of a run and write what was found.
+
+    Args:
+        workdir: of the run.
+        split: of its dataset.
+        which: checkpoint; see ``restore_model``.
+        figures: draw them.
+        queries: ids of those to draw; without any, eight of all.
+        html: write the page, with the figures.
+        measure: measure the focus too.
+    """
     config = read_config(workdir)
     mesh = steps.data_mesh()
     model, state, step = restore_model(config, workdir, which, mesh)
     dataset = open_split(config, split)
     check_classes(config, dataset)
     split_protocol(config, dataset)  # Its errors belong before the slow part.
+    chosen = find_queries(dataset, queries)
     if measure:
         dataset.mask(0)  # And those of a dataset that can't tell where the garment is.
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
@@ -173,11 +192,26 @@ def evaluate(
         report["focus"] = measure_focus(config, model, dataset, result, embeddings, mesh)
         command_line.write_json(folder / "focus.json", report["focus"])
         print(focus.format_report(report["focus"]), flush=True)
-    if figures:
-        save_figures(folder, dataset, result)
-        save_heat_figures(folder, config, model, dataset, result)
+    if figures or html:
+        drawn = chosen_rows(result, chosen)
+        save_figures(folder, dataset, result, drawn)
+        names = save_heat_figures(folder, config, model, dataset, result, drawn)
         save_training_curve(workdir, config)
+    if html:
+        save_page(folder, config, dataset, result, report, ["../training.png", *names])
     return report
+
+
+def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:
+    """Return the rows of queries by their ids; InputError where one is none."""
+    rows = {name: row for row, name in enumerate(dataset.id) if dataset.is_query[row]}
+    for name in ids:
+        if name not in rows:
+            raise InputError(
+                f"--queries: {name!r} is no query of {dataset.name}/{dataset.split}: ids look like "
+                f"{', '.join(map(repr, list(rows)[:3]))}, and embeddings.npz has them all"
+            )
+    return [rows[name] for name in ids]
 
 
 def measure_focus(
@@ -203,26 +237,38 @@ def measure_focus(
 
 
 def save_embeddings(path: Path, embeddings: np.ndarray, dataset: RetrievalDataset) -> None:
-    """Write the embeddings and what each row is, whole or not at all."""
+    """Write the embeddings and what each row is."""
+    save_arrays(
+        path,
+        embedding=embeddings,
+        label=dataset.label,
+        id=dataset.id,
+        is_query=dataset.is_query,
+        is_gallery=dataset.is_gallery,
+    )
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write an npz file whole or not at all."""
     with written_whole(path) as partial:
-        np.savez(
-            partial,
-            embedding=embeddings,
-            label=dataset.label,
-            id=dataset.id,
-            is_query=dataset.is_query,
-            is_gallery=dataset.is_gallery,
-        )
+        np.savez(partial, **arrays)
 
 
-def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation) -> None:
-    """Draw the nearest five of eight queries, spread evenly over the split, and of the worst."""
+def chosen_rows(result: evaluation.Evaluation, chosen: Sequence[int]) -> np.ndarray:
+    """Rows of ``result`` of the chosen queries, or of eight spread evenly over the split."""
+    if chosen:
+        return np.array([int(np.flatnonzero(result.query == query)[0]) for query in chosen])
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    return counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
+
+
+def save_figures(
+    folder: Path, dataset: RetrievalDataset, result: evaluation.Evaluation, drawn: np.ndarray
+) -> None:
+    """Draw the nearest five of some queries, and of those with the worst results."""
     from cbam_jax import figures
 
-    counted = np.flatnonzero(~np.isnan(result.headline))
-    spread = counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
-    worst = counted[np.argsort(result.headline[counted], kind="stable")[:8]]
-    for name, rows in {"results": spread, "worst": worst}.items():
+    for name, rows in {"results": drawn, "worst": ranked_queries(result)[:8]}.items():
         figure = figures.result_rows(
             [dataset.image(i) for i in result.query[rows]],
             [[dataset.image(i) for i in line if i >= 0] for line in result.neighbour[rows, :5]],
@@ -234,40 +280,99 @@ def save_figures(folder: Path, dataset: RetrievalDataset, result: evaluation.Eva
         print(f"wrote {folder / f'{name}.png'}", flush=True)
 
 
+def ranked_queries(result: evaluation.Evaluation) -> np.ndarray:
+    """Rows of ``result``, the worst query first, those left out of the means left out.
+
+    Of equal ones that with fewer hits is worse: map@K is 1 for a single hit, if it comes first.
+    """
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    hits = result.match[counted].sum(axis=1)
+    return counted[np.lexsort((hits, result.headline[counted]))]
+
+
+# Of the page's figures: a caption, and what is seen, in words.
+_CAPTIONS = {
+    "../training.png": (
+        "Training loss, and the metric that chooses the checkpoint, by step.",
+        "Two curves over the steps of training: the loss, and below it the validation metric",
+    ),
+    "heat.png": (
+        "Where the embedding of an image comes from: Grad-CAM of the last convolution's output.",
+        "Rows of two pictures: a query, and the same with its heat laid over it",
+    ),
+    "pairs.png": (
+        "A query and its nearest hit, and where either is like the other.",
+        "Rows of four pictures: a query, its heat, the heat of its nearest hit, that image",
+    ),
+    "gates.png": (
+        "What the attention itself multiplies its feature maps by, at each place.",
+        "Rows of pictures: a query, and the same with the spatial gates laid over it",
+    ),
+}
+
+
+def save_page(
+    folder: Path,
+    config: ConfigDict,
+    dataset: RetrievalDataset,
+    result: evaluation.Evaluation,
+    report: dict[str, Any],
+    figures: Sequence[str],
+) -> None:
+    """Write the evaluation as one HTML page, with the best and worst queries and the figures."""
+    from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
+
+    def describe(row: int) -> tuple[np.ndarray, str, str]:
+        return dataset.image(row), dataset.label_names[dataset.label[row]], str(dataset.id[row])
+
+    def query(row: int) -> Query:
+        found = zip(result.neighbour[row], result.distance[row], result.match[row], strict=True)
+        neighbours = [
+            Neighbour(*describe(i), float(distance), bool(match))
+            for i, distance, match in list(found)[:5]
+            if i >= 0
+        ]
+        return Query(*describe(result.query[row]), float(result.headline[row]), neighbours)
+
+    worst = ranked_queries(result)
+    headings = {"Best queries": worst[::-1][:8], "Worst queries": worst[:8]}
+    pictures = [Picture((folder / name).read_bytes(), *_CAPTIONS[name]) for name in figures]
+    page = evaluation_page(
+        report,
+        model=config.model.name,
+        config=config.to_dict(),
+        queries={name: [query(row) for row in rows] for name, rows in headings.items()},
+        pictures=pictures,
+    )
+    command_line.write_text(folder / "report.html", page)
+    print(f"wrote {folder / 'report.html'}", flush=True)
+
+
 def save_heat_figures(
     folder: Path,
     config: ConfigDict,
     model: EmbeddingModel,
     dataset: RetrievalDataset,
     result: evaluation.Evaluation,
-) -> None:
-    """Draw for eight queries, spread evenly, and the nearest hit of each: heat, pairs, gates."""
+    rows: np.ndarray,
+) -> list[str]:
+    """Draw the heat of some queries, the gates there, and each with its nearest hit.
+
+    The heat is kept in ``heat.npz`` too, so that runs can be drawn side by side. Returns the names
+    of the files.
+    """
     from cbam_jax import figures
 
-    hit = np.flatnonzero(result.match.any(axis=1))
-    if not len(hit):
-        print("no query has a hit, so no pair is drawn", flush=True)
-        return
-    rows = hit[np.linspace(0, len(hit) - 1, min(8, len(hit))).astype(int)]
-    rank = result.match[rows].argmax(axis=1)
-    queries, results = (
-        np.stack([data.eval_image(dataset, i, **geometry(config)) for i in index])
-        for index in (result.query[rows], result.neighbour[rows, rank])
-    )
-    titles = [dataset.label_names[dataset.label[i]] for i in result.query[rows]]
-    inputs, others = model.preprocess(queries), model.preprocess(results)
-    drawn = {
-        "heat": figures.heat_rows(
-            queries, {config.model.name: _heat(gradcam.grad_cam(model, inputs))}, titles=titles
-        ),
-        "pairs": figures.pair_rows(
-            queries,
-            results,
-            *map(_heat, gradcam.pair_maps(model, inputs, others)),
-            titles=titles,
-            distances=result.distance[rows, rank],
-        ),
-    }
+    def images(index: np.ndarray) -> np.ndarray:
+        return np.stack([data.eval_image(dataset, i, **geometry(config)) for i in index])
+
+    query = result.query[rows]
+    titles = [dataset.label_names[dataset.label[i]] for i in query]
+    queries = images(query)
+    inputs = model.preprocess(queries)
+    heat = _heat(gradcam.grad_cam(model, inputs))
+    save_arrays(folder / "heat.npz", id=dataset.id[query], image=queries, title=titles, heat=heat)
+    drawn = {"heat": figures.heat_rows(queries, {config.model.name: heat}, titles=titles)}
     gates = {
         name.removeprefix("backbone."): np.asarray(gate)
         for name, gate in gradcam.attention_gates(model, inputs).items()
@@ -275,9 +380,21 @@ def save_heat_figures(
     }
     if gates:
         drawn["gates"] = figures.gate_rows(queries, gates, titles=titles)
+    hit = np.flatnonzero(result.match[rows].any(axis=1))
+    if len(hit):
+        rank = result.match[rows[hit]].argmax(axis=1)
+        results = images(result.neighbour[rows[hit], rank])
+        drawn["pairs"] = figures.pair_rows(
+            queries[hit],
+            results,
+            *map(_heat, gradcam.pair_maps(model, inputs[hit], model.preprocess(results))),
+            titles=[titles[i] for i in hit],
+            distances=result.distance[rows[hit], rank],
+        )
     for name, figure in drawn.items():
         figures.save(figure, folder / f"{name}.png")
         print(f"wrote {folder / f'{name}.png'}", flush=True)
+    return [f"{name}.png" for name in drawn]
 
 
 def _heat(maps: gradcam.HeatMaps) -> np.ndarray:
@@ -303,13 +420,22 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="split of the run's dataset")
     parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
     parser.add_argument("--figures", action="store_true", help="draw result rows and heat maps")
+    parser.add_argument("--queries", help="ids of those to draw, ID,ID; default: eight of all")
+    parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
     parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
     flags = parser.parse_args()
     which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
     if which not in ("best", "last", "untrained") and not isinstance(which, int):
         raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
-    options = {"figures": flags.figures, "measure": flags.focus}
-    report = evaluate(flags.workdir, flags.split, which, **options)
+    report = evaluate(
+        flags.workdir,
+        flags.split,
+        which,
+        figures=flags.figures,
+        queries=flags.queries.split(",") if flags.queries else (),
+        html=flags.html,
+        measure=flags.focus,
+    )
     keys = ("dataset", "split", "step", "metrics", "interval", "focus")
     line = {key: report[key] for key in keys if key in report}
     print(command_line.to_json({"workdir": str(flags.workdir), **line}))

@@ -1,4 +1,4 @@
-"""Speed, measured: ``python -m cbam_jax.benchmark search``.
+"""Speed, measured: ``python -m cbam_jax.benchmark {search,embed}``.
 
 Every run warms up first, apart from what is measured, and ends with one JSON document as the last
 line on stdout.
@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from cbam_jax.models import MODELS, POOLINGS, create_model
 from cbam_jax.search import FIRST_PASSES, search
 
 _PAUSE_S = 0.1
@@ -174,11 +176,75 @@ def _mapped(path: str, gallery: int, dim: int, rows: int = 65536) -> np.memmap:
     return np.memmap(path, np.float32, "r", shape=(gallery, dim))
 
 
+def benchmark_embed(
+    *,
+    model: str = "resnet50_cbam",
+    embedding_dim: int | None = None,
+    pooling: str = "average",
+    dtype: str = "float32",
+    image_size: int = 224,
+    batch_size: int = 64,
+    repeats: int = 5,
+) -> dict:
+    """Parameters, operations and speed of the jitted embedding of uint8 images, on one device.
+
+    ``flops`` is what XLA counts in the program compiled for one image: a multiply-add is two, what
+    falls on the border's padding is none. ``images_per_second`` is ``batch_size`` over the median
+    seconds of a call, its images on the device already. ``parameters`` are those that are trained.
+
+    Example:
+      >>> sizes = {"image_size": 32, "batch_size": 2, "repeats": 1}
+      >>> result = benchmark_embed(model="resnet18", **sizes)
+      >>> result["parameters"], result["images_per_second"] > 0
+      (11176512, True)
+    """
+    arguments = dict(locals())
+    options = {"embedding_dim": embedding_dim, "pooling": pooling, "dtype": jnp.dtype(dtype)}
+    built = create_model(model, **options, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(nnx.view(built, use_running_average=True))
+
+    @jax.jit
+    def embed(state: nnx.State, images: jax.Array) -> jax.Array:
+        merged = nnx.merge(graphdef, state)
+        return merged(merged.preprocess(images))
+
+    shape = (image_size, image_size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
+    images = jax.device_put(pixels)
+    cost = embed.lower(state, jax.ShapeDtypeStruct((1, *shape), jnp.uint8)).compile()
+    measured = seconds({"call": lambda: embed(state, images).block_until_ready()}, repeats)
+    return {
+        "benchmark": "embed",
+        **arguments,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(built, nnx.Param))),
+        "flops": (cost.cost_analysis() or {}).get("flops"),
+        **measured,
+        "images_per_second": batch_size / measured["call"]["median"],
+        **machine(),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one benchmark; prints a line a measurement and then the JSON document."""
     parser = argparse.ArgumentParser("python -m cbam_jax.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("search", help="exact search and its bare matrix product")
+    _add_search(commands.add_parser("search", help="exact search and its bare matrix product"))
+    _add_embed(commands.add_parser("embed", help="a model's parameters, operations and speed"))
+    options = vars(parser.parse_args(arguments))
+    for name, value in options.items():
+        if isinstance(value, int) and value < 1:
+            parser.error(f"--{name} is {value}, expected at least 1")
+    if options["command"] == "search":
+        _check_search(parser, options)
+    benchmark = {"search": benchmark_search, "embed": benchmark_embed}[options.pop("command")]
+    result = benchmark(**options)
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(name, *(f"{key} {number:.4f} s" for key, number in value.items()))
+    print(json.dumps(result))
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("--queries", type=int, default=1000)
     command.add_argument("--gallery", type=int, default=100_000)
     command.add_argument("--dim", type=int, default=512)
@@ -187,20 +253,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--first_pass", choices=FIRST_PASSES, default="float32")
     command.add_argument("--memmap", help="file to search in, instead of the devices' memory")
-    options = vars(parser.parse_args(arguments))
-    if not 1 <= options["devices"] <= jax.local_device_count():
+
+
+def _add_embed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", choices=MODELS, default="resnet50_cbam")
+    command.add_argument("--embedding_dim", type=int, help="of a projection; default: none")
+    command.add_argument("--pooling", choices=POOLINGS, default="average")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    command.add_argument("--image_size", type=int, default=224)
+    command.add_argument("--batch_size", type=int, default=64)
+    command.add_argument("--repeats", type=int, default=5)
+
+
+def _check_search(parser: argparse.ArgumentParser, options: dict) -> None:
+    if options["devices"] > jax.local_device_count():
         parser.error(f"--devices is {options['devices']}, there are {jax.local_device_count()}")
     if options["gallery"] % options["devices"]:
         parser.error(
             f"--gallery {options['gallery']} is no multiple of {options['devices']} devices"
         )
-    if not 1 <= options["k"] <= options["gallery"]:
-        parser.error(f"--k is {options['k']}, expected 1 to --gallery {options['gallery']}")
-    result = {"search": benchmark_search}[options.pop("command")](**options)
-    for name, value in result.items():
-        if isinstance(value, dict):
-            print(name, *(f"{key} {number:.4f} s" for key, number in value.items()))
-    print(json.dumps(result))
+    if options["k"] > options["gallery"]:
+        parser.error(f"--k is {options['k']}, expected at most --gallery {options['gallery']}")
 
 
 if __name__ == "__main__":

@@ -47,5 +47,10 @@ def _without_nan(document: Any) -> Any:
 
 def write_json(path: str | os.PathLike, document: Any) -> None:
     """Write a JSON file whole or not at all."""
+    write_text(path, to_json(document, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, UTF-8, whole or not at all."""
     with written_whole(path) as partial:
-        partial.write_text(to_json(document, indent=2) + "\n")
+        partial.write_text(text, encoding="utf-8")

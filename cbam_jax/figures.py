@@ -257,6 +257,60 @@ def _mark_metric(axes: "Axes", records: Sequence[Mapping[str, Any]], metric: str
     axes.legend(loc="best", fontsize=8)
 
 
+def metric_bars(
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[Sequence[float]]],
+    intervals: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    marks: Mapping[str, Sequence[float | None]],
+    ylabel: str,
+    caption: str,
+) -> "Figure":
+    """Draw bars of means, a group for each metric and in it one bar a model, with what they vary.
+
+    Args:
+        groups: names of the groups.
+        values: of each model, in each group, the single values, such as one a seed: a dot each,
+            their mean the bar.
+        intervals: of each model, in each group, (low, high), drawn as a line; NaN for none.
+        marks: of each model, in each group, a value to compare with, drawn as a diamond, or None.
+        ylabel: says what the values are, and their unit.
+        caption: what dots, line and diamond are.
+
+    >>> figure = metric_bars(
+    ...     ["map@5", "map@10"], {"plain": [[0.5, 0.75], [0.25]]},
+    ...     {"plain": [(0.25, 1.0), (float("nan"), float("nan"))]}, marks={"plain": [0.8, None]},
+    ...     ylabel="share", caption="Bars: means.")
+    >>> [float(bar.get_height()) for bar in figure.axes[0].patches]
+    [0.625, 0.25]
+    """
+    from matplotlib.figure import Figure
+
+    width = 0.8 / len(values)
+    figure = Figure(figsize=(2.0 + 0.7 * len(values) * len(groups), 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, (model, of_groups) in enumerate(values.items()):
+        place = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width
+        means = [float(np.mean(one)) for one in of_groups]
+        axes.bar(place, means, 0.92 * width, label=model, color=f"C{i}", alpha=0.75)
+        low, high = np.array(intervals[model], float).T
+        axes.vlines(place, low, high, color="black", linewidth=1.5)
+        for x, one, mark in zip(place, of_groups, marks[model], strict=True):
+            spread = x + width * np.linspace(-0.15, 0.15, len(one) + 2)[1:-1]
+            axes.plot(spread, one, "o", color="white", markeredgecolor="black", markersize=4)
+            if mark is not None:
+                axes.plot([x], [mark], "D", color="none", markeredgecolor="red", markersize=7)
+    axes.set_xticks(np.arange(len(groups)), groups)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=len(values), fontsize=9)
+    columns = int(12 * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(caption, columns), fontsize=8, parse_math=False)
+    return figure
+
+
 def save(figure: "Figure", path: str | os.PathLike) -> None:
     """Write a figure as PNG, whole or not at all."""
     with written_whole(path) as partial:

@@ -178,6 +178,46 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def t_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of independent measurements, such as one run a seed.
+
+    mean -+ t s / sqrt(n), s the standard deviation with n - 1 in its divisor, t the quantile of
+    Student's distribution with n - 1 degrees of freedom (Student 1908). It holds for values that
+    are normally distributed, and covers what varies between them and nothing else: for runs of
+    several seeds on one split the training, not the choice of queries. Of differences between
+    pairs, such as two models' of one seed, it is the paired t interval.
+
+    Args:
+      values: ``[n]``.
+      confidence: Between 0 and 1.
+
+    Returns:
+      (low, high), in the unit of the values; NaN for fewer than two values, which tell nothing of
+      their spread.
+
+    Raises:
+      ValueError: If ``values`` is not ``[n]``, or for a confidence out of range.
+
+    Example:
+      >>> low, high = t_interval([0.60, 0.62, 0.67])
+      >>> round(low, 3), round(high, 3)
+      (0.54, 0.72)
+    """
+    from scipy.special import stdtrit
+
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"t_interval: values of shape {values.shape}, confidence {confidence}; expected [n], "
+            "between 0 and 1"
+        )
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    quantile = stdtrit(len(values) - 1, (1 + confidence) / 2)
+    half = quantile * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
 def label_matches(
     indices: ArrayLike, query_labels: ArrayLike, gallery_labels: ArrayLike
 ) -> np.ndarray:

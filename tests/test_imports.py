@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "command_line": {"whole_files"},
     "checkpoint": set(),
     "figures": {"whole_files"},
+    "report": set(),
     "runlog": {"whole_files"},
     "steps": set(),
     "torch_files": set(),
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     "losses": {"distances"},
     "search": {"distances"},
     "evaluation": {"metrics", "search"},
+    "tables": {"metrics"},
     "backbones": {"attention"},
     "models": {"attention", "backbones", "distances"},
     # Of the datasets, the progress display and the download alone.
@@ -35,6 +37,8 @@ MAY_IMPORT = {
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
     "pretrained": {"checkpoint", "classifier", "datasets", "torch_files", "whole_files"},
     "hub": {"models", "pretrained", "whole_files"},
+    # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
+    "paper": {"command_line", "datasets", "figures", "tables"},
     "focus": {"data", "datasets", "gradcam", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
@@ -105,6 +109,9 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         ("metrics", (*HEAVY, "jax")),
         ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
         ("figures", ("matplotlib", "jax")),
+        ("tables", (*HEAVY, "jax")),
+        # A GPU is for the processes that it starts.
+        ("paper", (*(name for name in HEAVY if name != "cv2"), "jax")),
     ],
 )
 def test_importing_a_part_does_not_load_the_rest(module, absent):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from cbam_jax.metrics import (
@@ -13,6 +14,7 @@ from cbam_jax.metrics import (
     per_category_metrics,
     per_query_metrics,
     retrieval_metrics,
+    t_interval,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
@@ -232,3 +234,25 @@ def test_wrong_arguments_are_named():
         retrieval_metrics([[True, False], [True, True]], [1, 1], ks=(2,))
     with pytest.raises(ValueError, match="confidence 1"):
         bootstrap_interval([1.0], confidence=1)
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), confidence 0.95; expected \[n\]"):
+        t_interval([[1.0, 2.0]])
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_t_interval_agrees_with_scipy(rng, n, confidence):
+    ours, baseline = rng.normal(0.6, 0.03, n), rng.normal(0.5, 0.1, n)
+    expected = stats.t.interval(confidence, n - 1, ours.mean(), stats.sem(ours))
+    assert t_interval(ours, confidence) == pytest.approx(expected, rel=1e-12)
+    # Of paired differences it is the interval of the paired t test, which is another one than that
+    # of two independent samples.
+    paired = stats.ttest_rel(ours, baseline).confidence_interval(confidence)
+    assert t_interval(ours - baseline, confidence) == pytest.approx(tuple(paired), rel=1e-12)
+
+
+def test_t_interval_by_hand():
+    # Mean 4, deviations -2, 0 and 2, s = 2; t of 2 degrees of freedom is 4.302653 (any table).
+    half = 4.302653 * 2 / math.sqrt(3)
+    assert t_interval([2, 4, 6]) == pytest.approx((4 - half, 4 + half), abs=1e-6)
+    assert t_interval([0.25, 0.25]) == (0.25, 0.25)
+    assert all(math.isnan(bound) for values in ([], [0.5]) for bound in t_interval(values))

@@ -314,8 +314,10 @@ def run_main(monkeypatch, capsys, main, *arguments):
 
 def test_evaluate_writes_files_that_agree_with_brute_force(uninterrupted, monkeypatch, capsys):
     workdir = uninterrupted[0]
+    chosen = ["test_hat_1.png", "test_coat_0.png"]
+    arguments = (f"--workdir={workdir}", "--html", f"--queries={','.join(chosen)}")
     status, stdout, stderr = run_main(
-        monkeypatch, capsys, evaluate.main, f"--workdir={workdir}", "--figures", "--checkpoint=6"
+        monkeypatch, capsys, evaluate.main, *arguments, "--checkpoint=6"
     )
     assert status == 0, stderr
     folder = workdir / "eval" / "test"
@@ -339,6 +341,14 @@ def test_evaluate_writes_files_that_agree_with_brute_force(uninterrupted, monkey
         assert report["metrics"][name] == pytest.approx(value, abs=1e-6), name
     for path in (folder / "results.png", folder / "worst.png", folder.parent / "training.png"):
         assert cv2.imread(str(path)) is not None
+    with np.load(folder / "heat.npz") as heat:
+        assert (heat["id"].tolist(), heat["title"].tolist()) == (chosen, ["hat", "coat"])
+        assert heat["heat"].shape == heat["image"].shape[:3] == (2, 32, 32)
+    page = (folder / "report.html").read_text()
+    assert f"{report['metrics']['map_min@10']:.4f}" in page
+    # Best and worst: eight queries each with five found; the figures.
+    assert page.count("<img ") == 2 * 8 * 6 + page.count('class="picture"')
+    assert page.count('class="picture"') >= 2
     assert f"{total} queries" in stdout
     assert report["definitions"]["map@K"] in stdout
 
@@ -496,6 +506,7 @@ def test_workdir_beyond_the_steps(uninterrupted, manifest, monkeypatch, capsys):
     [
         (["--split=tests"], "split 'tests'"),
         (["--checkpoint=4"], "no checkpoint 4 in"),
+        (["--queries=a.png"], "'a.png' is no query of"),
         (["--checkpoint=newest"], "--checkpoint=newest: give best, last, untrained or a step"),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),
         (["--focus"], "has neither masks nor boxes to tell where the garment is"),
