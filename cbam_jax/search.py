@@ -153,7 +153,8 @@ def search(
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
         bounds = [_bound_distances(b & -size, own_share, prepare) for b in (bound, second)]
         found, labels = _Lowest(bounds[0], index, bounds[1]), (query, items)
-        keys.append(_candidate_keys(queries, shard, found, k, metric, labels, blocks[1], size))
+        x = jax.device_put(queries, shard.device)
+        keys.append(_candidate_keys(x, shard, found, k, metric, labels, blocks[1], size))
         unseen.append(found.bound[:, -1])
     distances, indices = _unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
     if exact:
@@ -166,7 +167,7 @@ def search(
 
 def _group_size(k: int, n: int) -> int:
     """Items in a group: a power of two, so few that seldom two of the k nearest share one."""
-    return min(_GROUP, 2 ** max(0, int(np.log2(n / (8 * k)))))
+    return min(_GROUP, 2 ** max(0, int(np.log2(n / (32 * k)))))
 
 
 def _block_sizes(
@@ -304,8 +305,10 @@ def _group_minima(x, query, y, share, fresh, items, first_pass, size):
     lowest = second = jnp.full((groups, len(x)), _NO_BOUND, jnp.int32)
     for slab in range(size):
         rows = slice(slab * groups, (slab + 1) * groups)
-        ignored = _ignored(_row(query), _column(_taken(items, rows)))
-        bound = jnp.where(ignored, jnp.inf, product[rows] + share[rows, None])
+        bound = product[rows] + share[rows, None]
+        if any(label is not None for label in query):
+            ignored = _ignored(_row(query), _column(_taken(items, rows)))
+            bound = jnp.where(ignored, jnp.inf, bound)
         missing = (0, groups - len(bound)), (0, 0)
         bound = jnp.pad((_ordered(bound) & -size) | slab, missing, constant_values=_NO_BOUND)
         second = jnp.minimum(second, jnp.maximum(lowest, bound))
@@ -415,7 +418,7 @@ def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callabl
 
 
 def _candidate_keys(
-    queries: np.ndarray,
+    queries: jax.Array,
     shard: _Shard,
     found: _Lowest,
     k: int,
@@ -475,7 +478,7 @@ def _rows_of_keys(keys: np.ndarray, row: np.ndarray, q: int) -> np.ndarray:
 
 
 def _pair_distances(
-    queries: np.ndarray, shard: _Shard, rows: np.ndarray, found: np.ndarray, metric: str
+    queries: np.ndarray | jax.Array, shard: _Shard, rows: np.ndarray, found: np.ndarray, metric: str
 ) -> np.ndarray:
     """Distances of queries[rows[i]] and the gallery items found[i, :], [r, c] float32."""
     if not found.size:

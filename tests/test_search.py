@@ -175,25 +175,25 @@ def test_float64_search_alone(rng, monkeypatch, metric):
 
 @pytest.mark.parametrize("kept", [cbam_jax.search._KEPT, 1])
 def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
-    """Bounds are kept of the lowest two of each group of 16: rows i, i + groups, ..."""
-    assert cbam_jax.search._group_size(8, 1130) == 16
+    """Bounds are kept of the lowest two of each group of 8: rows i, i + groups, ..."""
+    assert cbam_jax.search._group_size(4, 1130) == 8
     monkeypatch.setattr(cbam_jax.search, "_KEPT", kept)
     queries = rng.normal(size=(5, 24)).astype(np.float32)
     gallery = rng.normal(size=(1130, 24)).astype(np.float32)
     for rows, block in ((1130, 2000), (384, 384)):  # One block; three, the last one overlapping.
-        groups = -(-rows // 16)
+        groups = -(-rows // 8)
         near = gallery.copy()
         for i, query in enumerate(queries):
             for first in (0, 1130 - rows):  # The first block's group and the last block's.
                 members = np.arange(first + 3 * i, first + rows, groups)
                 noise = rng.normal(0, 0.1, (len(members), 24))
                 near[members] = (query + noise).astype(np.float32)
-        assert_same(search(queries, near, 8, gallery_block=block), brute_force(queries, near, 8))
+        assert_same(search(queries, near, 4, gallery_block=block), brute_force(queries, near, 4))
         ignored = rng.integers(0, 3, 5)[:, None] == rng.integers(0, 3, 1130)
         group = {"query_group": np.arange(5), "gallery_group": np.where(ignored.any(0), 2, 9)}
-        found = search(queries, near, 8, gallery_block=block, **group)
+        found = search(queries, near, 4, gallery_block=block, **group)
         expected = brute_force(
-            queries, near, 8, ignored=group["query_group"][:, None] == group["gallery_group"]
+            queries, near, 4, ignored=group["query_group"][:, None] == group["gallery_group"]
         )
         assert_same(found, expected)
 
