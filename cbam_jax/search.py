@@ -325,38 +325,19 @@ def _select(best: _Lowest, kept: list, size: int) -> _Lowest:
     if not kept:
         return best
     count, (groups, t) = best.bound.shape[1], kept[0][1].shape
-    firsts = jnp.stack([first for first, _, _ in kept])
-    lowest = _by_rows(jnp.concatenate([lowest for _, lowest, _ in kept]))
-    second = _by_rows(jnp.concatenate([second for _, _, second in kept]))
-    bound, row = _lowest_rows(lowest, min(count, len(lowest)))
-    block, group = row // groups, row % groups
-    index = firsts[block] + group + (bound & (size - 1)) * groups
-    second = second.at[row, jnp.arange(t, dtype=jnp.int32)[:, None]].get(mode="clip")
-    new = _Lowest(bound, index, second)
-    both = _Lowest(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
-    place = _lowest_places(both.bound, count)
-    return _Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in both))
+    # The lowest bounds are in the rows whose minimum over the blocks is among the lowest.
+    minima = _by_rows(functools.reduce(jnp.minimum, [lowest for _, lowest, _ in kept]))
+    row = _lowest_places(minima.T, min(count, groups))
+    column = jnp.arange(t, dtype=jnp.int32)[:, None]
 
+    def of_block(first, *bounds):
+        bound, second = (b.at[row, column].get(mode="promise_in_bounds") for b in bounds)
+        return _Lowest(bound, first + row + (bound & (size - 1)) * groups, second)
 
-def _lowest_rows(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The ``count`` lowest entries of each column of [n, t] int32, and their rows; [t, count].
-
-    By way of the minima over groups of rows, where that is less than sorting them all.
-    """
-    groups = -(-len(x) // _GROUP)
-    if groups <= 2 * count:
-        row = _lowest_places(x.T, count)
-        return jnp.take_along_axis(x.T, row, axis=1), row
-    padded = jax.lax.pad(x, jnp.int32(_NO_BOUND), ((0, groups * _GROUP - len(x), 0), (0, 0, 0)))
-    slabs = [padded[i * groups : (i + 1) * groups] for i in range(_GROUP)]
-    minima = _by_rows(functools.reduce(jnp.minimum, slabs))
-    group = _lowest_places(minima.T, count)
-    steps = groups * jnp.arange(_GROUP, dtype=jnp.int32)
-    rows = (group[:, :, None] + steps[None, None, :]).reshape(len(group), -1)
-    columns = jnp.arange(len(group), dtype=jnp.int32)[:, None]
-    values = padded.at[rows, columns].get(mode="promise_in_bounds")
-    place = _lowest_places(values, count)
-    return jnp.take_along_axis(values, place, axis=1), jnp.take_along_axis(rows, place, axis=1)
+    parts = zip(best, *(of_block(*block) for block in kept), strict=True)
+    every = _Lowest(*(jnp.concatenate(part, axis=1) for part in parts))
+    place = _lowest_places(every.bound, count)
+    return _Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in every))
 
 
 def _by_rows(x: jax.Array) -> jax.Array:
