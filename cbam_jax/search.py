@@ -167,7 +167,8 @@ def search(
 
 def _group_size(k: int, n: int) -> int:
     """Items in a group: a power of two, so few that seldom two of the k nearest share one."""
-    return min(_GROUP, 2 ** max(0, int(np.log2(n / (32 * k)))))
+    # Two where k is larger: then sorting half as many is worth looking at more.
+    return min(_GROUP, 2 ** max(int(n >= 8 * k), int(np.log2(n / (32 * k)))))
 
 
 def _block_sizes(
