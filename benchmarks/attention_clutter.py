@@ -8,7 +8,8 @@ backgrounds (plain, medium, heavy clutter; same garments, same poses), several s
 measures the test split of the same clutter: mAP@10, and the focus on the garments of the consumer
 images, which are those that clutter changes. The last step counts: no checkpoint is chosen. The
 same command goes on where it was stopped; --only measures one cell, and --report trains nothing and
-writes benchmarks/results/attention_clutter_cpu.json and docs/attention_*.png from the cells there are.
+writes benchmarks/results/attention_clutter_cpu.json and docs/attention_*.png from the cells there
+are.
 """
 
 import argparse
