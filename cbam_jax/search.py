@@ -265,10 +265,10 @@ def _prepare(
 
     A bound is the product, times -2 or -1, plus the shares of both sides. A float32 dot product of
     width d is off by at most (d u) |x| |y| with u = 2^-24, in whatever order it is summed (Higham
-    2002, section 3.1), and |x| |y| <= (|x|^2 + |y|^2) / 2 splits that between both sides; 32 u more
-    cover the roundings of centring, squaring and adding up.
+    2002, section 3.1), and |x| |y| <= (|x|^2 + |y|^2) / 2 splits that between both sides. Squares
+    are off by as much again; 32 u more cover the roundings of centring and adding up.
     """
-    error = (x.shape[1] + 32) * _ROUNDING
+    error = (2 * x.shape[1] + 32) * _ROUNDING
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
         return _normalized(x), np.full(len(x), 0.5 - error, np.float32)
