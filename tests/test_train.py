@@ -265,7 +265,10 @@ def test_two_processes_give_what_one_gives(manifest, start, tmp_path):
         return [finish(process) for process in processes]
 
     killed = both(kill=2)
-    assert [status for status, _, _ in killed] == [-signal.SIGKILL] * 2, killed
+    # One may be aborted for having lost the other before its own turn comes.
+    statuses = {status for status, _, _ in killed}
+    assert -signal.SIGKILL in statuses, killed
+    assert statuses <= {-signal.SIGKILL, -signal.SIGABRT}, killed
     assert restore(tmp_path / "two").step == 1
     results = both()
     assert [status for status, _, _ in results] == [0, 0], results
