@@ -353,13 +353,17 @@ def _by_rows(x: jax.Array) -> jax.Array:
 def _lowest_places(x: jax.Array, count: int) -> jax.Array:
     """Where the ``count`` lowest of each row of [t, n] int32 are; by floats, the faster top_k."""
     finite = jnp.minimum(x, _INFINITE - 1)
-    bits = finite ^ ((finite >> 31) & 0x7FFFFFFF)
-    return jax.lax.top_k(-jax.lax.bitcast_convert_type(bits, jnp.float32), count)[1]
+    floats = jax.lax.bitcast_convert_type(_reordered(finite), jnp.float32)
+    return jax.lax.top_k(-floats, count)[1]
 
 
 def _ordered(x: jax.Array) -> jax.Array:
     """float32 as int32 of the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return _reordered(jax.lax.bitcast_convert_type(x, jnp.int32))
+
+
+def _reordered(bits: Any) -> Any:
+    """float32's bits as int32 of the same order, and back; for NumPy and JAX."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -387,7 +391,7 @@ def _product(x: jax.Array, y: jax.Array, first_pass: str) -> jax.Array:
 def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callable) -> np.ndarray:
     """Lower bounds [q, m], from integers, in the unit of the distances, as float32."""
     metric, scale = prepare.keywords["metric"], float(prepare.keywords["scale"])
-    values = (bounds ^ ((bounds >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
+    values = _reordered(bounds).view(np.float32).astype(np.float64)
     values[bounds >= _INFINITE] = np.inf
     # The last term covers what underflows once the scale is applied.
     values = values + own_share[:, None] - 1e-30
