@@ -427,6 +427,7 @@ def main() -> None:
     which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
     if which not in ("best", "last", "untrained") and not isinstance(which, int):
         raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
+    command_line.keep_compiled_programs()
     report = evaluate(
         flags.workdir,
         flags.split,

@@ -464,6 +464,7 @@ def parse_flags() -> tuple[ConfigDict, Path]:
 
 def main() -> None:
     """Train, and print the JSON line."""
+    command_line.keep_compiled_programs()
     summary = train_and_evaluate(*parse_flags())
     if jax.process_index() == 0:
         print(tell(summary))

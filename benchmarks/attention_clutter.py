@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -232,7 +231,7 @@ def main() -> None:
     cells = [tuple(flags.only.split(","))] if flags.only else cells
     flags.workdir.mkdir(parents=True, exist_ok=True)
     # Cells of one model differ in nothing that is compiled.
-    jax.config.update("jax_compilation_cache_dir", str(flags.workdir.absolute() / "compiled"))
+    command_line.keep_compiled_programs()
     for clutter, model, seed in [] if flags.report else cells:
         workdir = flags.workdir / f"{clutter}-{model}-{seed}"
         if not (workdir / "cell.json").exists():

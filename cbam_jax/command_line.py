@@ -1,11 +1,14 @@
-"""What the commands share: one clear line for a mistake, quiet libraries, whole files."""
+"""What the commands share: one clear line for a mistake, quiet libraries, whole files, a cache."""
 
+import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError
@@ -54,3 +57,33 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file, UTF-8, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """Return the folder of what was fetched or compiled: $CBAM_JAX_CACHE or ~/.cache/cbam_jax."""
+    if folder := os.environ.get("CBAM_JAX_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cbam_jax"
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep what takes a second or more to compile, for the next run of the same program.
+
+    Under ``compiled/`` of the cache folder, unless ``JAX_COMPILATION_CACHE_DIR`` or JAX's config
+    names another folder; ``JAX_ENABLE_COMPILATION_CACHE=0`` switches it off. A program is kept for
+    one kind of processor: where a home is shared, another could not run its instructions.
+    """
+    import jax  # Here: not every command needs it.
+
+    if not getattr(jax.config, "jax_compilation_cache_dir"):  # noqa: B009 (unknown to type checkers)
+        folder = cache_folder() / "compiled" / _processor()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    """Return digits that two processors share when they have the same instructions."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))]
+    told = flags[0] if flags else platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]

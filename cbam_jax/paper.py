@@ -365,7 +365,7 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
         # and the second signal keeps train.py from saving.
         with subprocess.Popen(
             [sys.executable, *arguments],
-            env=_environment(workdir),
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -381,12 +381,10 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
     return json.loads(last)
 
 
-def _environment(workdir: Path) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     inherited = os.environ.get("PYTHONPATH")
     path = str(CHECKOUT) if not inherited else f"{CHECKOUT}{os.pathsep}{inherited}"
-    # The seeds of a row run one program: it is compiled once.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.resolve() / "compiled")}
-    return {**cache, **os.environ, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _follow(process: subprocess.Popen, log: Any) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from cbam_jax import InputError
+from cbam_jax.command_line import cache_folder
 from cbam_jax.torch_files import read_torch
 from cbam_jax.whole_files import written_whole
 
@@ -399,7 +400,7 @@ def fetch_imagenet(
             f"{', '.join(IMAGENET[version])}; use imagenet"
         )
     file = IMAGENET[version][backbone].file
-    path = (cache or _cache_folder()) / file
+    path = (cache or cache_folder()) / file
     mirror = mirror or os.environ.get("CBAM_JAX_MIRROR") or _MIRROR
     # Imported late: only a download needs it.
     from cbam_jax.datasets.download import download
@@ -408,12 +409,6 @@ def fetch_imagenet(
     download(f"{mirror.rstrip('/')}/{file}", path, remedy=remedy)
     _check_hash(path)
     return path
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("CBAM_JAX_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cbam_jax"
 
 
 def _check_hash(path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from tqdm import tqdm
 
 from cbam_jax.whole_files import written_whole
@@ -139,7 +140,11 @@ class StepMonitor:
         while len(self._pending) > (0 if first else _IN_FLIGHT):
             self._fetch()
         if first:  # It was spent compiling; throughput counts from here.
-            self._log.line(f"first step after {time.perf_counter() - self._start:.1f} s")
+            since_command = time.time() - psutil.Process().create_time()
+            self._log.line(
+                f"first step after {time.perf_counter() - self._start:.1f} s, "
+                f"{since_command:.1f} s after the command"
+            )
             self._start, self._waited = time.perf_counter(), 0.0
 
     def flush(self) -> None:

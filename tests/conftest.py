@@ -14,6 +14,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what the commands would keep for the user's next run in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CBAM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A fresh, seeded generator: tests draw random, asymmetric input from it."""

@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from cbam_jax import InputError, command_line
@@ -40,3 +42,34 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         command_line.write_json(path, {"map@10": 0.75, "model": object()})
     assert json.loads(path.read_text()) == {"map@10": 0.5}
+
+
+def test_the_cache_folder_is_the_variables_or_in_the_home(monkeypatch):
+    monkeypatch.setenv("CBAM_JAX_CACHE", "/somewhere")
+    assert command_line.cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("CBAM_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert command_line.cache_folder() == Path("/caches/cbam_jax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert command_line.cache_folder() == Path.home() / ".cache" / "cbam_jax"
+
+
+@pytest.fixture
+def cache_dir():
+    """Undo what is set in JAX's config."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_unless_the_user_chose_a_folder(
+    cache_dir, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CBAM_JAX_CACHE", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "chosen")
+    command_line.keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == "chosen"
+    jax.config.update("jax_compilation_cache_dir", None)
+    command_line.keep_compiled_programs()
+    kept = Path(jax.config.jax_compilation_cache_dir)
+    assert kept.parent == tmp_path / "compiled"

@@ -35,7 +35,14 @@ MAY_IMPORT = {
     # Of the datasets, the progress display and the download alone.
     "classifier": {"backbones", "datasets", "models"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
-    "pretrained": {"checkpoint", "classifier", "datasets", "torch_files", "whole_files"},
+    "pretrained": {
+        "checkpoint",
+        "classifier",
+        "command_line",
+        "datasets",
+        "torch_files",
+        "whole_files",
+    },
     "hub": {"models", "pretrained", "whole_files"},
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {"command_line", "datasets", "figures", "tables"},
