@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cbam_jax.backbones import resnet
-from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool_3x3
+from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool, max_pool_3x3
 
 # Without the classifier; torchvision's published totals less 1000 * (features + 1).
 PARAMETERS = {
@@ -84,6 +86,45 @@ def test_max_pool_is_the_padded_window(rng, shape):
     x = rng.normal(-3, 1, shape).astype(np.float32)
     expected = nnx.max_pool(jnp.asarray(x), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     np.testing.assert_array_equal(max_pool_3x3(jnp.asarray(x)), expected)
+
+
+def slow_max_pool_gradient(x, dy, size, strides, padding):
+    """Of sum(dy * max_pool(x)), window by window; ties share alike."""
+    gradient = np.zeros(x.shape)
+    for b, i, j, c in np.ndindex(dy.shape):
+        top, left = strides * i - padding, strides * j - padding
+        rows, columns = slice(max(top, 0), top + size), slice(max(left, 0), left + size)
+        greatest = x[b, rows, columns, c] == x[b, rows, columns, c].max()
+        gradient[b, rows, columns, c] += dy[b, i, j, c] * greatest / greatest.sum()
+    return gradient
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "strides", "padding", "ceil_mode"),
+    [
+        ((2, 8, 13, 3), 3, 2, 1, False),
+        ((1, 7, 5, 2), 3, 2, 0, True),
+        ((2, 6, 9, 2), 2, 2, 0, True),
+        ((1, 5, 6, 2), 3, 1, 1, False),
+        ((1, 7, 8, 1), 2, 3, 0, False),
+    ],
+)
+def test_max_pool_gradient_goes_to_the_greatest(rng, shape, size, strides, padding, ceil_mode):
+    x = rng.integers(-3, 4, shape).astype(np.float32)  # Full of ties.
+    pool = partial(max_pool, size=size, strides=strides, padding=padding, ceil_mode=ceil_mode)
+    y, gradient = jax.vjp(pool, jnp.asarray(x))
+    dy = rng.normal(size=y.shape).astype(np.float32)
+    expected = slow_max_pool_gradient(x, dy, size, strides, padding)
+    np.testing.assert_allclose(gradient(jnp.asarray(dy))[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("height", [6, 7, 11, 16])
+def test_batch_norm_sums_maps_of_any_height(rng, height):
+    x = rng.normal(2.0, 3.0, (2, height, 3, 4)).astype(np.float32)
+    norm = BatchNorm(4, rngs=nnx.Rngs(0))
+    norm(jnp.asarray(x))
+    expected = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(norm.var[...], expected, rtol=1e-5)
 
 
 def test_batch_norm_against_float64(rng):

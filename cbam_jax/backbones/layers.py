@@ -4,7 +4,7 @@ Parameters are float32 and shaped as ``nnx.Conv`` and ``nnx.BatchNorm`` shape th
 """
 
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 # Output pixels up to which a convolution is written as a product over patches; see Conv.
 _FEW_PIXELS = 16
+# Most slices that a sum over a map starts with, see _channel_sum; more take long to compile.
+_SLICES = 8
 
 
 class Conv(nnx.Module):
@@ -50,24 +52,39 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to [b, h', w', d]."""
         kernel = self.kernel[...].astype(self.dtype)
-        size = kernel.shape[0]
+        size, padding = kernel.shape[0], kernel.shape[0] // 2
         x = x.astype(self.dtype)
-        height, width = (-(-side // self.strides) for side in x.shape[1:3])
-        if size > 1 and height * width > _FEW_PIXELS:
-            padding = ((size // 2, size // 2),) * 2
+        window = _Window.over(x, size, self.strides, padding)
+        if size > 1 and window.height * window.width > _FEW_PIXELS:
             layout = ("NHWC", "HWIO", "NHWC")
             strides = (self.strides, self.strides)
-            return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
-        patches = _windows(x, size, self.strides, height, width, size // 2, 0.0)
-        columns = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * x.shape[-1])
-        product = columns @ kernel.reshape(columns.shape[1], -1)
-        return product.reshape(x.shape[0], height, width, -1)
+            borders = ((padding, padding),) * 2
+            return lax.conv_general_dilated(x, kernel, strides, borders, dimension_numbers=layout)
+        columns = jnp.concatenate(_views(x, window, 0.0), axis=-1)
+        product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
+        return product.reshape(x.shape[0], window.height, window.width, -1)
 
 
-def _windows(
-    x: jax.Array, size: int, strides: int, height: int, width: int, padding: int, value: float
-) -> list[jax.Array]:
+class _Window(NamedTuple):
+    """A size x size window at height x width places, ``strides`` apart, of a padded map."""
+
+    size: int
+    strides: int
+    padding: int
+    height: int
+    width: int
+
+    @classmethod
+    def over(cls, x: jax.Array, size: int, strides: int, padding: int) -> "_Window":
+        """Return the places of an odd window over [b, h, w, c], padded by size // 2."""
+        height, width = (-(-side // strides) for side in x.shape[1:3])
+        return cls(size, strides, padding, height, width)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _views(x: jax.Array, window: _Window, value: float) -> list[jax.Array]:
     """Return size x size shifted, strided views [b, height, width, c] of the padded map, by row."""
+    size, strides, padding, height, width = window
     rows, columns = strides * (height - 1) + 1, strides * (width - 1) + 1
     bottom = max(rows + size - 1 - x.shape[1] - padding, 0)
     right = max(columns + size - 1 - x.shape[2] - padding, 0)
@@ -78,6 +95,48 @@ def _windows(
         for i in range(size)
         for j in range(size)
     ]
+
+
+def _views_forward(x: jax.Array, window: _Window, value: float):
+    # Of the input its shape alone is needed, which an array without columns keeps.
+    return _views(x, window, value), x[..., :0]
+
+
+def _views_backward(window: _Window, value: float, x: jax.Array, views: list[jax.Array]):
+    del value
+    return (_add_views(views, window, x.shape[1], x.shape[2]),)
+
+
+_views.defvjp(_views_forward, _views_backward)
+
+
+def _add_views(views: list[jax.Array], window: _Window, height: int, width: int) -> jax.Array:
+    """Add up what the views say of each pixel: the transpose of `_views`, [b, height, width, c].
+
+    With strides s, pixel s q + a of the padded map is seen by window q - (o - a) / s at offset o,
+    for o = a, a + s, ... So for each pair of remainders a few shifted views are added, and these
+    sums are interleaved. XLA's own transpose of a strided view is a whole map of mostly zeros.
+    """
+    size, s, padding, *_ = window
+    rows, columns = -(-(height + padding) // s), -(-(width + padding) // s)
+
+    def shifted(i: int, j: int) -> jax.Array:
+        """A view, its window (0, 0) moved to (i // s, j // s) of [rows, columns]."""
+        view = views[size * i + j]
+        down, right = i // s, j // s
+        view = view[:, : rows - down, : columns - right]
+        rest = rows - down - view.shape[1], columns - right - view.shape[2]
+        return jnp.pad(view, ((0, 0), (down, rest[0]), (right, rest[1]), (0, 0)))
+
+    def remainder(a: int, b: int) -> jax.Array:
+        offsets = [(i, j) for i in range(a, size, s) for j in range(b, size, s)]
+        none = jnp.zeros((views[0].shape[0], rows, columns, views[0].shape[3]), views[0].dtype)
+        return reduce(jnp.add, [shifted(i, j) for i, j in offsets], none)
+
+    phases = [jnp.stack([remainder(a, b) for b in range(s)], axis=3) for a in range(s)]
+    padded = jnp.stack(phases, axis=2)  # [b, rows, s, columns, s, c]
+    padded = padded.reshape(padded.shape[0], rows * s, columns * s, -1)
+    return padded[:, padding : padding + height, padding : padding + width]
 
 
 class BatchNorm(nnx.Module):
@@ -137,6 +196,20 @@ def _per_channel(x: jax.Array, mean: jax.Array, inverse: jax.Array, bias: jax.Ar
     return (x - mean.reshape(shape)) * inverse.reshape(shape) + bias.reshape(shape)
 
 
+def _channel_sum(x: jax.Array) -> jax.Array:
+    """Sum [b, h, w, c], the result of a calculation, to [c].
+
+    Before a reduction over rows XLA's CPU backend writes what is to be summed to memory. It does
+    not before an addition of slices, which leaves a reduction of an eighth of the size.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.sum(x, axis=(0, 1, 2))
+    height = x.shape[1]
+    parts = max(n for n in range(1, _SLICES + 1) if height % n == 0)
+    sliced = x.reshape(x.shape[0], parts, height // parts, *x.shape[2:])
+    return jnp.sum(reduce(jnp.add, [sliced[:, i] for i in range(parts)]), axis=(0, 1, 2))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalize(
     epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array
@@ -146,12 +219,10 @@ def _normalize(
 
 
 def _normalize_forward(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array):
-    axes = tuple(range(x.ndim - 1))
     x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=axes)
-    centred = x32 - mean.reshape((1,) * len(axes) + (-1,))
+    mean = jnp.mean(x32, axis=(0, 1, 2))
     # Two passes: E[x^2] - E[x]^2 in one would cancel where the mean is large.
-    var = jnp.mean(jnp.square(centred), axis=axes)
+    var = _channel_sum(jnp.square(x32 - mean.reshape(1, 1, 1, -1))) / (x.size // x.shape[-1])
     inverse = lax.rsqrt(var + epsilon)
     y = _per_channel(x32, mean, scale * inverse, bias).astype(x.dtype)
     return (y, mean, var), (x, mean, inverse, scale)
@@ -162,12 +233,9 @@ def _normalize_backward(epsilon, residuals, gradients):
     # flows through the returned statistics, which only feed the running averages.
     x, mean, inverse, scale = residuals
     dy = gradients[0].astype(jnp.float32)
-    axes = tuple(range(x.ndim - 1))
     normalized = _per_channel(x.astype(jnp.float32), mean, inverse, jnp.zeros_like(mean))
-    d_bias = jnp.sum(dy, axis=axes)
-    d_scale = jnp.sum(dy * normalized, axis=axes)
-    count = x.size // x.shape[-1]
-    shape = (1,) * len(axes) + (-1,)
+    d_bias, d_scale = jnp.sum(dy, axis=(0, 1, 2)), _channel_sum(dy * normalized)
+    count, shape = x.size // x.shape[-1], (1, 1, 1, -1)
     centred = dy - (d_bias / count).reshape(shape) - normalized * (d_scale / count).reshape(shape)
     dx = centred * (scale * inverse).reshape(shape)
     return dx.astype(x.dtype), d_scale, d_bias
@@ -179,19 +247,41 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 def max_pool(
     x: jax.Array, size: int, strides: int, *, padding: int = 0, ceil_mode: bool = False
 ) -> jax.Array:
-    """Max-pool [b, h, w, c] as torch's ``MaxPool2d`` does: the maximum of size^2 strided slices.
+    """Max-pool [b, h, w, c] as torch's ``MaxPool2d`` does: the maximum of size^2 strided views.
 
     ``reduce_window``'s backward pass costs several times as much on the CPU. At ties the gradient
-    is split, where torch picks one entry. With ``ceil_mode`` the last window may hang over the
-    edge, as long as it starts inside the input.
+    is split evenly, where torch picks one entry. With ``ceil_mode`` the last window may hang over
+    the edge, as long as it starts inside the input.
 
     >>> max_pool(jnp.arange(5.0).reshape(1, 5, 1, 1), 2, 2, ceil_mode=True).flatten()
     Array([1., 3., 4.], dtype=float32)
     """
     height = _pooled_length(x.shape[1], size, strides, padding, ceil_mode)
     width = _pooled_length(x.shape[2], size, strides, padding, ceil_mode)
-    slices = _windows(x, size, strides, height, width, padding, -jnp.inf)
-    return reduce(jnp.maximum, slices)
+    return _max_pool(x, _Window(size, strides, padding, height, width))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: jax.Array, window: _Window) -> jax.Array:
+    return reduce(jnp.maximum, _views(x, window, -jnp.inf))
+
+
+def _max_pool_forward(x: jax.Array, window: _Window):
+    y = _max_pool(x, window)
+    return y, (x, y)
+
+
+def _max_pool_backward(window: _Window, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+    x, y = residuals
+    views: Any = _views(x, window, -jnp.inf)
+    greatest = [view == y for view in views]
+    # Behind a barrier, or each of the size^2 terms would count the ties again.
+    share: Any = lax.optimization_barrier(dy / sum(g.astype(dy.dtype) for g in greatest))
+    views = [jnp.where(g, share, 0) for g in greatest]
+    return (_add_views(views, window, x.shape[1], x.shape[2]),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _pooled_length(length: int, size: int, strides: int, padding: int, ceil_mode: bool) -> int:
