@@ -40,7 +40,8 @@ def triplet_loss(
       pairs (Schroff et al. 2015; the second choice is TensorFlow's).
     * ``"batch_all"``: every triplet of the valid anchors; mean over the triplets with a loss above
       0 (pytorch-metric-learning does the same; open-metric-learning divides by all triplets). With
-      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^3.
+      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^3, and with a
+      memory of n places with (b + n)^2 and b (b + n)^2.
 
     Without any valid anchor the loss is 0. The gradient is finite everywhere, and 0 through a pair
     at distance 0, so embeddings that are all equal get none.

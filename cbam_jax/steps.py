@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 
 
 class Memory(NamedTuple):
-    """Embeddings of earlier batches, the newest first, in the order in which the loss takes them.
+    """The last embeddings of earlier batches, the oldest first, as the loss takes them.
 
     ``embeddings`` [n, d] float32, ``labels`` [n] int32, ``filled`` [n] bool: where one has entered.
     """
@@ -178,12 +178,12 @@ def _empty_memory(size: int, dim: int) -> Memory:
 
 
 def _remember(memory: Memory, embeddings: jax.Array, labels: jax.Array, enters: Any) -> Memory:
-    """Put a batch in front of the memory, and drop as many of the oldest.
+    """Put a batch behind what is in the memory, and drop as many of the oldest.
 
     Where ``enters`` is False, its rows count as empty.
     """
     new = Memory(embeddings, labels, jnp.full(labels.shape, enters))
-    return jax.tree.map(lambda new, old: jnp.concatenate([new, old])[: len(old)], new, memory)
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new])[len(new) :], memory, new)
 
 
 def _embed(model: Any, images: jax.Array) -> jax.Array:

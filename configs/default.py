@@ -59,7 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
     # or learnt slowly; from pretrained weights (resnet50.py) they are the usual choice.
     loss.mining = "batch_all"
     loss.soft = True  # log(1 + exp(.)) in place of the margin
-    # Embeddings of earlier batches among which positives and negatives are mined too; 0: none.
+    # Embeddings of earlier batches among which positives and negatives are mined too; 0: none. Not
+    # for batch_all, unless few: its time grows with the square.
     loss.memory_size = 0
     loss.memory_start_step = 1000  # steps before any enters: at first embeddings change too fast
     # Of cross_entropy:

@@ -157,16 +157,16 @@ def test_a_batch_enters_the_memory_after_its_loss(rng):
         reference = nnx.merge(graphdef, jax.device_get(state.params), batch_stats)
         embeddings = reference(reference.preprocess(jnp.asarray(batch["image"])))
         empty = 12 - len(rows)
-        memory = np.pad(rows, ((0, empty), (0, 0))), np.pad(labels, (0, empty))
-        filled = np.arange(12) < len(rows)
+        memory = np.pad(rows, ((empty, 0), (0, 0))), np.pad(labels, (empty, 0))
+        filled = np.arange(12) >= empty
         expected, _ = SOFT(embeddings, batch["label"], memory=(*memory, filled))
         [sharded] = steps.to_devices([batch], mesh)
         state, scalars = train_step(state, sharded)
         np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-5)
         np.testing.assert_allclose(scalars["memory_filled"], len(rows) / 12, rtol=1e-6)
         if number >= 1:
-            rows = np.concatenate([embeddings, rows])[:12]
-            labels = np.concatenate([batch["label"], labels])[:12]
+            rows = np.concatenate([rows, embeddings])[-12:]
+            labels = np.concatenate([labels, batch["label"]])[-12:]
         assert np.sum(state.memory.filled) == len(rows)
         kept = np.asarray(state.memory.filled)
         np.testing.assert_allclose(np.asarray(state.memory.embeddings)[kept], rows, atol=1e-5)

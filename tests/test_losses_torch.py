@@ -33,5 +33,5 @@ def test_cross_batch_memory(rng, mining):
         memory[0][: len(earlier)], memory[1][: len(earlier)] = earlier, earlier_labels
         loss, _ = triplet_loss(embeddings, labels, 0.2, mining, memory=memory)
         np.testing.assert_allclose(loss, expected.numpy(), rtol=1e-5)
-        earlier = np.concatenate([embeddings, earlier])[:12]
-        earlier_labels = np.concatenate([labels, earlier_labels])[:12]
+        earlier = np.concatenate([earlier, embeddings])[-12:]
+        earlier_labels = np.concatenate([earlier_labels, labels])[-12:]
