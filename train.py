@@ -66,7 +66,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             print(load_pretrained(model, source).summary(), flush=True)
         mesh = steps.data_mesh()
         optimizer, learning_rate = build_optimizer(config)
-        state = steps.create_train_state(model, optimizer, mesh, ema=config.train.ema_decay > 0)
+        state = steps.create_train_state(
+            model,
+            optimizer,
+            mesh,
+            ema=config.train.ema_decay > 0,
+            memory_shape=(config.loss.memory_size, model.embedding_dim),
+        )
         classify, embed = EmbeddingModel.classify_deeply, EmbeddingModel.__call__
         train_step = steps.make_train_step(
             model,
@@ -75,6 +81,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             forward=classify if classifies(config) else embed,
             freeze_batch_norm=config.model.freeze_batch_norm,
             ema_decay=config.train.ema_decay,
+            chunk_size=config.train.chunk_size,
+            memory_start_step=config.loss.memory_start_step,
+            mesh=mesh,
         )
         embed_step = steps.make_embed_step(model, mesh)
         state, step = restore(config, checkpoints, state, mesh)
@@ -130,6 +139,7 @@ def check_config(config: ConfigDict) -> None:
                 f"{field} = {size} cannot be divided among {devices} devices: "
                 f"make it a multiple of {devices}"
             )
+    check_large_batch(config, batch, devices)
     for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
         if config.train[field] < 1:
             raise InputError(f"train.{field}={config.train[field]}: give at least 1 step")
@@ -146,6 +156,28 @@ def check_config(config: ConfigDict) -> None:
             f"{evaluation.HEADLINE} chooses the best checkpoint"
         )
     check_choices(config)
+
+
+def check_large_batch(config: ConfigDict, batch: int, devices: int) -> None:
+    """Raise InputError where the chunks or the memory do not fit the batch and the loss."""
+    chunk, size, start = (
+        config.train.chunk_size, config.loss.memory_size, config.loss.memory_start_step
+    )  # fmt: skip
+    if chunk is not None and (chunk < 1 or batch % chunk or chunk % devices):
+        raise InputError(
+            f"train.chunk_size={chunk}: give a divisor of the batch of {batch} images that is a "
+            f"multiple of {devices} devices"
+        )
+    if size and (size < batch or classifies(config)):
+        raise InputError(
+            f"loss.memory_size={size}: give 0, or with loss.name=triplet at least the {batch} "
+            "images of a batch"
+        )
+    if start < 0 or (size and start >= config.train.steps):
+        raise InputError(
+            f"loss.memory_start_step={start}: give a step from 0 to below "
+            f"train.steps={config.train.steps}"
+        )
 
 
 def check_choices(config: ConfigDict) -> None:
@@ -285,7 +317,10 @@ def checkpoint_items(state: steps.TrainState) -> tuple[dict[str, Any], dict[str,
     model = {"params": state.params, "batch_stats": state.batch_stats}
     if state.ema is not None:
         model["ema"] = state.ema
-    return model, {"step": state.step, "opt_state": state.opt_state}
+    optimizer = {"step": state.step, "opt_state": state.opt_state}
+    if state.memory is not None:
+        optimizer["memory"] = state.memory
+    return model, optimizer
 
 
 def save(
@@ -329,6 +364,7 @@ def restore(
         batch_stats=model["batch_stats"],
         opt_state=optimizer["opt_state"],
         ema=model.get("ema"),
+        memory=optimizer.get("memory"),
     )
     return steps.replicate(restored, mesh), read.data["next_step"]
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from cbam_jax.distances import pairwise_distances
 
 MININGS = ("batch_hard", "semi_hard", "batch_all")
-# Anchors per step of batch_all: its [b, b, b] matrix is never whole in memory.
+# Of batch_all, whose [b, b, b] matrix is never whole in memory: the most anchors in a step, and the
+# most entries.
 _ANCHORS = 16
+_ENTRIES = 2**26
 
 
 def triplet_loss(
@@ -22,8 +24,9 @@ def triplet_loss(
     margin: float = 0.2,
     mining: str = "batch_hard",
     soft: bool = False,
+    memory: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Triplet loss on a batch, with the triplets mined inside the batch.
+    """Triplet loss on a batch, with the triplets mined inside the batch and, if given, a memory.
 
     With Euclidean distances (not squared) d(a,p) to an image of the anchor's label and d(a,n) to
     one of another label, a triplet costs ``relu(margin + d(a,p) - d(a,n))``, or, if ``soft``,
@@ -37,10 +40,19 @@ def triplet_loss(
       pairs (Schroff et al. 2015; the second choice is TensorFlow's).
     * ``"batch_all"``: every triplet of the valid anchors; mean over the triplets with a loss above
       0 (pytorch-metric-learning does the same; open-metric-learning divides by all triplets). With
-      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^3.
+      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^3, and with a
+      memory of n places with (b + n)^2 and b (b + n)^2.
 
     Without any valid anchor the loss is 0. The gradient is finite everywhere, and 0 through a pair
     at distance 0, so embeddings that are all equal get none.
+
+    With a ``memory`` of earlier batches' embeddings (cross-batch memory, Wang et al. 2020) anchors
+    are the batch's, and "the batch" of which positives and negatives are chosen is the batch and
+    the memory together. An earlier embedding of the anchor's own image is a positive like any
+    other. No gradient flows into the memory. pytorch-metric-learning's ``CrossBatchMemory`` of
+    n + b places, which puts the batch in first and then leaves out an anchor's pair with itself,
+    gives the same losses; but it detaches the batch's positives and negatives too, whose gradients
+    are kept here. The paper adds the batch's own loss and the memory's, each mined by itself.
 
     Args:
       embeddings: ``[b, d]``, any float dtype; L2-normalised where the margin is meant so.
@@ -48,13 +60,16 @@ def triplet_loss(
       margin: In the unit of the distances, not negative. Unused if ``soft``.
       mining: One of the above.
       soft: Whether to use the soft margin.
+      memory: Embeddings ``[n, d]``, their labels ``[n]`` and a mask ``[n]``, False where the place
+        is empty.
 
     Returns:
       The loss, a float32 scalar, and a dict of float32 scalars: ``distance_positive`` and
       ``distance_negative`` (means over the positives and negatives used; 0 without any),
       ``active_fraction`` (triplets with a loss above 0; if ``soft``, with d(a,p) >= d(a,n)),
       ``valid_anchors`` (their fraction of the batch), ``embedding_spread`` (root mean square
-      distance to the batch's centroid; 0 once collapsed).
+      distance to the batch's centroid; 0 once collapsed); with a memory also ``memory_filled``, the
+      fraction of its places that are not empty.
 
     Raises:
       ValueError: For an unknown mining, a negative margin, or other shapes or dtypes.
@@ -67,12 +82,20 @@ def triplet_loss(
       0.6
       >>> float(stats["active_fraction"])
       0.5
+      >>> memory = jnp.array([[1.1], [9.0]]), jnp.array([1, 0]), jnp.array([True, False])
+      >>> loss, stats = triplet_loss(embeddings, labels, margin=0.2, memory=memory)
+      >>> round(float(loss), 3)  # (0.1 + 1.1 + 1.7 + 0.1) / 4
+      0.75
     """
     _check(embeddings, labels, margin, mining)
     labels = jnp.asarray(labels)
     distances = pairwise_distances(embeddings, embeddings)
     same = labels[:, None] == labels[None, :]
     positive, negative = same & ~jnp.eye(labels.shape[0], dtype=bool), ~same
+    if memory is not None:
+        to_memory = _pairs_with_memory(embeddings, labels, *memory)
+        pairs = zip((distances, positive, negative), to_memory, strict=True)
+        distances, positive, negative = (jnp.concatenate(both, axis=1) for both in pairs)
     valid = positive.any(axis=1) & negative.any(axis=1)
     positive, negative = positive & valid[:, None], negative & valid[:, None]
 
@@ -80,6 +103,8 @@ def triplet_loss(
     loss, stats = mine(distances, positive, negative, None if soft else margin)
     stats["valid_anchors"] = jnp.mean(valid.astype(jnp.float32))
     stats["embedding_spread"] = _spread(embeddings)
+    if memory is not None:
+        stats["memory_filled"] = jnp.mean(memory[2].astype(jnp.float32))
     return loss, {name: jax.lax.stop_gradient(value) for name, value in stats.items()}
 
 
@@ -187,6 +212,14 @@ def collapse_warning(
     )
 
 
+def _pairs_with_memory(embeddings, labels, earlier, earlier_labels, filled):
+    """Distances to the memory, and which are positives and negatives; each [b, n]."""
+    _check_rows(earlier, earlier_labels, "the memory's embeddings", "[n, d]")
+    distances = pairwise_distances(embeddings, jax.lax.stop_gradient(earlier))
+    same = labels[:, None] == earlier_labels[None, :]
+    return distances, same & filled[None, :], ~same & filled[None, :]
+
+
 def _batch_hard(distances, positive, negative, margin):
     farthest = jnp.max(jnp.where(positive, distances, 0.0), axis=1)
     nearest = jnp.min(jnp.where(negative, distances, jnp.inf), axis=1)
@@ -215,7 +248,8 @@ def _batch_all(distances, positive, negative, margin):
         return jnp.sum(costs), jnp.sum(costs > 0), jnp.sum(violated), jnp.sum(triplets)
 
     rows = (distances, positive, negative)
-    costs, *counts = jax.lax.map(anchor, rows, batch_size=_ANCHORS)
+    anchors = max(1, min(_ANCHORS, _ENTRIES // distances.shape[1] ** 2))
+    costs, *counts = jax.lax.map(anchor, rows, batch_size=anchors)
     # In float32: the number of triplets in a batch of 2,048 leaves int32.
     nonzero, active, total = (jnp.sum(count.astype(jnp.float32)) for count in counts)
     stats = {
@@ -272,7 +306,8 @@ def _check_rows(rows, labels, name, expected):
     shape, label_shape = jnp.shape(rows), jnp.shape(labels)
     if len(shape) != 2 or label_shape != shape[:1] or 0 in shape:
         raise ValueError(
-            f"{name} have shape {shape} and labels {label_shape}, expected {expected} and [b]"
+            f"{name} have shape {shape} and labels {label_shape}, expected {expected} and "
+            f"{expected[:2]}]"
         )
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise ValueError(f"labels have dtype {jnp.result_type(labels)}, expected integers")

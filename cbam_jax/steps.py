@@ -25,14 +25,29 @@ NEW_LAYERS = ("attention", "projection", "pool", "class_head", "aux1", "aux2")
 Batch = dict[str, Any]
 
 
+class Memory(NamedTuple):
+    """The last embeddings of earlier batches, the oldest first, as the loss takes them.
+
+    ``embeddings`` [n, d] float32, ``labels`` [n] int32, ``filled`` [n] bool: where one has entered.
+    """
+
+    embeddings: Any
+    labels: Any
+    filled: Any
+
+
 class TrainState(NamedTuple):
-    """All that a step changes. ``ema`` is None, or a moving average of ``params``."""
+    """All that a step changes.
+
+    ``ema`` is None, or a moving average of ``params``; ``memory`` is None, or a ``Memory``.
+    """
 
     step: Any
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
     ema: Any
+    memory: Memory | None = None
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -156,61 +171,131 @@ def _compiler_options() -> dict[str, str]:
 
 
 def create_train_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    memory_shape: tuple[int, int] = (0, 0),
 ) -> TrainState:
-    """Split a model into its arrays, start the optimizer's, and replicate all over the mesh."""
+    """Split a model into its arrays, start the optimizer's, and replicate all over the mesh.
+
+    ``memory_shape`` is [n, d] of a memory of embeddings, which starts empty; n = 0: none.
+    """
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     # Donation gives each buffer away once: the average must own its copy.
     average = jax.tree.map(np.array, params) if ema else None
-    step = np.zeros((), np.int32)
-    return replicate(TrainState(step, params, batch_stats, optimizer.init(params), average), mesh)
+    step, opt_state = np.zeros((), np.int32), optimizer.init(params)
+    memory = _empty_memory(*memory_shape) if memory_shape[0] else None
+    return replicate(TrainState(step, params, batch_stats, opt_state, average, memory), mesh)
+
+
+def _empty_memory(size: int, dim: int) -> Memory:
+    rows = np.zeros((size, dim), np.float32)
+    return Memory(rows, np.zeros(size, np.int32), np.zeros(size, bool))
+
+
+def _remember(memory: Memory, embeddings: jax.Array, labels: jax.Array, enters: Any) -> Memory:
+    """Put a batch behind what is in the memory, and drop as many of the oldest.
+
+    Where ``enters`` is False, its rows count as empty.
+    """
+    new = Memory(embeddings, labels, jnp.full(labels.shape, enters))
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new])[len(new) :], memory, new)
 
 
 def _embed(model: Any, images: jax.Array) -> jax.Array:
     return model(images)
 
 
+def _in_chunks(
+    embed: Callable[[Any, jax.Array], tuple[Any, Any]],
+    batch_stats: Any,
+    images: jax.Array,
+    chunk_size: int,
+) -> tuple[Any, Any]:
+    """Call ``embed(batch_stats, images)`` chunk by chunk, as if at once: ``make_train_step``."""
+    if chunk_size < 1 or images.shape[0] % chunk_size:
+        raise ValueError(f"chunk_size {chunk_size} does not divide a batch of {images.shape[0]}")
+    # Split so, a device's share of every chunk is among the images that it holds already.
+    chunks = images.reshape(chunk_size, -1, *images.shape[1:]).swapaxes(0, 1)
+    # Kept for the backward pass are the chunks' images alone; the rest is computed again there.
+    body = jax.checkpoint(embed, prevent_cse=False)
+    batch_stats, outputs = jax.lax.scan(body, batch_stats, chunks)
+    whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+    return batch_stats, whole
+
+
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    loss_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     *,
-    forward: Callable[[Any, jax.Array], jax.Array] = _embed,
+    forward: Callable[[Any, jax.Array], Any] = _embed,
     freeze_batch_norm: bool = False,
     ema_decay: float = 0.0,
+    chunk_size: int | None = None,
+    memory_start_step: int = 0,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted ``train_step(state, batch) -> state, scalars``; the state is donated.
 
     Args:
         model: whose structure is trained; its arrays are the state's, not its own.
         optimizer: from ``create_optimizer``.
-        loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars.
+        loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars. Where the
+            state has a memory, it also gets it, as ``memory=``.
         forward: maps the model and normalised images to what ``loss_fn`` gets in place of the
             embeddings, such as ``EmbeddingModel.classify_deeply`` for logits.
         freeze_batch_norm: normalise by the running statistics and leave them as they are; scale
             and bias are still trained.
         ema_decay: share of the moving average of the parameters that a step keeps.
+        chunk_size: images, of the global batch, whose activations are in memory at a time; None:
+            all. The loss is still that of the whole batch and its gradient exact (gradient caching:
+            Gao et al. 2021), for one more forward pass of each chunk. Chunk i of n holds the images
+            i, i + n, i + 2 n and so on. Unless it is frozen, BatchNorm normalises each chunk by the
+            chunk's own statistics, so that losses are not those of the batch at once, and updates
+            its running statistics once a chunk, in order.
+        memory_start_step: steps before the first batch whose embeddings enter the state's memory.
+            Its embeddings enter after a step's loss, as they were in it, without a gradient.
+        mesh: keeps the state whole on each of its devices. Left out, XLA chooses, and splits a
+            memory.
     """
     graphdef = nnx.graphdef(nnx.view(model, use_running_average=freeze_batch_norm))
 
-    def compute_loss(params: Any, batch_stats: Any, batch: Batch):
-        # A copy: the statistics are of the outer trace, and BatchNorm writes to them in this one.
-        model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        loss, scalars = loss_fn(forward(model, model.preprocess(batch["image"])), batch["label"])
-        return loss, (scalars, nnx.state(model, nnx.BatchStat))
+    def compute_loss(params: Any, batch_stats: Any, memory: Memory | None, batch: Batch):
+        def embed(batch_stats: Any, images: jax.Array) -> tuple[Any, Any]:
+            # A copy: the statistics are of the outer trace, and BatchNorm writes to them in this.
+            model = nnx.merge(graphdef, params, batch_stats, copy=True)
+            outputs = forward(model, model.preprocess(images))
+            return nnx.state(model, nnx.BatchStat), outputs
+
+        if chunk_size is None:
+            batch_stats, outputs = embed(batch_stats, batch["image"])
+        else:
+            batch_stats, outputs = _in_chunks(embed, batch_stats, batch["image"], chunk_size)
+        options = {} if memory is None else {"memory": memory}
+        loss, scalars = loss_fn(outputs, batch["label"], **options)
+        return loss, (scalars, batch_stats, outputs)
 
     def train_step(state: TrainState, batch: Batch):
         gradient = jax.value_and_grad(compute_loss, has_aux=True)
-        (loss, (scalars, batch_stats)), grads = gradient(state.params, state.batch_stats, batch)
+        (loss, aux), grads = gradient(state.params, state.batch_stats, state.memory, batch)
+        scalars, batch_stats, outputs = aux
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
+        ema, memory = state.ema, state.memory
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        if memory is not None:
+            enters = state.step >= memory_start_step
+            memory = _remember(memory, outputs, batch["label"], enters)
         scalars = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **scalars}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), scalars
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), scalars
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    options = _compiler_options()
+    return jax.jit(train_step, donate_argnums=0, out_shardings=whole, compiler_options=options)
 
 
 def make_embed_step(

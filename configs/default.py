@@ -59,6 +59,10 @@ def get_config() -> ml_collections.ConfigDict:
     # or learnt slowly; from pretrained weights (resnet50.py) they are the usual choice.
     loss.mining = "batch_all"
     loss.soft = True  # log(1 + exp(.)) in place of the margin
+    # Embeddings of earlier batches among which positives and negatives are mined too; 0: none. Not
+    # for batch_all, unless few: its time grows with the square.
+    loss.memory_size = 0
+    loss.memory_start_step = 1000  # steps before any enters: at first embeddings change too fast
     # Of cross_entropy:
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes
     loss.auxiliary_weight = 0.3  # of the loss of each of GoogLeNet's two auxiliary classifiers
@@ -78,6 +82,9 @@ def get_config() -> ml_collections.ConfigDict:
     train.log_every = 20  # steps
     train.eval_every = 500  # steps; also saves a checkpoint
     train.checkpoint_every = 250  # steps
+    # Images of the batch, over all devices, whose activations are in memory at a time, for a third
+    # more computation; None: all. BatchNorm then normalises each chunk by itself.
+    train.chunk_size = placeholder(int)
     train.ema_decay = 0.0  # moving average of the parameters that is evaluated; 0: none
 
     config.eval = evaluation = ml_collections.ConfigDict()

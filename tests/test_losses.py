@@ -22,10 +22,13 @@ def compiled(mining, soft=False, margin=0.2):
 
 
 def triplets_of(distances, labels, mining):
-    """(anchor, positive, negative) lists by loops, straight from the definitions."""
+    """(anchor, positive, negative) lists by loops, straight from the definitions.
+
+    Anchors are the rows; what follows the first columns is a memory's.
+    """
     n = range(len(labels))
     chosen = []
-    for a in n:
+    for a in range(len(distances)):
         positives = [p for p in n if labels[p] == labels[a] and p != a]
         negatives = [q for q in n if labels[q] != labels[a]]
         if not positives or not negatives:
@@ -47,8 +50,9 @@ def triplets_of(distances, labels, mining):
     return chosen
 
 
-def reference_loss(embeddings, labels, margin, mining, soft):
-    distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1)
+def reference_loss(embeddings, labels, margin, mining, soft, memory=None):
+    others = embeddings if memory is None else np.concatenate([embeddings, memory])
+    distances = np.linalg.norm(embeddings[:, None] - others[None], axis=-1)
     costs = []
     for a, p, q in triplets_of(distances, labels, mining):
         gap = distances[a, p] - distances[a, q]
@@ -106,6 +110,58 @@ def test_stats_match_loops(rng, mining):
     assert stats.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(stats[name], value, rtol=1e-5, err_msg=name)
+
+
+@functools.cache
+def compiled_with_memory(mining, soft):
+    """(embeddings, labels, memory) -> ((loss, stats), gradients of embeddings and memory)."""
+
+    def loss(rows, labels, memory_labels, filled):
+        memory = (rows["memory"], memory_labels, filled)
+        return triplet_loss(rows["batch"], labels, 0.2, mining, soft, memory)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+WITH_MEMORY = [("batch_hard", False), ("semi_hard", False), ("batch_all", True)]
+MEMORY_LABELS = np.array([7, 0, 1, 3, 4, 7, 0])  # In the batch 7 has no positive, 4 does not occur.
+
+
+@pytest.mark.parametrize(("mining", "soft"), WITH_MEMORY)
+def test_memory_matches_float64(rng, mining, soft):
+    embeddings = rng.normal(size=(9, 3)).astype(np.float32)
+    memory = 0.5 * rng.normal(size=(7, 3)).astype(np.float32)
+    filled = np.array([True, True, False, True, True, True, False])
+    labels = np.concatenate([LABELS, MEMORY_LABELS[filled]])
+
+    def reference(x):
+        return reference_loss(x, labels, 0.2, mining, soft, memory[filled].astype(np.float64))
+
+    (value, stats), gradients = compiled_with_memory(mining, soft)(
+        {"batch": embeddings, "memory": memory}, LABELS, MEMORY_LABELS, filled
+    )
+    embeddings = embeddings.astype(np.float64)
+    np.testing.assert_allclose(value, reference(embeddings), rtol=2e-6)
+    expected = central_differences(reference, embeddings)
+    np.testing.assert_allclose(gradients["batch"], expected, atol=2e-6)
+    assert not np.any(gradients["memory"])
+    assert stats["valid_anchors"] == 1.0
+    np.testing.assert_allclose(stats["memory_filled"], 5 / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("mining", "soft"), WITH_MEMORY)
+def test_an_empty_memory_changes_nothing(rng, mining, soft):
+    embeddings = rng.normal(size=(9, 3)).astype(np.float32)
+    memory = rng.normal(size=(7, 3)).astype(np.float32)
+    (value, stats), gradients = compiled_with_memory(mining, soft)(
+        {"batch": embeddings, "memory": memory}, LABELS, MEMORY_LABELS, np.zeros(7, bool)
+    )
+    (expected, expected_stats), gradient = compiled(mining, soft)(embeddings, LABELS)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradients["batch"], gradient, atol=1e-7)
+    assert stats.pop("memory_filled") == 0
+    for name, stat in expected_stats.items():
+        np.testing.assert_allclose(stats[name], stat, rtol=1e-6, err_msg=name)
 
 
 def test_golden_pytorch_metric_learning():
@@ -211,6 +267,10 @@ def test_wrong_arguments_are_named():
         triplet_loss(x, y[:3])
     with pytest.raises(ValueError, match="float32, expected integers"):
         triplet_loss(x, y.astype(jnp.float32))
+    with pytest.raises(
+        ValueError, match=r"memory's embeddings have shape \(4, 2\) .* \[n, d\] and"
+    ):
+        triplet_loss(x, y, memory=(x, y[:3], y == 0))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
