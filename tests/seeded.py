@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from golden.make_backbones import seeded_array
 
@@ -41,6 +42,24 @@ def jitted(model, images):
     """One compilation of the whole is much faster than one an operation."""
     graph, state = nnx.split(model)
     return jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, images)
+
+
+def torch_names(model):
+    """torchvision's name of each of our tensors, and ours, in torchvision's layout."""
+    arrays = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        *parents, leaf = [str(key) for key in path if key != "backbone"]
+        array = np.asarray(variable[...])
+        if leaf == "kernel":
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        leaf = {
+            "kernel": "weight",
+            "scale": "weight",
+            "mean": "running_mean",
+            "var": "running_var",
+        }.get(leaf, leaf)
+        arrays[".".join([*parents, leaf])] = array
+    return arrays
 
 
 class SmallBackbone(nnx.Module):

@@ -31,9 +31,17 @@ def run(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def undrawn(name, *, rngs=None, **options):
+    """A model whose parameters are all alike: drawing them takes longer than what is tested."""
+    build = lambda: models.create_model(name, rngs=nnx.Rngs(0), **options)  # noqa: E731
+    graph, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graph, jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), state))
+
+
 @pytest.fixture(autouse=True)
-def _small_limits(monkeypatch):
-    """Limits that take no time: an addition in place of the product."""
+def _quick(monkeypatch):
+    """Limits that take no time either: an addition in place of the product."""
+    monkeypatch.setattr(benchmark, "create_model", undrawn)
     monkeypatch.setattr(workloads, "matrix_product", lambda dtype: workloads.copy())
     monkeypatch.setattr(workloads, "_COPIED", 2**10)
 
@@ -72,8 +80,7 @@ def test_embed_beside_the_plain_model(capsys, small, tmp_path):
 
 def replicated_operations():
     """Of what each device does whole: the optimizer and the gradient's norm."""
-    model = models.create_model("resnet18", rngs=nnx.Rngs(0))
-    params = nnx.state(model, nnx.Param)
+    params = nnx.state(undrawn("resnet18"), nnx.Param)
     optimizer = steps.create_optimizer("adamw", 1e-3, weight_decay=1e-4)
 
     @jax.jit
