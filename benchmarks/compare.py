@@ -84,7 +84,7 @@ def serve(parser: argparse.ArgumentParser, library: str, kind: str, options: dic
 @contextlib.contextmanager
 def started(library: str, kind: str, options: dict[str, Any]) -> Iterator[subprocess.Popen]:
     # Two libraries share a GPU: ours would take three quarters of its memory at once.
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", **os.environ}
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6", **os.environ}
     command = [sys.executable, __file__, kind, "--serve", library, json.dumps(options)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

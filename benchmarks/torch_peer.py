@@ -259,6 +259,8 @@ def compare_search(queries: int, gallery: int, dim: int, k: int, repeats: int) -
 
     from cbam_jax.search import search
 
+    # Of a GPU that both use, jax would take three quarters at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     x, y = embeddings(queries, dim, seed=1), embeddings(gallery, dim, seed=2)
     device = best_setting()
     on_device = jax.block_until_ready(jax.device_put(y, jax.local_devices()[0]))
