@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from search_cases import CASES
 from torch import nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.search_cases import CASES
 from benchmarks.step_flags import add_step_flags, complete
 from benchmarks.torchvision_stubs import import_torchvision
 from cbam_jax.benchmark import embeddings, machine, seconds

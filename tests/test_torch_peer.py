@@ -22,12 +22,11 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def torch_peer(monkeypatch):
+def torch_peer():
     try:
         import_torchvision()
     except ImportError:
         pytest.skip("torchvision is not installed")
-    monkeypatch.syspath_prepend(BENCHMARKS)  # As when it is run.
     from benchmarks import torch_peer
 
     yield torch_peer
