@@ -73,9 +73,8 @@ part() {
     echo "== $name: $((SECONDS - start)) s"
 }
 
-# "${compared[@]+...}": an empty array is unset to older versions of bash.
-part compare_train 200 "$PYTHON" benchmarks/compare.py train "${compared[@]+"${compared[@]}"}"
-part compare_embed 110 "$PYTHON" benchmarks/compare.py embed "${compared[@]+"${compared[@]}"}"
+part compare_train 200 "$PYTHON" benchmarks/compare.py train "${compared[@]}"
+part compare_embed 110 "$PYTHON" benchmarks/compare.py embed "${compared[@]}"
 part train 140 "$PYTHON" -m cbam_jax.benchmark train "${step[@]}" --trace="$OUT/trace"
 part embed 80 "$PYTHON" -m cbam_jax.benchmark embed "${step[@]}"
 part search 90 "$PYTHON" -m cbam_jax.benchmark search "${search[@]}"
