@@ -46,6 +46,7 @@ fi
 part() {
     local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) status
     shift 2
+    rm -f "$OUT/$name.json" # Of a run before.
     if ((limit > left)) || [[ -n ${SMOKE:-} ]]; then
         limit=$left
     fi
