@@ -1,7 +1,7 @@
-"""Speed, measured: ``python -m cbam_jax.benchmark {search,embed}``.
+"""Speed, measured: ``python -m cbam_jax.benchmark {train,embed,search}``.
 
 Every run warms up first, apart from what is measured, and ends with one JSON document as the last
-line on stdout.
+line on stdout. No dataset is needed.
 """
 
 import argparse
@@ -11,30 +11,37 @@ import os
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cbam_jax import workloads
+from cbam_jax.losses import MININGS
 from cbam_jax.models import MODELS, POOLINGS, create_model
 from cbam_jax.search import FIRST_PASSES, search
 
+DTYPES = ("float32", "bfloat16")
+# Operations a second by the data sheet, dense, bfloat16: what no real product reaches.
+DATA_SHEET = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 _PAUSE_S = 0.1
+_TRACED_STEPS = 3
 
 
-def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
-    """Median, least and most seconds of each function, after one call of each to warm up.
+def take_turns(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, after one call of each to warm up.
 
     The functions take turns, so that a disturbance of the machine meets all of them, with a pause
     between: threads of OpenMP and OpenBLAS keep a core busy for a while after their work.
 
     Example:
-      >>> measured = seconds({"nothing": lambda: None}, repeats=3)
-      >>> sorted(measured["nothing"])
-      ['max', 'median', 'min']
+      >>> [len(times) for times in take_turns({"nothing": lambda: None}, repeats=3).values()]
+      [3]
     """
     for function in functions.values():
         function()
@@ -45,10 +52,28 @@ def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str,
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
-    return {
-        name: {"median": statistics.median(t), "min": min(t), "max": max(t)}
-        for name, t in times.items()
-    }
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most.
+
+    Example:
+      >>> spread([3.0, 1.0, 7.0])
+      {'median': 3.0, 'min': 1.0, 'max': 7.0}
+    """
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
+    """Median, least and most seconds of each function; see ``take_turns``.
+
+    Example:
+      >>> measured = seconds({"nothing": lambda: None}, repeats=3)
+      >>> sorted(measured["nothing"])
+      ['max', 'median', 'min']
+    """
+    return {name: spread(times) for name, times in take_turns(functions, repeats).items()}
 
 
 def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
@@ -176,7 +201,8 @@ def _mapped(path: str, gallery: int, dim: int, rows: int = 65536) -> np.memmap:
     return np.memmap(path, np.float32, "r", shape=(gallery, dim))
 
 
-def benchmark_embed(
+def benchmark_step(
+    kind: str,
     *,
     model: str = "resnet50_cbam",
     embedding_dim: int | None = None,
@@ -184,64 +210,201 @@ def benchmark_embed(
     dtype: str = "float32",
     image_size: int = 224,
     batch_size: int = 64,
+    images_per_class: int = 8,
+    mining: str = "batch_hard",
+    devices: int = 1,
     repeats: int = 5,
+    steps_per_repeat: int | None = None,
+    plain: bool = True,
+    trace: str | None = None,
 ) -> dict:
-    """Parameters, operations and speed of the jitted embedding of uint8 images, on one device.
+    """Speed of a jitted step, ``"train"`` or ``"embed"``, and what its program costs.
 
-    ``flops`` is what XLA counts in the program compiled for one image: a multiply-add is two, what
-    falls on the border's padding is none. ``images_per_second`` is ``batch_size`` over the median
-    seconds of a call, its images on the device already. ``parameters`` are those that are trained.
+    The step is that of ``train.py`` or ``evaluate.py``, on random images that are on the devices
+    already, compiled first. Then the step, the same of the model without its attention (unless
+    ``plain`` is false or it has none), a large matrix product and a copy in memory take turns; a
+    turn is ``steps_per_repeat`` of them in a row (default: 1 on a CPU, 20 elsewhere).
 
-    Example:
-      >>> sizes = {"image_size": 32, "batch_size": 2, "repeats": 1}
-      >>> result = benchmark_embed(model="resnet18", **sizes)
-      >>> result["parameters"], result["images_per_second"] > 0
-      (11176512, True)
+    Returns:
+      The arguments, the entries of ``compiled.compile_cold``, those of ``machine``, and
+
+      * ``step``: seconds a step (median, min, max over the turns), ``step_ms`` the median in ms,
+        ``images_per_second`` the batch over the median;
+      * ``parameters``, those that are trained, and ``flops``: operations an image;
+      * ``peak_memory``: bytes, of the first device, or on a CPU of the process, before the plain
+        model is built;
+      * the entries of ``limits`` and of ``attention_cost``.
     """
     arguments = dict(locals())
+    del arguments["kind"]
+    if kind == "embed":
+        del arguments["images_per_class"], arguments["mining"]
     options = {"embedding_dim": embedding_dim, "pooling": pooling, "dtype": jnp.dtype(dtype)}
-    built = create_model(model, **options, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(nnx.view(built, use_running_average=True))
+    batch = workloads.random_batch(batch_size, image_size, images_per_class)
 
-    @jax.jit
-    def embed(state: nnx.State, images: jax.Array) -> jax.Array:
-        merged = nnx.merge(graphdef, state)
-        return merged(merged.preprocess(images))
+    def build(name: str) -> tuple[workloads.Step, int]:
+        print(f"compiling the {kind} step of {name}", flush=True)
+        built = create_model(name, **options, rngs=nnx.Rngs(0))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
+        if kind == "train":
+            return workloads.train_step(built, batch, devices, mining), parameters
+        return workloads.embed_step(built, batch, devices), parameters
 
-    shape = (image_size, image_size, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
-    images = jax.device_put(pixels)
-    cost = embed.lower(state, jax.ShapeDtypeStruct((1, *shape), jnp.uint8)).compile()
-    measured = seconds({"call": lambda: embed(state, images).block_until_ready()}, repeats)
+    step, parameters = build(model)
+    step.run(1)
+    memory = peak_memory()
+    product, copy = workloads.matrix_product(dtype), workloads.copy()
+    runs = {"step": step.run, "product": product.run, "copy": copy.run}
+    plain_model = MODELS[model][0] if plain else model
+    if plain_model != model:
+        runs["plain"] = build(plain_model)[0].run
+    on_cpu = jax.default_backend() == "cpu"
+    count = steps_per_repeat or (1 if on_cpu else 20)
+    turns = {name: functools.partial(run, count) for name, run in runs.items()}
+    times = {
+        name: [turn / count for turn in found] for name, found in take_turns(turns, repeats).items()
+    }
+    if trace:
+        with jax.profiler.trace(trace):
+            step.run(_TRACED_STEPS)
+    median = statistics.median(times["step"])
+    flops, moved = (step.cost[f"{name}_per_device"] for name in ("flops", "bytes"))
+    speeds = product.amount / min(times["product"]), copy.amount / min(times["copy"])
+    # A CPU's fake devices share its cores, and so its limits.
+    together = devices if on_cpu else 1
     return {
-        "benchmark": "embed",
+        "benchmark": kind,
         **arguments,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(built, nnx.Param))),
-        "flops": (cost.cost_analysis() or {}).get("flops"),
-        **measured,
-        "images_per_second": batch_size / measured["call"]["median"],
+        "steps_per_repeat": count,
+        "parameters": parameters,
+        "flops": flops and flops * devices / batch_size,
+        **step.cost,
+        "step": spread(times["step"]),
+        "step_ms": 1e3 * median,
+        "images_per_second": batch_size / median,
+        "peak_memory": memory,
+        **limits(flops and flops * together, moved and moved * together, median, *speeds, dtype),
+        **attention_cost(plain_model, times),
         **machine(),
     }
 
 
+def limits(
+    flops: float | None,
+    moved: float | None,
+    step_seconds: float,
+    product_speed: float,
+    copy_speed: float,
+    dtype: str,
+) -> dict[str, Any]:
+    """A step's operations and bytes beside what the machine did at its best in the same run.
+
+    Returns:
+      ``product_flops_per_second`` and ``copy_bytes_per_second``, the fastest turn of each;
+      ``share_of_product``, the step's operations a second over the product's;
+      ``share_of_data_sheet``, the same over the published figure, on an H100 or H200 in bfloat16;
+      ``floor_ms``, what the operations alone would take at the product's speed, and the bytes at
+      the copy's. None where unknown.
+
+    Example:
+      >>> shares = limits(1e9, 1e6, 0.1, 2e10, 1e9, "float32")
+      >>> shares["share_of_product"], shares["floor_ms"]
+      (0.5, {'flops': 50.0, 'bytes': 1.0})
+    """
+    sheet = DATA_SHEET.get(jax.local_devices()[0].device_kind) if dtype == "bfloat16" else None
+    return {
+        "product_flops_per_second": product_speed,
+        "copy_bytes_per_second": copy_speed,
+        "share_of_product": flops and flops / step_seconds / product_speed,
+        "share_of_data_sheet": flops / step_seconds / sheet if flops and sheet else None,
+        "floor_ms": {
+            "flops": flops and 1e3 * flops / product_speed,
+            "bytes": moved and 1e3 * moved / copy_speed,
+        },
+    }
+
+
+def attention_cost(plain_model: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """What a step costs beyond that of the plain model, as a share of the latter.
+
+    Returns:
+      ``attention_cost``, the median over the rounds, its ``attention_cost_range``, and ``plain``:
+      the plain model and its seconds a step. None where ``times`` has no ``"plain"``.
+
+    Example:
+      >>> cost = attention_cost("resnet50", {"step": [1.5, 3.0, 2.5], "plain": [1.0, 2.0, 2.0]})
+      >>> cost["attention_cost"], cost["attention_cost_range"]
+      (0.5, [0.25, 0.5])
+    """
+    if "plain" not in times:
+        return {"attention_cost": None, "attention_cost_range": None, "plain": None}
+    rounds = [step / plain - 1 for step, plain in zip(times["step"], times["plain"], strict=True)]
+    return {
+        "attention_cost": statistics.median(rounds),
+        "attention_cost_range": [min(rounds), max(rounds)],
+        "plain": {"model": plain_model, "step": spread(times["plain"])},
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one benchmark; prints a line a measurement and then the JSON document."""
+    """Runs one benchmark; prints what was found and then the JSON document."""
     parser = argparse.ArgumentParser("python -m cbam_jax.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="the training step")
+    _add_step(train)
+    train.add_argument("--images_per_class", type=int, default=8)
+    train.add_argument("--mining", choices=MININGS, default="batch_hard")
+    _add_step(commands.add_parser("embed", help="the embedding step"))
     _add_search(commands.add_parser("search", help="exact search and its bare matrix product"))
-    _add_embed(commands.add_parser("embed", help="a model's parameters, operations and speed"))
     options = vars(parser.parse_args(arguments))
     for name, value in options.items():
-        if isinstance(value, int) and value < 1:
+        if type(value) is int and value < 1:
             parser.error(f"--{name} is {value}, expected at least 1")
-    if options["command"] == "search":
+    command = options.pop("command")
+    if command == "search":
         _check_search(parser, options)
-    benchmark = {"search": benchmark_search, "embed": benchmark_embed}[options.pop("command")]
-    result = benchmark(**options)
-    for name, value in result.items():
-        if isinstance(value, dict):
-            print(name, *(f"{key} {number:.4f} s" for key, number in value.items()))
+        result = benchmark_search(**options)
+    else:
+        _check_step(parser, options)
+        result = benchmark_step(command, **options)
+    _tell(result)
     print(json.dumps(result))
+
+
+def _tell(result: dict[str, Any]) -> None:
+    """Prints the seconds, and what else there is to read at a glance."""
+    for name, value in result.items():
+        if isinstance(value, dict) and "median" in value:
+            print(name, *(f"{key} {number:.4f} s" for key, number in value.items()))
+    if (cost := result.get("attention_cost")) is not None:
+        print(f"attention: {cost:+.1%} of the step of {result['plain']['model']}")
+    if share := result.get("share_of_product"):
+        print(f"{share:.1%} of the speed of a large matrix product")
+    if "compile_seconds" in result:
+        print(f"compiled in {result['compile_seconds']:.1f} s, no cache used")
+        print(f"{result['peak_memory'] / 2**20:.0f} MiB at the peak")
+        print(f"{result['images_per_second']:.2f} images/s")
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", choices=MODELS, default="resnet50_cbam", metavar="NAME")
+    command.add_argument("--embedding_dim", type=int, help="of a projection; default: none")
+    command.add_argument("--pooling", choices=POOLINGS, default="average")
+    command.add_argument("--dtype", choices=DTYPES, default="float32")
+    command.add_argument("--image_size", type=int, default=224, help="pixels")
+    command.add_argument("--batch_size", type=int, default=64, help="images, on all devices")
+    command.add_argument("--devices", type=int, default=1)
+    command.add_argument("--repeats", type=int, default=5, help="turns that are measured")
+    command.add_argument(
+        "--steps_per_repeat", type=int, help="in a row; default: 1 on a CPU, 20 elsewhere"
+    )
+    command.add_argument(
+        "--no_plain",
+        dest="plain",
+        action="store_false",
+        help="leave out the model without attention, which has to be compiled as well",
+    )
+    command.add_argument("--trace", metavar="DIR", help="folder for a profile of a few steps")
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:
@@ -255,19 +418,38 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("--memmap", help="file to search in, instead of the devices' memory")
 
 
-def _add_embed(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", choices=MODELS, default="resnet50_cbam")
-    command.add_argument("--embedding_dim", type=int, help="of a projection; default: none")
-    command.add_argument("--pooling", choices=POOLINGS, default="average")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    command.add_argument("--image_size", type=int, default=224)
-    command.add_argument("--batch_size", type=int, default=64)
-    command.add_argument("--repeats", type=int, default=5)
+def _check_devices(parser: argparse.ArgumentParser, devices: int) -> None:
+    found = jax.local_device_count()
+    if devices <= found:
+        return
+    remedy = f"; XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many of a CPU"
+    parser.error(
+        f"--devices is {devices}, there are {found}"
+        + (remedy if jax.default_backend() == "cpu" else "")
+    )
+
+
+def _check_step(parser: argparse.ArgumentParser, options: dict) -> None:
+    size, devices = options["batch_size"], options["devices"]
+    _check_devices(parser, devices)
+    if size % devices:
+        parser.error(f"--batch_size {size} is no multiple of {devices} devices")
+    per_class = options.get("images_per_class", 0)
+    if per_class and (size % per_class or size == per_class or per_class == 1):
+        parser.error(
+            f"--batch_size {size} with --images_per_class {per_class}: mining needs two classes "
+            "or more, each of as many images, two or more"
+        )
+    if options["trace"] is not None:
+        try:
+            os.makedirs(options["trace"], exist_ok=True)
+            tempfile.TemporaryFile(dir=options["trace"]).close()
+        except OSError as error:
+            parser.error(f"--trace={options['trace']}: {error.strerror}; give a folder to write to")
 
 
 def _check_search(parser: argparse.ArgumentParser, options: dict) -> None:
-    if options["devices"] > jax.local_device_count():
-        parser.error(f"--devices is {options['devices']}, there are {jax.local_device_count()}")
+    _check_devices(parser, options["devices"])
     if options["gallery"] % options["devices"]:
         parser.error(
             f"--gallery {options['gallery']} is no multiple of {options['devices']} devices"

@@ -196,7 +196,8 @@ def measure_cost(workdir: Path, row: str, config: Mapping[str, Any]) -> None:
     fields |= {"model": config["model"]["name"], "image_size": config["data"]["image_size"]}
     fields |= {"batch_size": config["eval"]["batch_size"]}
     arguments = [f"--{name}={value}" for name, value in fields.items() if value is not None]
-    cost = call(workdir, f"{row}-cost", ["-m", "cbam_jax.benchmark", "embed", *arguments])
+    command = ["-m", "cbam_jax.benchmark", "embed", "--no_plain", *arguments]
+    cost = call(workdir, f"{row}-cost", command)
     command_line.write_json(cost_path(workdir, row), cost)
 
 

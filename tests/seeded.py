@@ -1,9 +1,12 @@
-"""Our models with the golden weights, which are drawn by name from a seed."""
+"""Our models with the golden weights, which are drawn by name from a seed; a small backbone."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from golden.make_backbones import seeded_array
 
+from cbam_jax.backbones.layers import BatchNorm, Conv
 from cbam_jax.classifier import create_classifier
 from cbam_jax.models import create_model
 from cbam_jax.pretrained import load_pretrained
@@ -39,3 +42,40 @@ def jitted(model, images):
     """One compilation of the whole is much faster than one an operation."""
     graph, state = nnx.split(model)
     return jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, images)
+
+
+def torch_names(model):
+    """torchvision's name of each of our tensors, and ours, in torchvision's layout."""
+    arrays = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        *parents, leaf = [str(key) for key in path if key != "backbone"]
+        array = np.asarray(variable[...])
+        if leaf == "kernel":
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        leaf = {
+            "kernel": "weight",
+            "scale": "weight",
+            "mean": "running_mean",
+            "var": "running_var",
+        }.get(leaf, leaf)
+        arrays[".".join([*parents, leaf])] = array
+    return arrays
+
+
+class SmallBackbone(nnx.Module):
+    """A convolution, BatchNorm, ReLU and attention, twice: what a ResNet has, in little."""
+
+    num_features = 16
+
+    def __init__(self, *, attention=None, dtype=jnp.float32, rngs):
+        self.conv1 = Conv(3, 8, 3, dtype=dtype, rngs=rngs)
+        self.bn1 = BatchNorm(8, rngs=rngs)
+        self.stem_attention = attention and attention(8, rngs=rngs)
+        self.conv2 = Conv(8, 16, 3, 2, dtype=dtype, rngs=rngs)
+        self.last_attention = attention and attention(16, rngs=rngs)
+
+    def __call__(self, images):
+        x = nnx.relu(self.bn1(self.conv1(images)))
+        x = x if self.stem_attention is None else self.stem_attention(x)
+        x = nnx.relu(self.conv2(x))
+        return x if self.last_attention is None else self.last_attention(x)

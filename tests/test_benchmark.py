@@ -1,8 +1,16 @@
+"""The command's numbers, by hand where they can be; a device's share of the work."""
+
 import json
 
+import jax
+import numpy as np
+import optax
 import pytest
+from flax import nnx
+from seeded import SmallBackbone
 
-from cbam_jax import benchmark
+from cbam_jax import benchmark, models, steps, workloads
+from cbam_jax.compiled import compile_cold
 
 
 def convolution_operations(size):
@@ -18,21 +26,111 @@ def convolution_operations(size):
     return total
 
 
+def run(capsys, *arguments):
+    benchmark.main([*arguments, "--repeats=2"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def undrawn(name, *, rngs=None, **options):
+    """A model whose parameters are all alike: drawing them takes longer than what is tested."""
+    build = lambda: models.create_model(name, rngs=nnx.Rngs(0), **options)  # noqa: E731
+    graph, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graph, jax.tree.map(lambda x: np.full(x.shape, 0.01, x.dtype), state))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Limits that take no time either: an addition in place of the product."""
+    monkeypatch.setattr(benchmark, "create_model", undrawn)
+    monkeypatch.setattr(workloads, "matrix_product", lambda dtype: workloads.copy())
+    monkeypatch.setattr(workloads, "_COPIED", 2**10)
+
+
 def test_embed_counts_parameters_and_operations(capsys):
-    benchmark.main(["embed", "--model=vgg16", "--image_size=32", "--batch_size=2", "--repeats=1"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = run(capsys, "embed", "--model=vgg16", "--image_size=32", "--batch_size=2")
     # torchvision's vgg16 has 14,714,688 parameters in its features.
     assert result["parameters"] == 14_714_688
     # Beside the convolutions: biases, ReLUs, pooling, the norm.
     operations = convolution_operations(32)
     assert operations < result["flops"] < 1.01 * operations
-    assert result["images_per_second"] == 2 / result["call"]["median"]
+    assert result["flops_per_device"] == 2 * result["flops"]
+    assert result["images_per_second"] == 2 / result["step"]["median"]
+    assert result["plain"] is result["attention_cost"] is None
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A model that compiles in no time, by a name."""
+    monkeypatch.setitem(models.BACKBONES, "resnet18", SmallBackbone)
+
+
+def test_embed_beside_the_plain_model(capsys, small, tmp_path):
+    arguments = ("--model=resnet18_cbam", "--image_size=8", "--batch_size=8", "--devices=2")
+    result = run(capsys, "embed", *arguments, "--steps_per_repeat=3", f"--trace={tmp_path}/trace")
+    assert result["plain"]["model"] == "resnet18"
+    low, high = result["attention_cost_range"]
+    assert low <= result["attention_cost"] <= high
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    # Both devices are of one CPU: their operations together, beside its limit.
+    together = 2 * result["flops_per_device"]
+    assert result["flops"] == together / 8
+    share = together / result["step"]["median"] / result["product_flops_per_second"]
+    assert result["share_of_product"] == pytest.approx(share)
+
+
+def replicated_operations():
+    """Of what each device does whole: the optimizer and the gradient's norm."""
+    params = nnx.state(undrawn("resnet18"), nnx.Param)
+    optimizer = steps.create_optimizer("adamw", 1e-3, weight_decay=1e-4)
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
+
+    cost = compile_cold(update, params, optimizer.init(params), params)[1]
+    return cost["flops_per_device"], sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_device_of_n_does_an_nth_of_the_work(capsys, small):
+    sizes = ("--model=resnet18", "--image_size=16", "--batch_size=16", "--images_per_class=4")
+    with jax.numpy_dtype_promotion("standard"):  # As optax's Adam needs it.
+        results = {n: run(capsys, "train", *sizes, f"--devices={n}") for n in (1, 2, 8)}
+        whole, parameters = replicated_operations()
+    operations = {n: result["flops_per_device"] for n, result in results.items()}
+    assert whole < 0.02 * operations[1]
+    assert results[1]["collectives"] == {}
+    for n in (2, 8):
+        # The rest: the loss, whose distances [16, 16] are in part computed on all.
+        share = (operations[1] - whole) / n + whole
+        assert operations[n] == pytest.approx(share, rel=0.03)
+        # Every gradient is reduced over the devices; beside them BatchNorm's sums, and the loss's
+        # few [16, 16], for whose pairs the embeddings [16, 16] are gathered.
+        reduced = results[n]["collectives"]["all-reduce"]["bytes"]
+        assert 4 * parameters < reduced < 4 * parameters + 2 * 16 * 16 * 4
+        assert results[n]["collectives"]["all-gather"]["bytes"] >= 16 * 16 * 4
+        # The state is donated: parameters, two moments, BatchNorm's statistics.
+        assert results[n]["memory"]["donated"] > 3 * 4 * parameters
+
+
+def test_random_batches_are_no_zeros_and_mixed():
+    batch = workloads.random_batch(32, image_size=9, images_per_class=8)
+    assert np.unique(batch["image"]).size == 256
+    assert np.bincount(batch["label"]).tolist() == [8] * 4
+    assert not np.array_equal(batch["label"], np.sort(batch["label"]))
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["embed", "--batch_size=0"], "--batch_size is 0, expected at least 1"),
+        (["embed", "--model=resnet51"], "argument --model: invalid choice: 'resnet51'"),
+        (["embed", "--batch_size=9", "--devices=2"], "--batch_size 9 is no multiple of 2 devices"),
+        (["train", "--batch_size=12"], "--batch_size 12 with --images_per_class 8: mining needs"),
+        (["train", "--batch_size=8"], "--batch_size 8 with --images_per_class 8: mining needs"),
+        (["train", "--images_per_class=1"], "--batch_size 64 with --images_per_class 1: mining"),
+        (["train", "--devices=64"], "is 64, there are 8; XLA_FLAGS=--xla_force_host_platform_dev"),
+        (["embed", "--trace=setup.cfg"], "--trace=setup.cfg: File exists; give a folder to write"),
         (["search", "--k=0"], "--k is 0, expected at least 1"),
         (["search", "--k=9", "--gallery=8"], "--k is 9, expected at most --gallery 8"),
         (["search", "--devices=99"], "--devices is 99, there are 8"),

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from golden.make_backbones import import_torchvision
 from golden.make_gradcam import METHODS, Case, inputs, torch_embedder, torch_maps
 from seeded import seeded_model
 
+from benchmarks.torchvision_stubs import import_torchvision
 from cbam_jax.gradcam import grad_cam
 
 pytest.importorskip("torch")

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "report": set(),
     "runlog": {"whole_files"},
     "steps": set(),
+    "compiled": set(),
     "torch_files": set(),
     "datasets": set(),
     "data": {"datasets"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {"command_line", "datasets", "figures", "tables"},
     "focus": {"data", "datasets", "gradcam", "steps"},
+    "workloads": {"compiled", "losses", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")
@@ -116,6 +118,8 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         ("metrics", (*HEAVY, "jax")),
         ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
         ("figures", ("matplotlib", "jax")),
+        # A machine where speed is measured may lack what reads datasets and configs.
+        ("benchmark", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
         ("tables", (*HEAVY, "jax")),
         # A GPU is for the processes that it starts.
         ("paper", (*(name for name in HEAVY if name != "cv2"), "jax")),

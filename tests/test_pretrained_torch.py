@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden.make_backbones import (
-    import_torchvision,
     seeded_array,
     seeded_images,
     seeded_torchvision,
@@ -14,8 +13,9 @@ from golden.make_backbones import (
     torch_auxiliary,
     torch_features,
 )
-from seeded import jitted
+from seeded import jitted, torch_names
 
+from benchmarks.torchvision_stubs import import_torchvision
 from cbam_jax.attention import CBAM, SqueezeExcite
 from cbam_jax.backbones.googlenet import GoogLeNet
 from cbam_jax.classifier import create_classifier, read_central_square
@@ -141,24 +141,6 @@ def test_resnet50_stage_by_stage(tmp_path):
             x = block(x)
         assert relative_error(x, seen[name]) < 1e-5
         x = jnp.asarray(seen[name])
-
-
-def torch_names(model):
-    """torchvision's name of each of our tensors, and ours, in torchvision's layout."""
-    arrays = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        *parents, leaf = [str(key) for key in path if key != "backbone"]
-        array = np.asarray(variable[...])
-        if leaf == "kernel":
-            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        leaf = {
-            "kernel": "weight",
-            "scale": "weight",
-            "mean": "running_mean",
-            "var": "running_var",
-        }.get(leaf, leaf)
-        arrays[".".join([*parents, leaf])] = array
-    return arrays
 
 
 def norm_wise_error(ours, theirs, name):

@@ -4,11 +4,16 @@ Run as ``python tests/golden/make_backbones.py`` where torch and torchvision are
 are drawn by name from a seed, so none need be stored; tests draw the same ones.
 """
 
+import sys
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.torchvision_stubs import import_torchvision
 
 FOLDER = Path(__file__).parent
 # Name, height, width. Odd sizes, where padding shows; GoogLeNet's such that each of its ceil-mode
@@ -35,26 +40,6 @@ def seeded_images(height, width, batch=1):
     """Normalised images [b, h, w, 3]."""
     rng = np.random.default_rng(height * 1000 + width)
     return rng.normal(0, 1, (batch, height, width, 3)).astype(np.float32)
-
-
-def import_torchvision():
-    """Its wheel wants operators that torch's CPU build lacks; none is needed here."""
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define(
-            "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-            "int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
-        )
-        import torchvision
-
-        torchvision.stub_operators = library  # Kept alive: they vanish with it.
-    return torchvision
 
 
 def seeded_torchvision(name, num_classes=1000):

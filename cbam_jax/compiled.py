@@ -1,0 +1,123 @@
+"""What a compiled program costs: seconds to compile, operations, bytes, memory, collectives.
+
+Read from the program that XLA made, not from the model: what it recomputes counts, and so do the
+forms that the layers choose by platform.
+"""
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+# A result's type, a tuple's in parentheses, then the operation: "f32[64]{0} all-reduce(".
+_OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Keep what is compiled inside from coming out of the persistent cache, or going into it."""
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # It remembers from its first use whether it is enabled.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def compile_cold(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """Compile a jitted function for arguments, the persistent cache off; also what it costs.
+
+    Returns:
+      The compiled function, which takes such arguments, and a dict: ``trace_seconds`` (Python to
+      XLA's input), ``compile_seconds`` (XLA), and of one step on one device ``flops_per_device``
+      (a multiply-add is two; what falls on a border's padding is none), ``bytes_per_device`` (what
+      each of the program's fused operations reads and writes, as if nothing stayed in a cache;
+      both None where the backend does not say, and a loop's body counts once), ``memory``
+      (``program_memory``) and ``collectives`` (of that name).
+
+    Example:
+      >>> x = jax.numpy.ones((8, 8))
+      >>> product, cost = compile_cold(jax.jit(lambda x: x @ x), x)
+      >>> cost["flops_per_device"], cost["collectives"], float(product(x)[0, 0])
+      (1024.0, {}, 8.0)
+    """
+    with no_compilation_cache():
+        start = time.perf_counter()
+        lowered = function.lower(*arguments)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        end = time.perf_counter()
+    counts = compiled.cost_analysis() or {}
+    return compiled, {
+        "trace_seconds": traced - start,
+        "compile_seconds": end - traced,
+        "flops_per_device": counts.get("flops"),
+        "bytes_per_device": counts.get("bytes accessed"),
+        "memory": program_memory(compiled),
+        "collectives": collectives(compiled.as_text()),
+    }
+
+
+def program_memory(compiled: Any) -> dict[str, int] | None:
+    """Bytes that a compiled program needs on one device, or None where the backend does not say.
+
+    ``total`` is arguments, outputs and temporaries; outputs that take the place of donated
+    arguments, ``donated``, count once.
+
+    Example:
+      >>> double = jax.jit(lambda x: 2 * x, donate_argnums=0)
+      >>> memory = program_memory(double.lower(jax.numpy.ones(256)).compile())
+      >>> memory["arguments"], memory["donated"], memory["total"]
+      (1024, 1024, 1024)
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    memory = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "donated": found.alias_size_in_bytes,
+    }
+    used = memory["arguments"] + memory["outputs"] + memory["temporaries"]
+    return memory | {"total": used - memory["donated"]}
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Count the operations between devices in a compiled program's text, and their bytes, by kind.
+
+    ``bytes`` is the size of their results on one device, which is what an all-reduce reduces and
+    an all-gather gathers; what travels over the wires depends on the algorithm. One in a loop
+    counts once.
+
+    Example:
+      >>> collectives("%x = (f32[64]{0}, bf16[2,8]{1,0}) all-reduce(%y, %z), channel_id=4")
+      {'all-reduce': {'count': 1, 'bytes': 288}}
+    """
+    found: dict[str, dict[str, int]] = {}
+    for result, kind, started in _OPERATION.findall(text):
+        sizes = [_bytes(bits, dims) for _, bits, dims in _ARRAY.findall(result)]
+        if started and kind != "all-reduce":
+            # Its type holds the operands before the results, and counters after them.
+            sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += sum(sizes)
+    return dict(sorted(found.items()))
+
+
+def _bytes(bits: str, dims: str) -> int:
+    count = math.prod(int(size) for size in dims.split(",") if size)
+    return math.ceil(count * int(bits or 8) / 8)

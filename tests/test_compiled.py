@@ -1,0 +1,69 @@
+"""The collectives of programs, by hand; a cache that is left alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cbam_jax import steps
+from cbam_jax.compiled import collectives, compile_cold
+
+# As a GPU's programs write them: started and waited for, operands before results.
+STARTED = """
+  %a = (f32[4,3]{1,0}, bf16[5]{0}) all-reduce-start(%x, %y), channel_id=1, to_apply=%add
+  %b = (f32[4,3]{1,0}, bf16[5]{0}) all-reduce-done(%a)
+  %c = (f32[2,6]{1,0:S(1)}, f32[16,6]{1,0}) all-gather-start(%x), dimensions={0}
+  %d = f32[16,6]{1,0} all-gather-done(%c)
+  %e = (u8[7]{0}, u8[7]{0}, u32[], u32[]) collective-permute-start(%x)
+  %f = (pred[3]{0}, s64[2]{0}, /*index=2*/s4[3]{0}) all-to-all(%x, %y, %z)
+  %g = f32[99]{0} fusion(%a, %all-reduce.3), metadata={op_name="all-gather"}
+"""
+
+
+def test_collectives_of_a_gpus_text():
+    assert collectives(STARTED) == {
+        "all-gather": {"count": 1, "bytes": 16 * 6 * 4},
+        "all-reduce": {"count": 1, "bytes": 4 * 3 * 4 + 5 * 2},
+        "all-to-all": {"count": 1, "bytes": 3 + 2 * 8 + 2},
+        "collective-permute": {"count": 1, "bytes": 7},
+    }
+
+
+def test_collectives_of_a_product_over_a_sharded_axis(rng):
+    mesh = steps.data_mesh()
+    rows, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    # The sum over the rows needs the others' part of it; the rows themselves, all of theirs.
+    function = jax.jit(lambda x: (x.T @ x, 2 * x), out_shardings=(whole, whole))
+    program, cost = compile_cold(function, jax.device_put(x, rows))
+    assert cost["collectives"] == {
+        "all-gather": {"count": 1, "bytes": 16 * 3 * 4},
+        "all-reduce": {"count": 1, "bytes": 3 * 3 * 4},
+    }
+    np.testing.assert_allclose(program(jax.device_put(x, rows))[0], x.T @ x, rtol=1e-5)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A persistent compilation cache of its own, for whatever takes any time to compile."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path))
+    jax.config.update(names[1], 0)
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_cold_compilation_leaves_the_cache_alone(cache):
+    x = jnp.ones(3)
+    function = jax.jit(lambda x: jnp.sin(x) * 41)
+    function.lower(x).compile()  # The cache is in use, and remembers that.
+    written = sorted(cache.iterdir())
+    assert written
+    _, cost = compile_cold(jax.jit(lambda x: jnp.sin(x) * 43), x)
+    assert sorted(cache.iterdir()) == written
+    assert cost["compile_seconds"] > 0
+    jax.jit(lambda x: jnp.sin(x) * 47).lower(x).compile()  # And is in use again.
+    assert len(list(cache.iterdir())) > len(written)
