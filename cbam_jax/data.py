@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator, Sequence
 
@@ -30,6 +31,9 @@ Part = tuple[int, int, int, int]  # top, left, height and width in pixels
 
 # The second word of every random key, so that no two streams share numbers.
 _CLASS_DECK, _IMAGE_DECK, _AUGMENTATION = range(3)
+
+_SHARED_MEMORY = "/dev/shm"  # of Linux; 64 MB in a container, unless asked for more
+_BATCHES_PER_WORKER = 5  # that Grain was seen to hold there
 
 
 def train_batches(
@@ -121,6 +125,7 @@ def train_batches(
             f"cannot be divided among {process_count} processes; "
             f"change classes_per_batch or images_per_class"
         )
+    _check_shared_memory(workers, batch_size // process_count, image_size)
     load = functools.partial(
         _train_batch,
         label=dataset.label,
@@ -194,6 +199,7 @@ def eval_batches(
             f"batch_size={batch_size}: give a positive multiple of the number of processes, "
             f"{process_count}"
         )
+    _check_shared_memory(workers, batch_size // process_count, image_size)
     geometry = {
         "image_size": image_size, "crop_fraction": crop_fraction, "crop_to_box": crop_to_box
     }  # fmt: skip
@@ -759,6 +765,20 @@ def _check_common(
         raise InputError(
             f"process_index={process_index} of process_count={process_count}: "
             f"give an index from 0 to the count less one"
+        )
+
+
+def _check_shared_memory(workers: int, batch_size: int, image_size: int) -> None:
+    """Beyond what there is, a worker would be killed without a word."""
+    needed = workers * _BATCHES_PER_WORKER * batch_size * image_size**2 * 3
+    if not needed or not os.path.isdir(_SHARED_MEMORY):
+        return
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > free:
+        raise InputError(
+            f"workers={workers} hold up to {needed >> 20} MiB of batches in {_SHARED_MEMORY}, "
+            f"which has {free >> 20} MiB free: give it more (docker run --shm-size=1g), or set "
+            "workers=0"
         )
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from shrinking import area_means, smooth
 
 from cbam_jax import InputError, data
 from cbam_jax.datasets import RetrievalDataset, decode_image
@@ -369,13 +370,6 @@ def test_resize_halves_first_when_shrinking_more(rng, size, halvings):
 # Decoding at reduced scale.
 
 
-def smooth(rng, height, width):
-    """An image whose detail is coarse against 8 x 8 blocks, so that all ways to shrink agree."""
-    y, x = np.mgrid[:height, :width]
-    waves = [rng.uniform(0, 6.28) + y * a + x * b for a, b in rng.uniform(-0.015, 0.015, (3, 2))]
-    return np.rint(127 + 100 * np.sin(np.stack(waves, -1))).astype(np.uint8)
-
-
 def jpeg(image, orientation=1):
     """JPEG without loss of colour, stored so that turning by ``orientation`` gives ``image``."""
     undo = {1: image, 3: image[::-1, ::-1], 6: np.rot90(image), 8: np.rot90(image, -1)}
@@ -383,18 +377,6 @@ def jpeg(image, orientation=1):
     exif[0x0112] = orientation
     pillow.save(file, "JPEG", quality=98, subsampling=0, exif=exif)
     return file.getvalue()
-
-
-def area_means(image, height, width):
-    """The mean over exactly the area that each pixel covers, in float64."""
-
-    def weights(old, new):
-        edges = np.clip(np.arange(old + 1) * (new / old), 0, new)
-        low, high = np.arange(new)[:, None], np.arange(1, new + 1)[:, None]
-        return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
-
-    rows, columns = weights(image.shape[0], height), weights(image.shape[1], width)
-    return np.einsum("ij,jkc,lk->ilc", rows, image.astype(float), columns, optimize=True)
 
 
 @pytest.fixture
@@ -632,6 +614,16 @@ def test_mistakes_of_evaluation_are_told_at_the_call(dataset, options, message):
     with pytest.raises(InputError) as error:
         data.eval_batches(dataset, **({"image_size": 16, "batch_size": 16} | options))
     assert message in str(error.value)
+
+
+def test_workers_need_shared_memory(dataset, monkeypatch):
+    usage = data.shutil.disk_usage("/")._replace(free=2 * 5 * 16 * 16 * 16 * 3 - 1)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="workers=2 hold up to 0 MiB of batches in /dev/shm, whi"):
+        take(dataset, 1, workers=2)
+    take(dataset, 1, workers=0)
+    with pytest.raises(InputError, match="workers=3 hold .*or set workers=0"):
+        data.eval_batches(dataset, image_size=16, batch_size=16, workers=3)
 
 
 def test_an_empty_dataset():

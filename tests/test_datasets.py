@@ -454,11 +454,6 @@ def test_clothing_256px_shrinks_the_short_side(tmp_path, copy):
         assert np.abs(image.astype(int) - np.asarray(pil)).mean() < 3
 
 
-def test_clothing_256px_never_enlarges(rng):
-    small = jpeg(rng, 200, 300)
-    assert clothing.shrink(small) == small
-
-
 def test_clothing_opens_without_its_sources_once_prepared(tmp_path, copy):
     open_copy(tmp_path)
     shutil.rmtree(tmp_path / "manual")
