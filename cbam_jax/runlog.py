@@ -191,10 +191,10 @@ class StepMonitor:
         )
         if not self._told_to_wait and self._waited > _WAITING * seconds:
             self._told_to_wait = True
+            share = f"{100 * self._waited / seconds:.0f}% of the time was spent waiting for data"
             self._log.line(
-                f"hint: {100 * self._waited / seconds:.0f}% of the time was spent waiting for data, "
-                "told once: train on smaller files (python -m cbam_jax.datasets resize), or set "
-                "data.workers to a number of processes"
+                f"hint: {share} (told once): train on smaller files (python -m cbam_jax.datasets "
+                "resize), or set data.workers to a number of processes"
             )
         warning = self._warning(means)
         if warning is not None:
