@@ -1,4 +1,4 @@
-"""Speed, measured: ``python -m cbam_jax.benchmark {train,embed,search}``.
+"""Speed, measured: ``python -m cbam_jax.benchmark {train,embed,data,search}``.
 
 Every run warms up first, apart from what is measured, and ends with one JSON document as the last
 line on stdout. No dataset is needed.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cbam_jax import workloads
+from cbam_jax import InputError, workloads
 from cbam_jax.losses import MININGS
 from cbam_jax.models import MODELS, POOLINGS, create_model
 from cbam_jax.search import FIRST_PASSES, search
@@ -356,12 +356,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train.add_argument("--mining", choices=MININGS, default="batch_hard")
     _add_step(commands.add_parser("embed", help="the embedding step"))
     _add_search(commands.add_parser("search", help="exact search and its bare matrix product"))
+    _add_data(commands.add_parser("data", help="images/s that are read, decoded and augmented"))
     options = vars(parser.parse_args(arguments))
     for name, value in options.items():
-        if type(value) is int and value < 1:
-            parser.error(f"--{name} is {value}, expected at least 1")
+        if type(value) is int and value < (name != "workers"):
+            parser.error(f"--{name} is {value}, expected at least {int(name != 'workers')}")
     command = options.pop("command")
-    if command == "search":
+    if command == "data":
+        result = _run_data(parser, options)
+    elif command == "search":
         _check_search(parser, options)
         result = benchmark_search(**options)
     else:
@@ -446,6 +449,29 @@ def _check_step(parser: argparse.ArgumentParser, options: dict) -> None:
             tempfile.TemporaryFile(dir=options["trace"]).close()
         except OSError as error:
             parser.error(f"--trace={options['trace']}: {error.strerror}; give a folder to write to")
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", metavar="NAME", help="as data.name; default: synthetic photos")
+    command.add_argument("--split", default="train")
+    command.add_argument("--image_size", type=int, default=224, help="pixels")
+    command.add_argument("--batch_size", type=int, default=64, help="images, eight of a class")
+    command.add_argument("--workers", type=int, default=0, help="processes; 0: threads")
+    command.add_argument("--color_jitter", type=float, default=0.0, help="strength")
+    command.add_argument("--count", type=int, default=8, help="batches in a repeat")
+    command.add_argument("--repeats", type=int, default=5)
+
+
+def _run_data(parser: argparse.ArgumentParser, options: dict) -> dict:
+    try:
+        from cbam_jax.benchmark_data import UNITS, benchmark_data  # The others need no OpenCV.
+
+        result = benchmark_data(**options)
+    except (InputError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    for name in UNITS:
+        print(name, *(f"{key} {number:.1f}" for key, number in result[name].items()))
+    return result | machine()
 
 
 def _check_search(parser: argparse.ArgumentParser, options: dict) -> None:

@@ -6,8 +6,9 @@ processes may change between runs without changing a single pixel.
 
 Images are decoded by OpenCV (:func:`cbam_jax.datasets.decode_image`): on photos of 400 x 533 pixels
 it is three times as fast as Pillow, with the same pixels, and a tenth slower than simplejpeg, which
-reads JPEG only (``benchmarks/decode.py``). They stay uint8 here and are normalised on the device,
-inside the jitted step.
+reads JPEG only (``benchmarks/decode.py``). Where a JPEG is shrunk to less than half anyway, it is
+decoded at 1/2, 1/4 or 1/8 (:func:`decode_resized`). Images stay uint8 here and are normalised on
+the device, inside the jitted step.
 """
 
 import contextlib
@@ -15,21 +16,24 @@ import functools
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator, Sequence
 
 import cv2
-import grain
 import numpy as np
-from absl import flags
 
 from cbam_jax import InputError
-from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.datasets import RetrievalDataset, decode_image, jpeg_size
 
 Batches = Generator[dict[str, np.ndarray], None, None]
+Part = tuple[int, int, int, int]  # top, left, height and width in pixels
 
 # The second word of every random key, so that no two streams share numbers.
 _CLASS_DECK, _IMAGE_DECK, _AUGMENTATION = range(3)
+
+_SHARED_MEMORY = "/dev/shm"  # of Linux; 64 MB in a container, unless asked for more
+_BATCHES_PER_WORKER = 5  # that Grain was seen to hold there
 
 
 def train_batches(
@@ -121,9 +125,9 @@ def train_batches(
             f"cannot be divided among {process_count} processes; "
             f"change classes_per_batch or images_per_class"
         )
+    _check_shared_memory(workers, batch_size // process_count, image_size)
     load = functools.partial(
         _train_batch,
-        read=functools.partial(_read, dataset, crop_to_box=crop_to_box),
         label=dataset.label,
         indices=functools.partial(
             class_balanced_indices,
@@ -134,11 +138,14 @@ def train_batches(
         ),
         rows=_rows(batch_size, process_index, process_count),
         seed=seed,
-        augment=functools.partial(
-            augment,
+        image_size=image_size,
+        image=functools.partial(
+            train_image,
+            dataset,
             image_size=image_size,
             crop_scale=crop_scale,
             crop_ratio=crop_ratio,
+            crop_to_box=crop_to_box,
             flip=flip,
             color_jitter=color_jitter,
             random_erasing=random_erasing,
@@ -192,6 +199,7 @@ def eval_batches(
             f"batch_size={batch_size}: give a positive multiple of the number of processes, "
             f"{process_count}"
         )
+    _check_shared_memory(workers, batch_size // process_count, image_size)
     geometry = {
         "image_size": image_size, "crop_fraction": crop_fraction, "crop_to_box": crop_to_box
     }  # fmt: skip
@@ -204,6 +212,34 @@ def eval_batches(
         image_size=image_size,
     )
     return _iterate(load, 0, math.ceil(len(dataset) / batch_size), workers)
+
+
+def train_image(
+    dataset: RetrievalDataset,
+    index: int,
+    rng: np.random.Generator,
+    *,
+    image_size: int,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    crop_to_box: bool,
+    flip: bool,
+    color_jitter: float,
+    random_erasing: float,
+) -> np.ndarray:
+    """One image, augmented as :func:`train_batches` says, uint8 [s, s, 3].
+
+    Raises:
+        InputError: the image cannot be read, or its box holds no pixel.
+    """
+
+    def part(height: int, width: int) -> Part:
+        top, left, height, width = _whole_or_box(dataset, index, crop_to_box)(height, width)
+        crop = random_crop(rng, height, width, scale=crop_scale, ratio=crop_ratio)
+        return top + crop[0], left + crop[1], *crop[2:]
+
+    image = _read_resized(dataset, index, part=part, size=lambda *_: (image_size, image_size))
+    return augment(image, rng, flip=flip, color_jitter=color_jitter, random_erasing=random_erasing)
 
 
 def eval_image(
@@ -219,8 +255,10 @@ def eval_image(
     Raises:
         InputError: the image cannot be read, or its box holds no pixel.
     """
-    image = _read(dataset, index, crop_to_box=crop_to_box)
-    return center_crop(image, image_size=image_size, crop_fraction=crop_fraction)
+    part = _whole_or_box(dataset, index, crop_to_box)
+    short = round(image_size / crop_fraction)
+    image = _read_resized(dataset, index, part=part, size=functools.partial(_fit, short=short))
+    return _centre(image, image_size)
 
 
 def eval_mask(
@@ -239,8 +277,73 @@ def eval_mask(
         InputError: as for :func:`eval_image`; also where the dataset has neither masks nor boxes.
     """
     mask = dataset.mask(index).astype(np.uint8) * np.uint8(255)
-    mask = _crop_to_box(dataset, index, mask) if crop_to_box else mask
+    mask = _cut(mask, *_whole_or_box(dataset, index, crop_to_box)(*mask.shape))
     return center_crop(mask, image_size=image_size, crop_fraction=crop_fraction) >= 128
+
+
+def decode_resized(
+    encoded: bytes,
+    *,
+    part: Callable[[int, int], Part],
+    size: Callable[[int, int], tuple[int, int]],
+    name: str = "an image",
+) -> np.ndarray:
+    """A part of an image, resized as :func:`resize` does, decoding no more than that needs.
+
+    Where ``resize`` would halve the part of a JPEG once, twice or three times, the JPEG is decoded
+    at 1/2, 1/4 or 1/8 instead, in 1/2 to 1/4 of the time: libjpeg leaves out the frequencies that
+    the mean of 2 x 2 would suppress. The result is as near to the area average as by halving
+    (benchmarks/decode.py). The part's edges are then rounded to pixels of the reduced image.
+
+    Args:
+        encoded: the bytes of the file.
+        part: height and width of the whole image -> the part, in its pixels.
+        size: height and width of the part -> those of the result.
+        name: what the error message calls the image.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        InputError: the image cannot be decoded.
+
+    Example:
+        >>> jpeg = cv2.imencode(".jpg", np.full((400, 300, 3), 7, np.uint8))[1].tobytes()
+        >>> part, size = lambda height, width: (8, 0, 96, width), lambda *_: (20, 60)
+        >>> decode_resized(jpeg, part=part, size=size).shape
+        (20, 60, 3)
+    """
+    whole = jpeg_size(encoded)
+    if whole is not None:
+        rectangle = part(*whole)
+        reduction = _reduction(rectangle, size(*rectangle[2:]))
+        image = decode_image(encoded, name=name, reduction=reduction)
+        if image.shape[:2] == tuple(-(-side // reduction) for side in whole):
+            image = _cut(image, *_reduced(rectangle, reduction))
+            return resize(image, *size(*rectangle[2:]))
+    # No JPEG, or one whose headers are not what OpenCV makes of them.
+    image = decode_image(encoded, name=name)
+    rectangle = part(*image.shape[:2])
+    return resize(_cut(image, *rectangle), *size(*rectangle[2:]))
+
+
+def _reduction(part: Part, size: tuple[int, int]) -> int:
+    """2 to the number of times that :func:`resize` would halve the part, at most 8."""
+    height, width, reduction = *part[2:], 1
+    while (
+        reduction < 8
+        and (height // (2 * reduction)) * (width // (2 * reduction)) > size[0] * size[1]
+    ):
+        reduction *= 2
+    return reduction
+
+
+def _reduced(part: Part, reduction: int) -> Part:
+    """The part in pixels of the reduced image; edges are rounded to the nearest."""
+    top, left, height, width = part
+    edges = (top, left, top + height, left + width)
+    top, left, bottom, right = ((edge + reduction // 2) // reduction for edge in edges)
+    return top, left, bottom - top, right - left
 
 
 def deal(key: Sequence[int], *, size: int, hand: int, turn: int) -> np.ndarray:
@@ -349,26 +452,19 @@ def augment(
     image: np.ndarray,
     rng: np.random.Generator,
     *,
-    image_size: int,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
     flip: bool,
     color_jitter: float,
     random_erasing: float,
 ) -> np.ndarray:
-    """Crop, mirror, change the colours of and erase from one image, as :func:`train_batches` says.
+    """Mirror, change the colours of and erase from one image, as :func:`train_batches` says.
 
     Args:
         image: uint8 [h, w, 3].
         rng: drawn from in the order of the arguments.
 
     Returns:
-        uint8 [image_size, image_size, 3].
+        uint8 [h, w, 3].
     """
-    top, left, height, width = random_crop(
-        rng, image.shape[0], image.shape[1], scale=crop_scale, ratio=crop_ratio
-    )
-    image = resize(image[top : top + height, left : left + width], image_size, image_size)
     if flip and rng.random() < 0.5:
         image = cv2.flip(image, 1)
     if color_jitter:
@@ -385,7 +481,7 @@ def random_crop(
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> tuple[int, int, int, int]:
+) -> Part:
     """A rectangle of random area and aspect: torchvision's RandomResizedCrop.
 
     The area is uniform in ``scale`` times the image's, width / height is log-uniform in ``ratio``
@@ -449,12 +545,23 @@ def center_crop(image: np.ndarray, *, image_size: int, crop_fraction: float) -> 
         >>> center_crop(np.zeros((40, 30, 3), np.uint8), image_size=14, crop_fraction=0.875).shape
         (14, 14, 3)
     """
-    short = round(image_size / crop_fraction)
-    scale = short / min(image.shape[:2])
-    height, width = (round(side * scale) for side in image.shape[:2])
-    image = resize(image, height, width)
-    top, left = (height - image_size) // 2, (width - image_size) // 2
-    return image[top : top + image_size, left : left + image_size]
+    image = resize(image, *_fit(*image.shape[:2], short=round(image_size / crop_fraction)))
+    return _centre(image, image_size)
+
+
+def _fit(height: int, width: int, short: int) -> tuple[int, int]:
+    """Height and width of an image resized so that its short side is ``short``."""
+    scale = short / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def _centre(image: np.ndarray, side: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    return _cut(image, (height - side) // 2, (width - side) // 2, side, side)
+
+
+def _cut(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    return image[top : top + height, left : left + width]
 
 
 def jitter_colors(rng: np.random.Generator, image: np.ndarray, *, strength: float) -> np.ndarray:
@@ -516,22 +623,22 @@ def erase_rectangle(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def _train_batch(
     step: int,
     *,
-    read: Callable[[int], np.ndarray],
+    image: Callable[[int, np.random.Generator], np.ndarray],
     label: np.ndarray,
     indices: Callable[..., np.ndarray],
     rows: range,
     seed: int,
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    image_size: int,
 ) -> dict[str, np.ndarray]:
     index = indices(step=step)
-    # The row within the global batch, not within the process, keys the augmentation.
-    images = [
-        augment(read(index[row]), np.random.default_rng((seed, _AUGMENTATION, step, row)))
-        for row in rows
-    ]
+    images = np.empty((len(rows), image_size, image_size, 3), np.uint8)
+    for place, row in enumerate(rows):
+        # The row within the global batch, not within the process, keys the augmentation.
+        rng = np.random.default_rng((seed, _AUGMENTATION, step, row))
+        images[place] = image(index[row], rng)
     index = index[rows.start : rows.stop]
     return {
-        "image": np.stack(images),
+        "image": images,
         "label": label[index].astype(np.int32),
         "index": index.astype(np.int64),
     }
@@ -556,28 +663,49 @@ def _eval_batch(
     return {"image": images, "label": labels, "index": index, "mask": mask}
 
 
-def _read(dataset: RetrievalDataset, index: int, crop_to_box: bool) -> np.ndarray:
-    image = dataset.image(index)
-    return _crop_to_box(dataset, index, image) if crop_to_box else image
+def _read_resized(dataset: RetrievalDataset, index: int, **geometry: Callable) -> np.ndarray:
+    name = f"{dataset.id[index]} of {dataset.name}"
+    return decode_resized(dataset.encoded(index), name=name, **geometry)
 
 
-def _crop_to_box(dataset: RetrievalDataset, index: int, image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    box = dataset.bbox[index]  # pyright: ignore[reportOptionalSubscript] (checked at the call)
-    left, top = np.floor(np.clip(box[:2], 0, (width, height)))
-    right, bottom = np.ceil(np.clip(box[2:], 0, (width, height)))
-    if not (left < right and top < bottom):  # NaN is refused too
-        raise InputError(
-            f"{dataset.id[index]} of {dataset.name}: the box {box.tolist()} (x1, y1, x2, y2) holds "
-            f"no pixel of an image of {width} x {height}; correct it or set crop_to_box=False"
-        )
-    return image[int(top) : int(bottom), int(left) : int(right)]
+def _whole_or_box(
+    dataset: RetrievalDataset, index: int, crop_to_box: bool
+) -> Callable[[int, int], Part]:
+    """Height and width of an image -> all of it, or what lies in its box, rounded outwards."""
+
+    def part(height: int, width: int) -> Part:
+        if not crop_to_box:
+            return 0, 0, height, width
+        box = dataset.bbox[index]  # pyright: ignore[reportOptionalSubscript] (checked at the call)
+        left, top = np.floor(np.clip(box[:2], 0, (width, height)))
+        right, bottom = np.ceil(np.clip(box[2:], 0, (width, height)))
+        if not (left < right and top < bottom):  # NaN is refused too
+            raise InputError(
+                f"{dataset.id[index]} of {dataset.name}: the box {box.tolist()} (x1, y1, x2, y2) "
+                f"holds no pixel of an image of {width} x {height}; correct it or set "
+                "crop_to_box=False"
+            )
+        return int(top), int(left), int(bottom - top), int(right - left)
+
+    return part
 
 
 def _iterate(
     load: Callable[[int], dict[str, np.ndarray]], start: int, stop: int, workers: int
 ) -> Batches:
-    """Batches ``start, ..., stop - 1``, loaded ahead by threads or by worker processes."""
+    """Batches ``start, ..., stop - 1``, loaded ahead by threads or by worker processes.
+
+    Without Grain, as on a machine that has no more than JAX, each is loaded when it is asked for.
+    """
+    try:
+        import grain  # Late: the rest of this module is of use without it.
+    except ImportError as error:
+        if workers:
+            raise InputError(
+                f"workers={workers} needs grain: pip install grain, or set workers=0"
+            ) from error
+        yield from map(load, range(start, stop))
+        return
     # A batch is one element, so threads work on different batches: with t threads, t batches are
     # held ready (64 images of 224 pixels are 10 MB). Workers get one thread each.
     threads = 1 if workers else min(16, os.cpu_count() or 1)
@@ -586,6 +714,8 @@ def _iterate(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     if workers:
+        from absl import flags
+
         # Grain reads its absl flags to start a worker and fails where absl.app did not parse any.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
@@ -635,6 +765,20 @@ def _check_common(
         raise InputError(
             f"process_index={process_index} of process_count={process_count}: "
             f"give an index from 0 to the count less one"
+        )
+
+
+def _check_shared_memory(workers: int, batch_size: int, image_size: int) -> None:
+    """Beyond what there is, a worker would be killed without a word."""
+    needed = workers * _BATCHES_PER_WORKER * batch_size * image_size**2 * 3
+    if not needed or not os.path.isdir(_SHARED_MEMORY):
+        return
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > free:
+        raise InputError(
+            f"workers={workers} hold up to {needed >> 20} MiB of batches in {_SHARED_MEMORY}, "
+            f"which has {free >> 20} MiB free: give it more (docker run --shm-size=1g), or set "
+            "workers=0"
         )
 
 

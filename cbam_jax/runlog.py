@@ -20,6 +20,8 @@ from cbam_jax.whole_files import written_whole
 # Steps whose scalars are left on the device while later ones are dispatched: reading them at once
 # would make the device wait for Python.
 _IN_FLIGHT = 2
+# Share of the time waiting for data from which on a hint says what helps.
+_WAITING = 0.05
 # Of a loss's statistics, those that its line shows; a loss has some of them.
 _SHOWN = {
     "distance_positive": "d(a,p) {:.3f}  ",
@@ -114,6 +116,7 @@ class StepMonitor:
         self._pending: deque[tuple[int, Any, Any]] = deque()
         self._window: list[dict[str, float]] = []
         self._waited = 0.0
+        self._told_to_wait = False
         self._seconds = 0.0
         self._start = time.perf_counter()
         self.images = 0
@@ -191,6 +194,13 @@ class StepMonitor:
             f"step {step:6d}  loss {means['loss']:.4f}  {shown}"
             f"{images / seconds:.1f} images/s  waiting {100 * self._waited / seconds:.0f}%"
         )
+        if not self._told_to_wait and self._waited > _WAITING * seconds:
+            self._told_to_wait = True
+            share = f"{100 * self._waited / seconds:.0f}% of the time was spent waiting for data"
+            self._log.line(
+                f"hint: {share} (told once): train on smaller files (python -m cbam_jax.datasets "
+                "resize), or set data.workers to a number of processes"
+            )
         warning = self._warning(means)
         if warning is not None:
             self._log.line(f"warning at step {step}: {warning}")

@@ -1,7 +1,9 @@
 """The command's numbers, by hand where they can be; a device's share of the work."""
 
 import json
+import sys
 
+import cv2
 import jax
 import numpy as np
 import optax
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 from seeded import SmallBackbone
 
-from cbam_jax import benchmark, models, steps, workloads
+from cbam_jax import benchmark, benchmark_data, models, steps, workloads
 from cbam_jax.compiled import compile_cold
 
 
@@ -120,9 +122,46 @@ def test_random_batches_are_no_zeros_and_mixed():
     assert not np.array_equal(batch["label"], np.sort(batch["label"]))
 
 
+def test_data_counts_cpu_and_wall_of_the_batches_taken(monkeypatch):
+    """A reader that lies idle until asked: three units of CPU and five of wall time a batch."""
+    clock = {"cpu": 0.0, "wall": 0.0}
+
+    def batches():
+        while True:
+            clock["cpu"] += 0.003
+            clock["wall"] += 0.005
+            yield
+
+    monkeypatch.setattr(benchmark_data, "cpu_seconds", lambda: clock["cpu"])
+    monkeypatch.setattr(benchmark_data.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(benchmark_data.time, "sleep", lambda seconds: None)
+    times = [benchmark_data.loading(batches(), count=4, ahead=3) for _ in range(3)]
+    rates = benchmark_data.loading_rates(times, batch_size=16)
+    assert rates["batch_ms"]["median"] == pytest.approx(5)
+    assert rates["images_per_second"]["min"] == pytest.approx(16 / 0.005)
+    assert rates["images_per_second_per_core"]["max"] == pytest.approx(16 / 0.003)
+
+
+def test_data_needs_no_dataset_and_no_grain(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    monkeypatch.setattr(benchmark_data, "photos", lambda count: PHOTOS * count)
+    sizes = ["--image_size=16", "--batch_size=16", "--count=1", "--repeats=2"]
+    benchmark.main(["data", *sizes])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["grain"] is False
+    assert result["images_per_second_per_core"]["min"] > 0
+    assert (result["images"], result["workers"], result["batch_size"]) == (320, 0, 16)
+
+
+PHOTOS = [cv2.imencode(".jpg", np.zeros((40, 30, 3), np.uint8))[1].tobytes()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (["data", "--batch_size=20"], "batch_size=20: give a multiple of 8, at least 16"),
+        (["data", "--workers=-1"], "--workers is -1, expected at least 0"),
+        (["data", "--data=no.csv"], "there is no manifest no.csv"),
         (["embed", "--batch_size=0"], "--batch_size is 0, expected at least 1"),
         (["embed", "--model=resnet51"], "argument --model: invalid choice: 'resnet51'"),
         (["embed", "--batch_size=9", "--devices=2"], "--batch_size 9 is no multiple of 2 devices"),

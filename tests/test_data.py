@@ -2,16 +2,20 @@
 
 import collections
 import contextlib
+import io
 import itertools
 import logging
 import math
+import sys
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
+from shrinking import area_means, smooth
 
 from cbam_jax import InputError, data
-from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.datasets import RetrievalDataset, decode_image
 
 
 def png(image):
@@ -196,6 +200,14 @@ def test_worker_processes_change_no_pixel(dataset):
     assert_same(take(dataset, 5, workers=2), take(dataset, 5))
 
 
+def test_without_grain_the_batches_are_the_same(dataset, monkeypatch):
+    batches = take(dataset, 3)
+    monkeypatch.setitem(sys.modules, "grain", None)
+    assert_same(take(dataset, 3), batches)
+    with pytest.raises(InputError, match="workers=2 needs grain: pip install grain, or set"):
+        take(dataset, 3, workers=2)
+
+
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_shards_of_processes_concatenate_to_the_batch(dataset, process_count):
     shards = [
@@ -355,6 +367,101 @@ def test_resize_halves_first_when_shrinking_more(rng, size, halvings):
     assert np.abs(data.resize(image, *size) - bilinear(expected, *size)).max() <= 1
 
 
+# Decoding at reduced scale.
+
+
+def jpeg(image, orientation=1):
+    """JPEG without loss of colour, stored so that turning by ``orientation`` gives ``image``."""
+    undo = {1: image, 3: image[::-1, ::-1], 6: np.rot90(image), 8: np.rot90(image, -1)}
+    pillow, exif, file = Image.fromarray(undo[orientation]), Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    pillow.save(file, "JPEG", quality=98, subsampling=0, exif=exif)
+    return file.getvalue()
+
+
+@pytest.fixture
+def reductions(monkeypatch):
+    """The reductions that images were decoded at, in order."""
+    seen = []
+
+    def decode(encoded, *, name, reduction=1):
+        seen.append(reduction)
+        return decode_image(encoded, name=name, reduction=reduction)
+
+    monkeypatch.setattr(data, "decode_image", decode)
+    return seen
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(
+    ("size", "reduction"), [((150, 140), 1), ((100, 74), 2), ((40, 61), 4), ((20, 27), 8)]
+)
+def test_a_part_decoded_at_reduced_scale_has_the_means_of_its_area(
+    rng, reductions, orientation, size, reduction
+):
+    image = smooth(rng, 333, 417)
+    part = (37, 101, 203, 210)
+    asked = []
+
+    def choose(height, width):
+        asked.append((height, width))
+        return part
+
+    encoded = jpeg(image, orientation)
+    resized = data.decode_resized(encoded, part=choose, size=lambda *_: size)
+    assert asked == [(333, 417)]
+    assert reductions == [reduction]
+    top, left, height, width = part
+    expected = area_means(image[top : top + height, left : left + width], *size)
+    # Edges are off by half a pixel of the reduced image at most, and neighbours in the image differ
+    # by 1.5 grey levels at most along each side.
+    assert np.abs(resized - expected).max() <= 3 + 1.5 * (reduction if reduction > 1 else 0)
+
+
+@pytest.mark.parametrize("kind", ["png", "damaged header"])
+def test_what_has_no_jpeg_header_is_decoded_whole(rng, reductions, monkeypatch, kind):
+    image = smooth(rng, 120, 160)
+    encoded = png(image) if kind == "png" else jpeg(image)
+    if kind == "damaged header":  # What OpenCV makes of it counts.
+        monkeypatch.setattr(data, "jpeg_size", lambda encoded: (160, 120))
+    part = lambda height, width: (0, 0, height, width)  # noqa: E731
+    resized = data.decode_resized(encoded, part=part, size=lambda h, w: (h // 8, w // 8))
+    assert resized.shape == (15, 20, 3)
+    assert reductions[-1] == 1
+    assert np.abs(resized - area_means(image, 15, 20)).max() <= 3
+
+
+def test_training_and_evaluation_read_reduced_jpegs_in_their_boxes(rng, reductions):
+    image = smooth(rng, 301, 403)
+    boxes = np.array([[41, 22, 345, 290]] * 16, np.float32)
+    toy = make_dataset(np.repeat(range(4), 4), [jpeg(image)] * 16, bbox=boxes)
+    (batch,) = data.eval_batches(toy, image_size=32, batch_size=16, crop_to_box=True)
+    assert set(reductions) == {4}
+    cut = image[22:290, 41:345]
+    expected = area_means(cut, 37, 42)[2:34, 5:37]  # short side 32 / 0.875
+    assert np.abs(batch["image"] - expected).max() <= 9
+    reductions.clear()
+    whole = {"crop_scale": (1, 1), "crop_ratio": (1.1, 1.2), "flip": False}
+    plain = {"color_jitter": 0.0, "random_erasing": 0.0, "crop_to_box": True, "image_size": 32}
+    (batch,) = take(toy, 1, **whole, **plain)
+    assert set(reductions) == {8}
+    assert np.abs(batch["image"] - area_means(cut, 32, 32)).max() <= 14
+    assert_same([batch], take(toy, 1, **whole, **plain))
+
+
+@pytest.mark.parametrize("size", [(9, 400), (400, 9), (17, 33), (8, 8), (100, 101)])
+def test_odd_sizes_and_slivers_are_read(rng, size):
+    toy = make_dataset([0] * 4, [jpeg(smooth(rng, *size))] * 4)
+    for side in (1, 2, 5):
+        (batch,) = data.eval_batches(toy, image_size=side, batch_size=4)
+        assert batch["image"].shape == (4, side, side, 3)
+    crop = {"crop_scale": (0.01, 1.0), "crop_ratio": (0.1, 10.0), "crop_to_box": False}
+    rest = {"flip": True, "color_jitter": 0.0, "random_erasing": 0.0}
+    for seed in range(50):
+        image = data.train_image(toy, 0, np.random.default_rng(seed), image_size=2, **crop, **rest)
+        assert image.shape == (2, 2, 3)
+
+
 def reference_crop(draws, height, width, scale, ratio):
     """torchvision's RandomResizedCrop.get_params, written out with the numbers it draws."""
     for _ in range(10):
@@ -446,8 +553,7 @@ def test_erased_rectangle():
 @pytest.mark.parametrize(("option", "low", "high"), [("flip", 70, 130), ("random_erasing", 35, 85)])
 def test_augment_flips_half_and_erases_by_its_probability(rng, option, low, high):
     image = rng.integers(256, size=(12, 12, 3), dtype="u1")
-    options = {"image_size": 12, "crop_scale": (1, 1), "crop_ratio": (1, 1)}
-    options |= {"flip": option == "flip", "color_jitter": 0.0}
+    options = {"flip": option == "flip", "color_jitter": 0.0}
     options |= {"random_erasing": 0.3 if option == "random_erasing" else 0.0}
     results = [data.augment(image, np.random.default_rng(s), **options) for s in range(200)]
     changed = [result for result in results if (result != image).any()]
@@ -508,6 +614,16 @@ def test_mistakes_of_evaluation_are_told_at_the_call(dataset, options, message):
     with pytest.raises(InputError) as error:
         data.eval_batches(dataset, **({"image_size": 16, "batch_size": 16} | options))
     assert message in str(error.value)
+
+
+def test_workers_need_shared_memory(dataset, monkeypatch):
+    usage = data.shutil.disk_usage("/")._replace(free=2 * 5 * 16 * 16 * 16 * 3 - 1)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="workers=2 hold up to 0 MiB of batches in /dev/shm, whi"):
+        take(dataset, 1, workers=2)
+    take(dataset, 1, workers=0)
+    with pytest.raises(InputError, match="workers=3 hold .*or set workers=0"):
+        data.eval_batches(dataset, image_size=16, batch_size=16, workers=3)
 
 
 def test_an_empty_dataset():

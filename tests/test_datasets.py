@@ -23,7 +23,7 @@ from tensorflow_datasets.core import shuffle
 from cbam_jax import InputError
 from cbam_jax.datasets import __main__ as command
 from cbam_jax.datasets import clothing_dataset_small as clothing
-from cbam_jax.datasets import decode_image, open_dataset, prepared
+from cbam_jax.datasets import decode_image, jpeg_size, open_dataset, prepared
 from cbam_jax.datasets.download import download
 from cbam_jax.datasets.manifest import assign_splits
 from cbam_jax.datasets.retrieval import is_decodable
@@ -80,6 +80,26 @@ def test_decode_image_turns_by_exif(rng, orientation):
     encoded = encode_pil(image, "JPEG", exif=exif, quality=100, subsampling=0)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
     np.testing.assert_allclose(decode_image(encoded).astype(int), expected, atol=1)
+    assert jpeg_size(encoded) == expected.shape[:2]
+
+
+def test_jpeg_size_is_that_of_the_decoded_image_or_none(rng):
+    encoded = jpeg(rng, 33, 47)
+    exif = b"Exif\0\0II*\0" + b"\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+
+    def with_segment(body, marker=b"\xff\xe1"):
+        return encoded[:2] + marker + (len(body) + 2).to_bytes(2, "big") + body + encoded[2:]
+
+    for changed in (with_segment(exif), with_segment(exif[:10]), with_segment(exif[:22])):
+        assert jpeg_size(changed) == decode_image(changed).shape[:2]
+    assert jpeg_size(with_segment(b"http://ns.adobe.com/xap", b"\xff\xff\xe1")) == (33, 47)
+    for broken in (
+        b"",
+        encoded[:20],
+        encoded[:2] + encoded[3:],
+        encode_pil(Image.new("L", (2, 3)), "PNG"),
+    ):
+        assert jpeg_size(broken) is None
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
@@ -432,11 +452,6 @@ def test_clothing_256px_shrinks_the_short_side(tmp_path, copy):
         pil = Image.fromarray(original).resize(image.shape[1::-1], Image.Resampling.BOX)
         # Channels in the right order, the same content: JPEG and resampling differ by a little.
         assert np.abs(image.astype(int) - np.asarray(pil)).mean() < 3
-
-
-def test_clothing_256px_never_enlarges(rng):
-    small = jpeg(rng, 200, 300)
-    assert clothing.shrink(small) == small
 
 
 def test_clothing_opens_without_its_sources_once_prepared(tmp_path, copy):

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "steps": set(),
     "compiled": set(),
     "torch_files": set(),
-    "datasets": set(),
+    "datasets": {"whole_files"},
     "data": {"datasets"},
+    "benchmark_data": {"data", "datasets"},
     "losses": {"distances"},
     "search": {"distances"},
     "evaluation": {"metrics", "search"},
@@ -121,6 +122,8 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         # A machine where speed is measured may lack what reads datasets and configs.
         ("benchmark", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
         ("tables", (*HEAVY, "jax")),
+        ("benchmark_data", (*(name for name in HEAVY if name != "cv2"), "jax")),
+        ("benchmark", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
         # A GPU is for the processes that it starts.
         ("paper", (*(name for name in HEAVY if name != "cv2"), "jax")),
     ],

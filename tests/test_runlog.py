@@ -111,6 +111,25 @@ def test_monitor_records_means_throughput_and_waiting(tmp_path, clock, capsys):
     assert second["data_wait_seconds"] + first["data_wait_seconds"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("wait", "hints"), [(0.04, 0), (0.08, 1)])
+def test_waiting_for_data_is_hinted_at_once_a_run(tmp_path, clock, capsys, wait, hints):
+    def batches():
+        for number in range(1, 10):
+            clock.now += wait
+            yield number
+
+    with RunLog(tmp_path, step=0, total=9) as log:
+        monitor = open_monitor(log)
+        for step in monitor.waiting(batches()):
+            clock.now += 1.0 - wait
+            monitor.step_done(step, scalars(0.5), np.arange(8))
+        monitor.flush()
+    printed = capsys.readouterr().out
+    assert printed.count("hint: ") == hints
+    assert printed.count("8% of the time was spent waiting for data") == hints
+    assert printed.count("data.workers") == hints
+
+
 def test_a_pause_is_left_out_of_the_throughput(tmp_path, clock):
     with RunLog(tmp_path, step=0, total=4) as log:
         monitor = open_monitor(log, log_every=4)

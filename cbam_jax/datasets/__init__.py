@@ -15,9 +15,16 @@ compares a copy of DeepFashion with what was published.
 import os
 
 from cbam_jax import InputError
-from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
+from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image, jpeg_size
 
-__all__ = ["RetrievalDataset", "check_options", "decode_image", "is_folder", "open_dataset"]
+__all__ = [
+    "RetrievalDataset",
+    "check_options",
+    "decode_image",
+    "is_folder",
+    "jpeg_size",
+    "open_dataset",
+]
 
 
 def open_dataset(

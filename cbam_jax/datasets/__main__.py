@@ -1,6 +1,6 @@
-"""Prepares a dataset, checks one's own photos, or verifies a copy of DeepFashion.
+"""Prepares a dataset, checks or shrinks one's own photos, or verifies a copy of DeepFashion.
 
-``python -m cbam_jax.datasets prepare NAME``, ``python -m cbam_jax.datasets verify NAME``.
+``python -m cbam_jax.datasets prepare NAME``, ``... resize NAME FOLDER``, ``... verify NAME``.
 """
 
 import argparse
@@ -10,28 +10,37 @@ from cbam_jax import InputError
 from cbam_jax.datasets import check_options, is_folder
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, 1 where ``verify`` finds something wrong, 2 after a user's mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m cbam_jax.datasets", description=(__doc__ or "").split("\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="prepare a dataset, or check one's own photos")
-    prepare.add_argument("name", help="a dataset, photos.csv or ./photos/")
-    prepare.add_argument("--data_dir", help="where prepared datasets live")
-    prepare.add_argument("--manual_dir", help="the folder of what was fetched by hand")
-    prepare.add_argument("--on_bad_image", default="fail", help="fail (default) or skip")
+    resize = commands.add_parser(
+        "resize", help="copy a dataset at the size that training needs, as JPEGs and a manifest.csv"
+    )
+    for command in (prepare, resize):
+        command.add_argument("name", help="a dataset, photos.csv or ./photos/")
+        command.add_argument("--data_dir", help="where prepared datasets live")
+        command.add_argument("--manual_dir", help="the folder of what was fetched by hand")
+        command.add_argument("--on_bad_image", default="fail", help="fail (default) or skip")
+    resize.add_argument("folder", help="where to; the same command again goes on")
+    resize.add_argument(
+        "--short_side", type=int, default=256, help="of the copies in pixels; default: 256"
+    )
     verify = commands.add_parser(
         "verify", help="check a copy of DeepFashion: counts, missing, unreadable, leaking images"
     )
     verify.add_argument("name", help="deepfashion_inshop[/highres], ..., as for prepare")
     verify.add_argument("--manual_dir", required=True, help="the folder of what was fetched")
     verify.add_argument("--all", action="store_true", help="print every finding, not ten of a kind")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     try:
         if options.command == "verify":
             return _verify(options.name, options.manual_dir, options.all)
-        _prepare(options.name, options.data_dir, options.manual_dir, options.on_bad_image)
+        arguments = {key: value for key, value in vars(options).items() if key != "command"}
+        {"prepare": _prepare, "resize": _resize}[options.command](**arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,6 +79,14 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None, on_bad_ima
     for split, info in builder.info.splits.items():
         print(f"{split}: {info.num_examples} images")
     print(f"{name} is ready in {builder.data_dir}")
+
+
+def _resize(name: str, folder: str, **options) -> None:
+    check_options(manual_dir=options["manual_dir"], on_bad_image=options["on_bad_image"])
+    from cbam_jax.datasets.resizing import MANIFEST, resize_dataset
+
+    count = resize_dataset(name, folder, **options)
+    print(f"{count} images; train on them with --config.data.name={folder.rstrip('/')}/{MANIFEST}")
 
 
 if __name__ == "__main__":

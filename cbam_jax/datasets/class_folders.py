@@ -52,7 +52,7 @@ def open_class_folders(
         raise InputError(f"label='{label}': {folder} has classes only; set it to 'label'")
     if _has_splits(root):
         name = _split_folder(root, split)
-        splits = [path.name for path in _folders(root)]
+        splits = split_names(root)
         classes = sorted({path.name for other in splits for path in _folders(root / other)})
         files = _files(root, name)
         here = np.ones(len(files), bool)
@@ -96,6 +96,16 @@ def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> in
         paths = [f"{listed}/{file}" for file in files]
         total += int(good_images(listed, paths, on_bad_image=on_bad_image, decode=True).sum())
     return total
+
+
+def split_names(folder: str | os.PathLike) -> list[str]:
+    """The splits of a folder of class folders: its folders, or those that a hash makes.
+
+    Raises:
+        InputError: as :func:`open_class_folders`.
+    """
+    root = Path(folder).expanduser()
+    return [path.name for path in _folders(root)] if _has_splits(root) else list(SPLITS)
 
 
 def _has_splits(root: Path) -> bool:

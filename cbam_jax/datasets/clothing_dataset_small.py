@@ -12,14 +12,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import tensorflow_datasets as tfds
 
 from cbam_jax import InputError
 from cbam_jax.datasets.download import download
 from cbam_jax.datasets.prepared import SKIPPED_LIST
 from cbam_jax.datasets.progress import progress
-from cbam_jax.datasets.retrieval import decode_image, is_decodable
+from cbam_jax.datasets.resizing import shrink
+from cbam_jax.datasets.retrieval import is_decodable
 
 COMMIT = "11961516512414bf9f6c150a832cfd21b54a6b54"
 URL = f"https://github.com/alexeygrigorev/clothing-dataset-small/archive/{COMMIT}.tar.gz"
@@ -95,7 +95,7 @@ class ClothingDatasetSmall(tfds.core.GeneratorBasedBuilder):
         for name in progress(names, f"writing {split}", total=len(names)):
             encoded = images[name]
             if self.builder_config and self.builder_config.name == "256px":
-                encoded = shrink(encoded)
+                encoded = shrink(encoded, short_side=_SHORT_SIDE, quality=_JPEG_QUALITY)
             label = name.split("/")[1]
             yield name, {"image": io.BytesIO(encoded), "label": label, "id": name}
 
@@ -161,19 +161,6 @@ def read_archive(archive: Path) -> dict[str, bytes]:
     except (OSError, EOFError, tarfile.TarError) as error:
         raise InputError(f"{archive} is damaged ({error}): put there {URL}") from error
     return dict(sorted(images.items()))
-
-
-def shrink(encoded: bytes) -> bytes:
-    """Re-encodes an image with a short side of 256 px; one that is not larger stays as it is."""
-    image = decode_image(encoded)
-    height, width = image.shape[:2]
-    scale = _SHORT_SIDE / min(height, width)
-    if scale >= 1:
-        return encoded
-    size = (round(width * scale), round(height * scale))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-    return cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
 
 
 def _image_name(path: str) -> str | None:

@@ -109,6 +109,9 @@ def read_table(path: Path) -> dict[str, list]:
     header, rows = _read_rows(path)
     columns = [list(column) for column in zip(*rows, strict=True)]
     table: dict[str, list] = dict(zip(header, columns, strict=True))
+    ignored = [column for column in header if column not in COLUMNS]
+    if ignored:
+        print(f"{path}: ignored the columns {ignored}; known are {list(COLUMNS)}", file=sys.stderr)
     _check_filled(path, table)
     _check_unique(path, table["path"])
     for column in ("is_query", "is_gallery"):
@@ -122,6 +125,12 @@ def read_table(path: Path) -> dict[str, list]:
     table["id"] = [Path(name).as_posix() for name in table["path"]]
     table["path"] = [os.path.join(path.parent, name) for name in table["path"]]
     return table
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads a manifest as it is written, a dict a row, with the columns that others ignore."""
+    header, rows = _read_rows(path)
+    return [dict(zip(header, cells, strict=True)) for cells in rows]
 
 
 def assign_splits(table: dict[str, list]) -> list[str]:
@@ -244,9 +253,6 @@ def _check_header(path: Path, header: list[str]) -> None:
     box = [column for column in BOX if column in header]
     if box and len(box) < 4:
         raise InputError(f"{path} has the box columns {box} only: give x1,y1,x2,y2 or none")
-    ignored = [column for column in header if column not in COLUMNS]
-    if ignored:
-        print(f"{path}: ignored the columns {ignored}; known are {list(COLUMNS)}", file=sys.stderr)
 
 
 def _check_filled(path: Path, table: dict[str, list]) -> None:
