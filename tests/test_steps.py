@@ -80,13 +80,15 @@ def test_one_device_and_eight_give_the_same(rng):
     )
     np.testing.assert_allclose(losses_eight, losses_one, atol=1e-5)
     before = flat(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    for part in ("params", "batch_stats"):
+    # Three steps amplify the last bits of sums that are added in another order.
+    for part, tolerance in (("params", 2e-5), ("batch_stats", 1e-4)):
         expected, actual = flat(getattr(one, part)), flat(getattr(eight, part))
         assert expected.keys() == actual.keys()
         for name, array in expected.items():
-            np.testing.assert_allclose(actual[name], array, rtol=1e-5, atol=2e-5, err_msg=name)
+            difference = np.max(np.abs(actual[name] - array))
+            assert difference < tolerance * max(1, np.max(np.abs(array))), name
         moved = max(np.max(np.abs(array - before[name])) for name, array in expected.items())
-        assert moved > 1e-3  # Far more than what was allowed to differ.
+        assert moved > 100 * tolerance
 
 
 @pytest.fixture
