@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import evaluate
 import train
-from cbam_jax import command_line, data, figures, focus, gradcam, steps
+from cbam_jax import InputError, command_line, data, figures, focus, gradcam, steps
 from configs import quickstart
 
 CLUTTERS = {"clean": 0.0, "default": 0.5, "cluttered": 1.0}
@@ -194,11 +194,14 @@ def draw_heat(workdir: Path):
 def report(workdir: Path) -> dict[str, Any]:
     """Write the results and the figures from the cells there are."""
     cells = [json.loads(path.read_text()) for path in sorted(workdir.glob("*/cell.json"))]
+    if not cells:
+        raise InputError(f"no finished cell in {workdir}: leave --report out, or check --workdir")
     rows = compare(cells)
     document = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": "2-core x86-64 CPU",
-        "command": "python benchmarks/attention_clutter.py",
+        "command": "python benchmarks/attention_clutter.py "
+        f"--seeds={len({cell['seed'] for cell in cells})} --steps={cells[0]['steps']}",
         "data": "synthetic_garments/{clean,default,cluttered}, test split, leave one out; focus on "
         "the consumer images only",
         "comparison": rows,
@@ -206,13 +209,12 @@ def report(workdir: Path) -> dict[str, Any]:
     }
     command_line.write_json(RESULTS, document)
     print(f"wrote {RESULTS}")
-    if rows:
-        even = {cell["clutter"]: cell["focus"]["area"] for cell in cells}
-        even = {clutter: even[clutter] for clutter in CLUTTERS if clutter in even}
-        drawn = {"attention_clutter": draw_curves(rows, even)} | draw_heat(workdir)
-        for name, figure in drawn.items():
-            figures.save(figure, DOCS / f"{name}.png")
-            print(f"wrote {DOCS / f'{name}.png'}")
+    even = {cell["clutter"]: cell["focus"]["area"] for cell in cells}
+    even = {clutter: even[clutter] for clutter in CLUTTERS if clutter in even}
+    drawn = {"attention_clutter": draw_curves(rows, even)} | draw_heat(workdir)
+    for name, figure in drawn.items():
+        figures.save(figure, DOCS / f"{name}.png")
+        print(f"wrote {DOCS / f'{name}.png'}")
     return {"cells": len(cells), "comparison": rows}
 
 
