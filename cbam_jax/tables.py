@@ -273,8 +273,8 @@ def _notes(table: Mapping[str, Any]) -> list[str]:
         f"Seeds {', '.join(map(str, table['seeds']))}; {table['checkpoint']}; configs "
         + ", ".join(f"`{row['config']}`" for row in table["rows"])
         + ", with all fields in the JSON file beside this one.",
-        "Parameters are those that are trained. GFLOPs: 10^9 operations that XLA counts in the "
-        "compiled program for one image, a multiply-add being two. Images/s: the compiled "
+        "Parameters are those that are trained. GFLOPs: 10^9 operations an image that XLA counts "
+        "in the compiled program, a multiply-add being two. Images/s: the compiled "
         f"embedding of {config['eval']['batch_size']} images that are on the device already, "
         f"median of repeated calls, on {machine['device']} ({machine['cores']} cores), jax "
         f"{machine['jax']}.",
