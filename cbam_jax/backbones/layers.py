@@ -19,6 +19,8 @@ kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 # Output pixels up to which a convolution is written as a product over patches; see Conv.
 _FEW_PIXELS = 16
+# From which on the gradient of a strided convolution's input is a product; see _convolve_backward.
+_MANY_PIXELS = 28 * 28
 # Most slices that a sum over a map starts with, see _channel_sum; more take long to compile.
 _SLICES = 8
 
@@ -56,10 +58,7 @@ class Conv(nnx.Module):
         x = x.astype(self.dtype)
         window = _Window.over(x, size, self.strides, padding)
         if size > 1 and window.height * window.width > _FEW_PIXELS:
-            layout = ("NHWC", "HWIO", "NHWC")
-            strides = (self.strides, self.strides)
-            borders = ((padding, padding),) * 2
-            return lax.conv_general_dilated(x, kernel, strides, borders, dimension_numbers=layout)
+            return _convolve(x, kernel, window)
         columns = jnp.concatenate(_views(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
         return product.reshape(x.shape[0], window.height, window.width, -1)
@@ -79,6 +78,40 @@ class _Window(NamedTuple):
         """Return the places of an odd window over [b, h, w, c], padded by size // 2."""
         height, width = (-(-side // strides) for side in x.shape[1:3])
         return cls(size, strides, padding, height, width)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    strides, padding = (window.strides,) * 2, ((window.padding,) * 2,) * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    """Convolve, with a gradient that suits XLA's CPU backend."""
+    return _convolution(x, kernel, window)
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array, window: _Window):
+    return _convolution(x, kernel, window), (x, kernel)
+
+
+def _convolve_backward(window: _Window, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+    x, kernel = residuals
+    convolve = partial(_convolution, window=window)
+    if window.strides == 1 or window.height * window.width < _MANY_PIXELS or not _on_cpu():
+        return jax.vjp(convolve, x, kernel)[1](dy)
+    # The input's gradient would be a convolution over a map full of zeros, on one thread.
+    views = jnp.split(dy @ kernel.reshape(-1, kernel.shape[-1]).T, window.size**2, axis=-1)
+    d_kernel = jax.vjp(partial(convolve, x), kernel)[1](dy)[0]
+    return _add_views(views, window, x.shape[1], x.shape[2]), d_kernel
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -202,7 +235,7 @@ def _channel_sum(x: jax.Array) -> jax.Array:
     Before a reduction over rows XLA's CPU backend writes what is to be summed to memory. It does
     not before an addition of slices, which leaves a reduction of an eighth of the size.
     """
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         return jnp.sum(x, axis=(0, 1, 2))
     height = x.shape[1]
     parts = max(n for n in range(1, _SLICES + 1) if height % n == 0)
