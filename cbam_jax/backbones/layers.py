@@ -81,9 +81,9 @@ class _Window(NamedTuple):
 
 
 def _convolution(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
-    strides, padding = (window.strides,) * 2, ((window.padding,) * 2,) * 2
+    strides, border = (window.strides,) * 2, (window.padding, window.padding)
     layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+    return lax.conv_general_dilated(x, kernel, strides, (border, border), dimension_numbers=layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
