@@ -632,11 +632,11 @@ clothing.NUM_IMAGES = {counts}
 clothing.FINGERPRINT = fingerprint
 if int(kill_after):
     calls, shrink = [], clothing.shrink
-    def dying_shrink(encoded):
+    def dying_shrink(encoded, **options):
         calls.append(encoded)
         if len(calls) == int(kill_after):
             os.kill(os.getpid(), signal.SIGKILL)
-        return shrink(encoded)
+        return shrink(encoded, **options)
     clothing.shrink = dying_shrink
 dataset = open_dataset("clothing_dataset_small/256px", "test", data_dir=data_dir,
                        manual_dir=manual_dir)

@@ -113,6 +113,7 @@ def checkout(tmp_path, monkeypatch):
             "def get_config():\n    return {'data': {'name': 'x', 'label': 'label'}}\n"
         )
     monkeypatch.setattr(paper, "CHECKOUT", folder)
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # The command puts the checkout in front.
     monkeypatch.setattr(paper, "open_dataset", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         paper,

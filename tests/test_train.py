@@ -143,6 +143,7 @@ def assert_same_arrays(actual, expected):
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_stopped_ends_as_one_that_was_not(
     uninterrupted, manifest, start, tmp_path
 ):
@@ -220,6 +221,7 @@ def test_the_workdir_holds_what_is_promised(uninterrupted):
     assert set(names) <= first.keys()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(manifest, start, tmp_path):
     workdir, record = tmp_path / "run", tmp_path / "rows.jsonl"
     options = {"record": str(record), "poison": 5}
@@ -368,6 +370,7 @@ def with_boxes(manifest, workdir, copied):
     (copied / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_evaluate_measures_and_draws_where_the_model_looks(
     uninterrupted, manifest, tmp_path, monkeypatch, capsys
 ):
