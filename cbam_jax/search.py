@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from numpy.typing import ArrayLike
 
+from cbam_jax.compiler_options import compiler_options
 from cbam_jax.distances import l2_normalize
 
 METRICS = ("euclidean", "squared_euclidean", "cosine", "inner_product")
@@ -216,7 +217,7 @@ def _lowest_bounds(
             block = (*prepare(rows, squares), np.int32(fresh), labels)
             block = jax.device_put(block, shards[i].device)
             for t, side in enumerate(sides[i]):
-                lowest = _group_minima(*side, *block, first_pass=first_pass, size=size)
+                lowest = _minima_program()(*side, *block, first_pass=first_pass, size=size)
                 kept[i][t].append((np.int32(first), *lowest))
                 number = len(kept[i][t])
                 if number * lowest[0].size >= _KEPT or number * len(starts) >= 64:
@@ -289,7 +290,13 @@ def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array
     return x, _sum(x * x)
 
 
-@functools.partial(jax.jit, static_argnames=("first_pass", "size"))
+@functools.cache
+def _minima_program() -> Callable:
+    """`_group_minima`, jitted; late, since its options depend on the backend."""
+    static = ("first_pass", "size")
+    return jax.jit(_group_minima, static_argnames=static, compiler_options=compiler_options())
+
+
 def _group_minima(x, query, y, share, fresh, items, first_pass, size):
     """Lowest and second lowest bound of each group of ``size`` items of a block, [groups, t].
 

@@ -6,7 +6,6 @@ time a call. The batch is sharded over the mesh's one axis ``data`` and everythi
 replicated, so that mining and BatchNorm see the global batch: n devices give the loss of one.
 """
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cbam_jax.compiler_options import compiler_options
 
 OPTIMIZERS = ("sgd", "adamw")
 # Parameters under these names are never in a pretrained backbone.
@@ -153,23 +154,6 @@ def _is_new(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(new, params)
 
 
-@functools.cache
-def _compiler_options() -> dict[str, str]:
-    """Have XLA's CPU backend compute convolutions and products by Eigen, and reductions by YNNPACK.
-
-    By default YNNPACK computes all of them; with these options a ResNet50's training step took
-    0.9 of the time (benchmarks/README.md). The option is experimental: without, where it is gone.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
-
-
 def create_train_state(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
@@ -294,7 +278,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), scalars
 
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    options = _compiler_options()
+    options = compiler_options()
     return jax.jit(train_step, donate_argnums=0, out_shardings=whole, compiler_options=options)
 
 
@@ -314,7 +298,7 @@ def make_embed_step(
         return {"embedding": model(model.preprocess(batch["image"])), **rest}
 
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(embed_step, out_shardings=whole, compiler_options=_compiler_options())
+    return jax.jit(embed_step, out_shardings=whole, compiler_options=compiler_options())
 
 
 def evaluation_params(state: TrainState) -> Any:
