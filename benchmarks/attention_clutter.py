@@ -8,7 +8,7 @@ backgrounds (plain, medium, heavy clutter; same garments, same poses), several s
 measures the test split of the same clutter: mAP@10, and the focus on the garments of the consumer
 images, which are those that clutter changes. The last step counts: no checkpoint is chosen. The
 same command goes on where it was stopped; --only measures one cell, and --report trains nothing and
-writes benchmarks/results/attention_clutter_cpu.json and docs/attention_*.png from the cells there
+writes benchmarks/results/attention_clutter_cpu.json and docs/attention_* from the cells there
 are.
 """
 
@@ -179,7 +179,7 @@ def draw_heat(workdir: Path):
     first = next(iter(kept.values()))
     images, titles = list(first["image"]), [str(title) for title in first["title"]]
     heats = {model: arrays["heat"] for model, arrays in kept.items()}
-    drawn = {"attention_heat": figures.heat_rows(images, heats, titles=titles)}
+    drawn = {"attention_heat.jpg": figures.heat_rows(images, heats, titles=titles)}
     gates = {
         name.removeprefix("backbone.").removesuffix(".spatial"): arrays[name]
         for arrays in kept.values()
@@ -187,7 +187,7 @@ def draw_heat(workdir: Path):
         if name.endswith(".spatial")
     }
     if gates:
-        drawn["attention_gates"] = figures.gate_rows(images, gates, titles=titles)
+        drawn["attention_gates.jpg"] = figures.gate_rows(images, gates, titles=titles)
     return drawn
 
 
@@ -211,10 +211,10 @@ def report(workdir: Path) -> dict[str, Any]:
     print(f"wrote {RESULTS}")
     even = {cell["clutter"]: cell["focus"]["area"] for cell in cells}
     even = {clutter: even[clutter] for clutter in CLUTTERS if clutter in even}
-    drawn = {"attention_clutter": draw_curves(rows, even)} | draw_heat(workdir)
+    drawn = {"attention_clutter.png": draw_curves(rows, even)} | draw_heat(workdir)
     for name, figure in drawn.items():
-        figures.save(figure, DOCS / f"{name}.png")
-        print(f"wrote {DOCS / f'{name}.png'}")
+        figures.save(figure, DOCS / name)
+        print(f"wrote {DOCS / name}")
     return {"cells": len(cells), "comparison": rows}
 
 

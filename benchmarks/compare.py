@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.step_flags import add_step_flags, complete
 from cbam_jax import command_line
+from cbam_jax.timing import spread
 
 LIBRARIES = ("ours", "torch")
 _PAUSE_S = 0.2
@@ -123,10 +123,6 @@ def rounds(processes: dict[str, subprocess.Popen], repeats: int, count: int) -> 
             flush=True,
         )
     return times
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def compare(kind: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from cbam_jax.benchmark_data import photos
 from cbam_jax.data import decode_resized, resize
 from cbam_jax.datasets import decode_image, jpeg_size
 
@@ -58,20 +59,6 @@ def read_jpegs(path: str, limit: int) -> list[bytes]:
 
 def spread(items: list, limit: int) -> list:
     return items[:: max(1, len(items) // limit)][:limit]
-
-
-def synthetic_jpegs(count: int) -> list[bytes]:
-    """Noise at every scale, its amplitude proportional to the scale: the spectrum of photos."""
-    rng = np.random.default_rng(0)
-    jpegs = []
-    for _ in range(count):
-        image = np.full((400, 400, 3), 128, np.float32)
-        for scale in (2, 4, 8, 16, 32, 64, 128):
-            noise = rng.standard_normal((400 // scale + 2, 400 // scale + 2, 3), np.float32)
-            image += scale**0.5 * 4 * cv2.resize(noise, (400, 400), interpolation=cv2.INTER_CUBIC)
-        image = np.clip(image, 0, 255).astype(np.uint8)
-        jpegs.append(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
-    return jpegs
 
 
 def decoders(size: int) -> dict[str, tuple[Decode, Decode]]:
@@ -187,7 +174,7 @@ def main() -> None:
     if args.images and not os.path.exists(args.images):
         parser.error(f"--images {args.images} does not exist: give a folder or a tar")
     cv2.setNumThreads(1)
-    jpegs = read_jpegs(args.images, args.limit) if args.images else synthetic_jpegs(args.limit)
+    jpegs = read_jpegs(args.images, args.limit) if args.images else photos(args.limit, 400, 400)
     if not jpegs:
         parser.error(f"--images {args.images} holds no .jpg or .jpeg: give another")
     sizes = np.array([jpeg_size(jpeg) for jpeg in jpegs])

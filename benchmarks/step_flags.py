@@ -1,7 +1,9 @@
-"""The flags of a step that is measured in both libraries; imports neither."""
+"""The flags of a step that is measured in both libraries."""
 
 import argparse
 from typing import Any
+
+from cbam_jax.benchmark import DTYPES, check_classes
 
 MODELS = ("resnet18", "resnet18_cbam", "resnet50", "resnet50_cbam")
 
@@ -11,9 +13,7 @@ def add_step_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--image_size", type=int, default=224, help="pixels")
     parser.add_argument("--batch_size", type=int, help="default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--images_per_class", type=int, default=8)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--repeats", type=int, default=repeats, help="turns that are measured")
     parser.add_argument(
         "--steps_per_repeat", type=int, help="in a row; default: 1 on a CPU, 20 on a GPU"
@@ -31,10 +31,5 @@ def complete(
     for name, value in options.items():
         if isinstance(value, int) and value < 1:
             parser.error(f"--{name} is {value}, expected at least 1")
-    size, per_class = options["batch_size"], options["images_per_class"]
-    if size % per_class or size == per_class or per_class == 1:
-        parser.error(
-            f"--batch_size {size} with --images_per_class {per_class}: mining needs two classes "
-            "or more, each of as many images, two or more"
-        )
+    check_classes(parser, options["batch_size"], options["images_per_class"])
     return options

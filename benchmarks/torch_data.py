@@ -19,39 +19,30 @@ with workers. ``speed_over`` is ours over theirs within a repeat. The last line 
 
 import argparse
 import datetime
+import importlib
 import io
 import itertools
 import json
 import os
 import pathlib
 import platform
-import statistics
+import sys
 from collections.abc import Iterator
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks.torchvision_stubs import import_torchvision
 from cbam_jax import InputError, benchmark_data
 from cbam_jax.datasets import RetrievalDataset, decode_image
+from cbam_jax.timing import spread
 
-OPERATORS = {
-    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "roi_align": (
-        "(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-        "int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
-    ),
-}
-# Its wheel wants operators that a torch for CPUs lacks, and nothing here calls.
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for operator, schema in OPERATORS.items():
-    if not hasattr(torch.ops.torchvision, operator):
-        LIBRARY.define(operator + schema)
-
-import torchvision  # noqa: E402
-from PIL import Image  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
+torchvision = import_torchvision()
+v2 = importlib.import_module("torchvision.transforms.v2")
 
 
 class Photos(torch.utils.data.Dataset):
@@ -124,8 +115,7 @@ def compare(dataset: RetrievalDataset, options: argparse.Namespace, workers: int
 
 def ratios(times: dict[str, list], peer: str, clock: str) -> dict[str, float]:
     pairs = zip(times[peer], times["ours"], strict=True)
-    values = [theirs[clock] / ours[clock] for theirs, ours in pairs]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return spread([theirs[clock] / ours[clock] for theirs, ours in pairs])
 
 
 def describe(dataset: RetrievalDataset) -> dict:

@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.search_cases import CASES
 from benchmarks.step_flags import add_step_flags, complete
 from benchmarks.torchvision_stubs import import_torchvision
-from cbam_jax.benchmark import embeddings, machine, seconds
+from cbam_jax.benchmark import embeddings, machine
 from cbam_jax.models import IMAGENET_MEAN, IMAGENET_STD
+from cbam_jax.timing import seconds
 from cbam_jax.workloads import random_batch
 
 

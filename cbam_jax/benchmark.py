@@ -12,7 +12,6 @@ import platform
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,55 +24,12 @@ from cbam_jax import InputError, workloads
 from cbam_jax.losses import MININGS
 from cbam_jax.models import MODELS, POOLINGS, create_model
 from cbam_jax.search import FIRST_PASSES, search
+from cbam_jax.timing import seconds, spread, take_turns
 
 DTYPES = ("float32", "bfloat16")
 # Operations a second by the data sheet, dense, bfloat16: what no real product reaches.
 DATA_SHEET = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
-_PAUSE_S = 0.1
 _TRACED_STEPS = 3
-
-
-def take_turns(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one call of each to warm up.
-
-    The functions take turns, so that a disturbance of the machine meets all of them, with a pause
-    between: threads of OpenMP and OpenBLAS keep a core busy for a while after their work.
-
-    Example:
-      >>> [len(times) for times in take_turns({"nothing": lambda: None}, repeats=3).values()]
-      [3]
-    """
-    for function in functions.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            time.sleep(_PAUSE_S)
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most.
-
-    Example:
-      >>> spread([3.0, 1.0, 7.0])
-      {'median': 3.0, 'min': 1.0, 'max': 7.0}
-    """
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
-    """Median, least and most seconds of each function; see ``take_turns``.
-
-    Example:
-      >>> measured = seconds({"nothing": lambda: None}, repeats=3)
-      >>> sorted(measured["nothing"])
-      ['max', 'median', 'min']
-    """
-    return {name: spread(times) for name, times in take_turns(functions, repeats).items()}
 
 
 def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
@@ -367,10 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command == "search":
         _check_search(parser, options)
         result = benchmark_search(**options)
+        _tell(result)
     else:
         _check_step(parser, options)
         result = benchmark_step(command, **options)
-    _tell(result)
+        _tell(result)
     print(json.dumps(result))
 
 
@@ -432,17 +389,22 @@ def _check_devices(parser: argparse.ArgumentParser, devices: int) -> None:
     )
 
 
+def check_classes(parser: argparse.ArgumentParser, batch_size: int, images_per_class: int) -> None:
+    """Ends in one line where a batch's classes give mining nothing to choose from."""
+    if batch_size % images_per_class or batch_size == images_per_class or images_per_class == 1:
+        parser.error(
+            f"--batch_size {batch_size} with --images_per_class {images_per_class}: mining needs "
+            "two classes or more, each of as many images, two or more"
+        )
+
+
 def _check_step(parser: argparse.ArgumentParser, options: dict) -> None:
     size, devices = options["batch_size"], options["devices"]
     _check_devices(parser, devices)
     if size % devices:
         parser.error(f"--batch_size {size} is no multiple of {devices} devices")
-    per_class = options.get("images_per_class", 0)
-    if per_class and (size % per_class or size == per_class or per_class == 1):
-        parser.error(
-            f"--batch_size {size} with --images_per_class {per_class}: mining needs two classes "
-            "or more, each of as many images, two or more"
-        )
+    if "images_per_class" in options:
+        check_classes(parser, size, options["images_per_class"])
     if options["trace"] is not None:
         try:
             os.makedirs(options["trace"], exist_ok=True)

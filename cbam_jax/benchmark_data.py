@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.data import Batches, train_batches
 from cbam_jax.datasets import RetrievalDataset, open_dataset
+from cbam_jax.timing import spread
 
 UNITS = ("images_per_second", "images_per_second_per_core", "batch_ms")
 
@@ -210,7 +210,4 @@ def loading_rates(times: list[dict[str, float]], batch_size: int) -> dict[str, d
         [1e3 * batch_size / time["cpu_ms"] for time in times],
         [time["wall_ms"] for time in times],
     )
-    return {
-        name: {"median": statistics.median(v), "min": min(v), "max": max(v)}
-        for name, v in zip(UNITS, values, strict=True)
-    }
+    return {name: spread(v) for name, v in zip(UNITS, values, strict=True)}

@@ -75,7 +75,7 @@ def keep_compiled_programs() -> None:
     """
     import jax  # Here: not every command needs it.
 
-    if not getattr(jax.config, "jax_compilation_cache_dir"):  # noqa: B009 (unknown to type checkers)
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         folder = cache_folder() / "compiled" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -312,6 +312,7 @@ def metric_bars(
 
 
 def save(figure: "Figure", path: str | os.PathLike) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as what the path's ending says, such as ``.png``, whole or not at all."""
+    ending = os.path.splitext(path)[1]
     with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
+        figure.savefig(partial, format=ending.removeprefix("."), dpi=150, bbox_inches="tight")

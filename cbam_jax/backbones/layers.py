@@ -54,10 +54,9 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to [b, h', w', d]."""
         kernel = self.kernel[...].astype(self.dtype)
-        size, padding = kernel.shape[0], kernel.shape[0] // 2
         x = x.astype(self.dtype)
-        window = _Window.over(x, size, self.strides, padding)
-        if size > 1 and window.height * window.width > _FEW_PIXELS:
+        window = _Window.over(x, kernel.shape[0], self.strides)
+        if window.size > 1 and window.height * window.width > _FEW_PIXELS:
             return _convolve(x, kernel, window)
         columns = jnp.concatenate(_views(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
@@ -74,10 +73,10 @@ class _Window(NamedTuple):
     width: int
 
     @classmethod
-    def over(cls, x: jax.Array, size: int, strides: int, padding: int) -> "_Window":
+    def over(cls, x: jax.Array, size: int, strides: int) -> "_Window":
         """Return the places of an odd window over [b, h, w, c], padded by size // 2."""
         height, width = (-(-side // strides) for side in x.shape[1:3])
-        return cls(size, strides, padding, height, width)
+        return cls(size, strides, size // 2, height, width)
 
 
 def _convolution(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
