@@ -1,19 +1,23 @@
 """Exact nearest neighbours, streamed over blocks of the gallery.
 
-A search has two steps. The first computes, by one float32 product a block, a *lower bound* of each
-distance (the product less its largest possible rounding error), and of each group of gallery items
-(16, or fewer where k is large beside n) keeps the lowest, whose it is, and the second lowest; then,
-of each query, the few groups with the lowest. The second step computes those few distances from
-x - y in float64, and those of a group's other items where its second lowest bound asks for it.
-Where the k-th distance is below every bound that was not kept, the answer is proven; the rare other
-queries (many near ties) are searched again in float64. So neither block sizes, nor devices, nor the
-batching of queries show in the result: the k lowest by (float32 distance, gallery index).
+A search has two steps. The first computes, by one product a block, a *lower bound* of each distance
+(the product less its largest possible error), and of each group of gallery items (16, or fewer
+where k is large beside n) keeps the lowest, whose it is, and the second lowest; then, of each
+query, the few groups with the lowest. The second step computes those few distances from x - y in
+float64, and those of a group's other items where its second lowest bound asks for it. Where the
+k-th distance is below every bound that was not kept, the answer is proven. Products of embeddings
+rounded to bfloat16 take half the time, and the rounding errors, whose norms are known, widen the
+bounds little: they prove nearly all queries. The others are searched by float32 products, and those
+with many near ties once more in float64. So neither the first pass, nor block sizes, nor devices,
+nor the batching of queries show in the result: the k lowest by (float32 distance, gallery index).
 """
 
 import functools
-import itertools
 import mmap
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -26,13 +30,15 @@ from cbam_jax.compiler_options import compiler_options
 from cbam_jax.distances import l2_normalize
 
 METRICS = ("euclidean", "squared_euclidean", "cosine", "inner_product")
-FIRST_PASSES = ("float32", "bfloat16")
+FIRST_PASSES = ("bfloat16", "float32")
 
 _GROUP = 16  # Gallery items whose lowest bound stands for them, at most; a power of two.
-_KEPT = 2**21  # Lowest bounds that are kept before a selection, 16 MiB with the second lowest.
+_KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
+_BALANCE = 512.0  # About the norm of an embedding over that of its rounding error in bfloat16.
+_OTHERS = 4  # Candidates of a query beyond the first k, computed at a time.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
-_CHUNK, _STEPS = 2**19, 16  # Numbers in a step of the second pass, 2 MiB; steps in a call.
+_CHUNK, _STEPS = 2**20, 16  # Numbers in a step of the second pass, 4 MiB; steps in a call.
 _NO_BOUND, _INFINITE = 2**31 - 1, 0x7F800000  # Of bounds as integers.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
 _ON_ACCELERATOR = 2**28, 4096, 2**18
@@ -84,7 +90,7 @@ def search(
     gallery_group: ArrayLike | None = None,
     query_category: ArrayLike | None = None,
     gallery_category: ArrayLike | None = None,
-    first_pass: str = "float32",
+    first_pass: str | None = None,
     devices: Sequence[Any] | None = None,
     query_block: int | None = None,
     gallery_block: int | None = None,
@@ -109,8 +115,9 @@ def search(
       gallery_group: ``[n]`` integers, given with ``query_group``.
       query_category: ``[q]`` integers; gallery items of other categories are ignored.
       gallery_category: ``[n]`` integers, given with ``query_category``.
-      first_pass: ``"float32"``, which is exact, or ``"bfloat16"``: products of rounded embeddings
-        choose 4 k candidates, which are ranked exactly; neighbours not among them are lost.
+      first_pass: The dtype of the first products, ``"bfloat16"`` or ``"float32"``, which decides
+        the speed, never the result; None: bfloat16 where the device has instructions for it.
+        float32 is the faster where many more than k items are nearly as near as the k-th.
       devices: Devices to split the gallery over; by default one, or those that hold the gallery.
       query_block: Queries at a time; None: what suits the device.
       gallery_block: Gallery items at a time; None: likewise.
@@ -142,28 +149,61 @@ def search(
     shards = _shards(gallery, devices)
     queries = np.asarray(queries).astype(np.float32)
     own_squares = _squares(queries, "queries")
-    prepare = _preparation(queries, own_squares, shards, metric)
-    exact = first_pass == "float32"
-    count = min(k + _SLACK if exact else 4 * k, n)
     blocks = _block_sizes(shards[0].device, queries.shape, query_block, gallery_block)
-    x, own_share = map(np.asarray, prepare(queries, own_squares))
-    size = _group_size(k, n)
-    lowest = _lowest_bounds(x, shards, count, prepare, query, items, first_pass, blocks, size)
+    distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
+    prepare = _preparation(queries, own_squares, shards, metric)
+    rest = np.arange(q)
+    first_pass = first_pass or _fastest_pass(shards[0].device)
+    for dtype in FIRST_PASSES[FIRST_PASSES.index(first_pass) :]:
+        part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
+        sides, labels = (queries[part], own_squares[part]), (_taken(query, part), items)
+        now = functools.partial(prepare, dtype=dtype)
+        distances[part], indices[part], proven = _pass(*sides, shards, k, now, labels, blocks)
+        rest = rest[~proven]
+        if not len(rest):
+            return distances, indices
+    labels = _taken(query, rest), items
+    distances[rest], indices[rest] = _exhaustive(queries[rest], shards, k, metric, *labels)
+    return distances, indices
 
+
+def _fastest_pass(device: Any) -> str:
+    """bfloat16 where the device has instructions for it: accelerators, some of the CPUs on Linux."""
+    if device.platform != "cpu":
+        return "bfloat16"
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def _pass(
+    queries: np.ndarray,
+    own_squares: np.ndarray,
+    shards: Sequence[_Shard],
+    k: int,
+    prepare: Callable,
+    labels: tuple[_Labels, _Labels],
+    blocks: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distances and indices of the k nearest among the candidates, and whether that is proven."""
+    metric, dtype = prepare.keywords["metric"], prepare.keywords["dtype"]
+    # bfloat16's bounds are wider: there are more candidates.
+    count = k + _SLACK if dtype == "float32" else 2 * (k + _SLACK)
+    size = _group_size(k, sum(len(shard.rows) for shard in shards))
+    sides = queries, own_squares
+    lowest, own_share = _lowest_bounds(*sides, shards, count, prepare, *labels, blocks, size)
     keys, unseen = [], []
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
         bounds = [_bound_distances(b & -size, own_share, prepare) for b in (bound, second)]
-        found, labels = _Lowest(bounds[0], index, bounds[1]), (query, items)
+        found = _Lowest(bounds[0], index, bounds[1])
         x = jax.device_put(queries, shard.device)
         keys.append(_candidate_keys(x, shard, found, k, metric, labels, blocks[1], size))
         unseen.append(found.bound[:, -1])
     distances, indices = _unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
-    if exact:
-        rest = np.flatnonzero(~_proven(distances[:, -1], np.min(unseen, axis=0)))
-        if len(rest):
-            labels = _taken(query, rest), items
-            distances[rest], indices[rest] = _exhaustive(queries[rest], shards, k, metric, *labels)
-    return distances, indices
+    # Rounding to float32 keeps the order, so the bounds hold for the rounded distances as well.
+    return distances, indices, np.min(unseen, axis=0) > distances[:, -1]
 
 
 def _group_size(k: int, n: int) -> int:
@@ -184,28 +224,36 @@ def _block_sizes(
 
 
 def _lowest_bounds(
-    x: np.ndarray,
+    queries: np.ndarray,
+    own_squares: np.ndarray,
     shards: Sequence[_Shard],
     count: int,
     prepare: Callable,
     query: _Labels,
     items: _Labels,
-    first_pass: str,
     blocks: tuple[int, int],
     size: int,
-) -> list[_Lowest]:
-    """Of each shard, for each query the ``count`` groups with the lowest bounds."""
-    tile = _block_rows(len(x), blocks[0])  # Multiples of 16: rows of products begin cache lines.
-    starts = [min(i, len(x) - tile) for i in range(0, len(x), tile)]
-    distance = prepare.keywords["metric"] in ("euclidean", "squared_euclidean")
-    x = np.float32(-2 if distance else -1) * x
-    tiles = [(x[t : t + tile], _taken(query, slice(t, t + tile))) for t in starts]
+) -> tuple[list[_Lowest], np.ndarray]:
+    """Of each shard, for each query the ``count`` groups with the lowest bounds.
+
+    And the queries' own share of them.
+    """
+    q = len(queries)
+    tile = _block_rows(q, blocks[0])  # Multiples of 16: rows of products begin cache lines.
+    starts = [min(i, q - tile) for i in range(0, q, tile)]
+    parts = [slice(t, t + tile) for t in starts]
+    prepared = [prepare(queries[t], own_squares[t]) for t in parts]
+    factor = -2 if prepare.keywords["metric"].endswith("euclidean") else -1
+    tiles = [(factor * x, _taken(query, t)) for (x, _), t in zip(prepared, parts, strict=True)]
     sides = [jax.device_put(tiles, s.device) for s in shards]
-    best = [[jax.device_put(_nothing(tile, count), s.device) for _ in starts] for s in shards]
+    nothing = _nothing(tile, count)
+    best = [[jax.device_put(nothing, s.device) for _ in starts] for s in shards]
     kept = [[[] for _ in starts] for _ in shards]
+    minima = _minima_program(prepare.keywords["dtype"])
+    most = max(1, min(_KEPT * size // (tile * blocks[1]), 64 // len(starts)))
     # Devices run at the same time: each is given its next block before any result is waited for.
     waiting = []
-    for step in itertools.zip_longest(*(_blocks(shard, blocks[1]) for shard in shards)):
+    for number, step in enumerate(zip_longest(*(_blocks(shard, blocks[1]) for shard in shards)), 1):
         # No more than two blocks wait in line, or all of the gallery would soon be in memory.
         jax.block_until_ready(waiting)
         waiting = [[list(states) for states in best], [t[-1:] for states in kept for t in states]]
@@ -217,15 +265,13 @@ def _lowest_bounds(
             block = (*prepare(rows, squares), np.int32(fresh), labels)
             block = jax.device_put(block, shards[i].device)
             for t, side in enumerate(sides[i]):
-                lowest = _minima_program()(*side, *block, first_pass=first_pass, size=size)
-                kept[i][t].append((np.int32(first), *lowest))
-                number = len(kept[i][t])
-                if number * lowest[0].size >= _KEPT or number * len(starts) >= 64:
-                    best[i][t] = _select(best[i][t], kept[i][t], size=size)
-                    kept[i][t] = []
-    select = functools.partial(_select, size=size)
-    best = [list(map(select, *both)) for both in zip(best, kept, strict=True)]
-    return [_untiled(states, starts, len(x)) for states in best]
+                kept[i][t].append((np.int32(first), *minima(*side, *block, size=size)))
+        if number % most == 0:
+            best = _selected(best, kept, size)
+            kept = [[[] for _ in starts] for _ in shards]
+    best = _selected(best, kept, size)
+    lowest = [_Lowest(*(_untiled(part, starts, q) for part in zip(*s, strict=True))) for s in best]
+    return lowest, _untiled([share for _, share in prepared], starts, q)
 
 
 def _preparation(
@@ -241,7 +287,7 @@ def _preparation(
     if metric in ("euclidean", "squared_euclidean"):
         # Runs of rows from all over: single rows would bring a whole file into memory.
         starts = [(s, i) for s in shards for i in range(0, len(s.rows), -(-len(s.rows) // 16))]
-        runs = [np.asarray(_view(s)[i : i + 64], np.float64) for s, i in starts]
+        runs = [np.asarray(_view(s)[i : i + 16], np.float64) for s, i in starts]
         sample = np.concatenate(runs)
         mean = sample.mean(axis=0)
         if np.sum(mean**2) > 0.25 * np.mean(np.sum(sample**2, axis=1)):
@@ -261,21 +307,44 @@ def _prepare(
     center: np.ndarray | None,
     scale: np.float32,
     metric: str,
+    dtype: str,
 ) -> tuple[Any, Any]:
     """Embeddings as the product takes them, [m, d], and their share of the lower bounds, [m].
 
     A bound is the product, times -2 or -1, plus the shares of both sides. A float32 dot product of
     width d is off by at most (d u) |x| |y| with u = 2^-24, in whatever order it is summed (Higham
     2002, section 3.1), and |x| |y| <= (|x|^2 + |y|^2) / 2 splits that between both sides. Squares
-    are off by as much again; 32 u more cover the roundings of centring and adding up.
+    are off by as much again; 32 u more cover the roundings of centring and adding up. Products of
+    bfloat16 are off by more, see `_rounded`, and accelerators add them up less strictly.
     """
-    error = (2 * x.shape[1] + 32) * _ROUNDING
+    error = (2 * x.shape[1] + 32) * (1 if dtype == "float32" else 2) * _ROUNDING
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
-        return _normalized(x), np.full(len(x), 0.5 - error, np.float32)
-    if center is not None:
-        x, squares = _moved(x, center, scale)
-    return x, squares * np.float32(-error / 2 if metric == "inner_product" else 1 - error)
+        x, squares = _normalized(x), np.ones(len(x), np.float32)
+        share = np.float32(0.5 - error) * squares
+    else:
+        if center is not None:
+            x, squares = _moved(x, center, scale)
+        share = squares * np.float32(-error / 2 if metric == "inner_product" else 1 - error)
+    if dtype == "bfloat16":
+        x, lost = _rounded(x, squares)
+        share = share - lost * np.float32(2 if metric.endswith("euclidean") else 1)
+    return x, share
+
+
+@jax.jit
+def _rounded(x: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x as bfloat16, and its share of what the inner products with others may lose by that.
+
+    <x, y> - <x', y'> = <x - x', y> + <x', y - y'>, at most |x - x'| |y| + |x'| |y - y'|. And
+    |x - x'| |y| <= (b |x - x'|^2 + |y|^2 / b) / 2, tight where b is |y| / |x - x'|, holds for any b
+    and splits it between both sides. 0.505 in place of 1/2 covers roundings, that of x' included.
+    """
+    x = x.astype(jnp.float32)
+    # XLA may leave out a conversion to bfloat16 and back.
+    near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    lost = _BALANCE * _sum(_halved(jnp.square(x - near))) + squares / _BALANCE
+    return near.astype(jnp.bfloat16), 0.505 * lost
 
 
 @jax.jit
@@ -291,13 +360,14 @@ def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array
 
 
 @functools.cache
-def _minima_program() -> Callable:
+def _minima_program(dtype: str) -> Callable:
     """`_group_minima`, jitted; late, since its options depend on the backend."""
-    static = ("first_pass", "size")
-    return jax.jit(_group_minima, static_argnames=static, compiler_options=compiler_options())
+    # On a CPU, products of bfloat16 are faster without the options, those of float32 with them.
+    options = compiler_options() if dtype == "float32" else {}
+    return jax.jit(_group_minima, static_argnames="size", compiler_options=options)
 
 
-def _group_minima(x, query, y, share, fresh, items, first_pass, size):
+def _group_minima(x, query, y, share, fresh, items, size):
     """Lowest and second lowest bound of each group of ``size`` items of a block, [groups, t].
 
     ``x`` [t, d], ``y`` [m, d] and ``share`` [m] are prepared; the labels are [t] and [m]. Group i
@@ -306,7 +376,14 @@ def _group_minima(x, query, y, share, fresh, items, first_pass, size):
     so that they stay lower bounds.
     """
     # Gallery items are the rows: XLA's CPU backend takes up to twice as long for x y^T.
-    product = _product(y.astype(jnp.float32), x, first_pass)
+    # Not jnp.matmul, which would convert bfloat16 to float32 before the product.
+    product = jax.lax.dot_general(
+        y.astype(x.dtype),
+        x,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
     # Rows before ``fresh`` were in the block before.
     share = jnp.where(jnp.arange(len(y), dtype=jnp.int32) < fresh, jnp.inf, share)
     groups = -(-len(y) // size)
@@ -322,6 +399,14 @@ def _group_minima(x, query, y, share, fresh, items, first_pass, size):
         second = jnp.minimum(second, jnp.maximum(lowest, bound))
         lowest = jnp.minimum(lowest, bound)
     return lowest, second
+
+
+def _selected(best: list, kept: list, size: int) -> list:
+    """`_select` of each shard and tile; in threads, since on a CPU a top_k keeps one core busy."""
+    select = functools.partial(_select, size=size)
+    with ThreadPoolExecutor() as pool:
+        rows = [pool.map(select, *both) for both in zip(best, kept, strict=True)]
+        return [list(row) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -387,14 +472,6 @@ def _ignored(query: _Labels, items: _Labels):
     return ignored
 
 
-def _product(x: jax.Array, y: jax.Array, first_pass: str) -> jax.Array:
-    if first_pass == "bfloat16":
-        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    return jnp.matmul(
-        x, y.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-
-
 def _bound_distances(bounds: np.ndarray, own_share: np.ndarray, prepare: Callable) -> np.ndarray:
     """Lower bounds [q, m], from integers, in the unit of the distances, as float32."""
     metric, scale = prepare.keywords["metric"], float(prepare.keywords["scale"])
@@ -422,19 +499,22 @@ def _candidate_keys(
 ) -> np.ndarray:
     """Keys of the candidates of each query, [q, at least count], by their distances in float64.
 
-    First of those with the k lowest bounds, then of the others that may be as near as these: with
-    a lower bound, or in a group whose second lowest bound is.
+    First of those with the k lowest bounds, then a few at a time of the others that may be as near
+    as the k-th so far: with a lower bound, or in a group whose second lowest bound is.
     """
     distances = np.full(found.index.shape, np.inf, np.float32)
-    rows = np.arange(len(distances), dtype=np.int32)
-    distances[:, :k] = _pair_distances(queries, shard, rows, found.index[:, :k], metric)
     there = found.bound < np.inf
-    distances[~there] = np.inf
-    kth = np.max(distances[:, :k], axis=1, keepdims=True)
-    row, column = np.nonzero((found.bound[:, k:] <= kth) & there[:, k:])
-    others = found.index[row, column + k]
-    pairs = _pair_distances(queries, shard, row.astype(np.int32), others[:, None], metric)
-    distances[row, column + k] = pairs[:, 0]
+    row = np.arange(len(distances), dtype=np.int32)
+    kth = np.full((len(distances), 1), np.inf, np.float32)
+    for start in [0, *range(k, distances.shape[1], _OTHERS)]:
+        # Bounds ascend.
+        row = row[(found.bound[row, start] <= kth[row, 0]) & there[row, start]]
+        if not len(row):
+            break
+        columns = slice(start, start + _OTHERS) if start else slice(0, k)
+        some = _pair_distances(queries, shard, row, found.index[row, columns], metric)
+        distances[row, columns] = np.where(there[row, columns], some, np.inf)
+        kth[row, 0] = np.partition(distances[row, : columns.stop], k - 1, axis=1)[:, k - 1]
     keys = _keys(distances, np.where(there, found.index, -1))
     row, column = np.nonzero((found.second <= kth) & there)
     if not len(row):
@@ -482,7 +562,7 @@ def _pair_distances(
         parts = [_pair_distances(queries, shard, rows, half, metric) for half in halves]
         return np.concatenate(parts, axis=1)
     # Always in calls of one shape, [calls, steps, rows, c]: the last one is padded.
-    shape = (-1, _STEPS, min(64, wide // found.shape[1]))
+    shape = (-1, _STEPS, min(max(16, 1024 // found.shape[1]), wide // found.shape[1]))
     padding = -len(rows) % (shape[1] * shape[2])
     items = np.pad(np.maximum(found - shard.first, 0), ((0, padding), (0, 0)))
     items = items.reshape(*shape, found.shape[1])
@@ -521,7 +601,7 @@ def _pair_distance(x, y, metric):
         half = _sum(jnp.square(x - y)) / 2
         half = jnp.where(half > 1e-30, half, 0.0)
         return jnp.where((xx > 0) & (yy > 0), half, 1.0).astype(jnp.float32)
-    squares = _sum(jnp.square(x - y))
+    squares = _sum(_halved(jnp.square(x - y)))
     return (squares if metric == "squared_euclidean" else jnp.sqrt(squares)).astype(jnp.float32)
 
 
@@ -532,12 +612,14 @@ def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(lanes, axis=-2), axis=-1) + jnp.sum(x[..., whole:], axis=-1)
 
 
-def _proven(kth: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    """Whether every item that is no candidate is farther than the k-th distance, [q].
+def _halved(x: jax.Array) -> jax.Array:
+    """Sums of numbers of the last axis, whose sum is that of x.
 
-    Rounding to float32 keeps the order, so ``unseen`` bounds the rounded distances as well.
+    Additions of slices are fused with what makes x, which a sum would have in memory first.
     """
-    return unseen > kth
+    while x.shape[-1] % 256 == 0:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x
 
 
 def _exhaustive(
@@ -615,12 +697,12 @@ def _nothing(q: int, count: int) -> _Lowest:
     return _Lowest(none, np.full((q, count), -1, np.int32), none.copy())
 
 
-def _untiled(states: list[_Lowest], starts: list[int], q: int) -> _Lowest:
-    """The states of all tiles as arrays of all queries; the last tile overlaps the one before."""
-    whole = _nothing(q, states[0].bound.shape[1])
-    for t, state in zip(starts, states, strict=True):
-        for to, part in zip(whole, state, strict=True):
-            to[t : t + len(part)] = part
+def _untiled(parts: Sequence[ArrayLike], starts: list[int], q: int) -> np.ndarray:
+    """What all tiles have, as one array of all queries; the last overlaps the one before."""
+    parts = [np.asarray(part) for part in parts]
+    whole = np.empty((q, *parts[0].shape[1:]), parts[0].dtype)
+    for start, part in zip(starts, parts, strict=True):
+        whole[start : start + len(part)] = part
     return whole
 
 
@@ -763,7 +845,7 @@ def _check(
     gallery: np.ndarray | jax.Array,
     k: int,
     metric: str,
-    first_pass: str,
+    first_pass: str | None,
     query_block: int | None,
     gallery_block: int | None,
 ) -> None:
@@ -775,7 +857,7 @@ def _check(
         raise ValueError(f"the gallery has {len(gallery)} items, indices are int32")
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
-    if first_pass not in FIRST_PASSES:
+    if first_pass is not None and first_pass not in FIRST_PASSES:
         raise ValueError(f"unknown first_pass {first_pass!r}; choose {' or '.join(FIRST_PASSES)}")
     if min(query_block or 1, gallery_block or 1) < 1:
         raise ValueError(f"blocks are {query_block} and {gallery_block}, expected at least 1")
