@@ -31,6 +31,7 @@ def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:
         "search": functools.partial(search, x, on_device, k),
         "faiss": functools.partial(index.search, x, k),
         "product": functools.partial(bare_product, x, on_device),
+        "product_bfloat16": functools.partial(bare_product, x, on_device, "bfloat16"),
     }
     times = seconds(functions, repeats)
     medians = {name: time["median"] for name, time in times.items()}
@@ -44,6 +45,7 @@ def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:
         **times,
         "speed_over_faiss": medians["faiss"] / medians["search"],
         "search_to_product": medians["search"] / medians["product"],
+        "search_to_product_bfloat16": medians["search"] / medians["product_bfloat16"],
         # faiss rounds its distances, so that neighbours at nearly one distance may change places.
         "same_indices": float(np.mean(ours[1] == theirs[1])),
         "largest_distance_difference": float(np.abs(ours[0] - np.sqrt(theirs[0])).max()),

@@ -147,7 +147,7 @@ def search(
     items = _Labels(np.arange(n, dtype=np.int32), group[1], category[1])
 
     shards = _shards(gallery, devices)
-    queries = np.asarray(queries).astype(np.float32)
+    queries = np.asarray(queries).astype(np.float32, copy=False)
     own_squares = _squares(queries, "queries")
     blocks = _block_sizes(shards[0].device, queries.shape, query_block, gallery_block)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
@@ -168,7 +168,7 @@ def search(
 
 
 def _fastest_pass(device: Any) -> str:
-    """bfloat16 where the device has instructions for it: accelerators, some of the CPUs on Linux."""
+    """bfloat16 where the device has instructions for it: accelerators, some CPUs under Linux."""
     if device.platform != "cpu":
         return "bfloat16"
     try:
@@ -194,16 +194,25 @@ def _pass(
     size = _group_size(k, sum(len(shard.rows) for shard in shards))
     sides = queries, own_squares
     lowest, own_share = _lowest_bounds(*sides, shards, count, prepare, *labels, blocks, size)
-    keys, unseen = [], []
+    keys, unseen, complete = [], [], []
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
         bounds = [_bound_distances(b & -size, own_share, prepare) for b in (bound, second)]
         found = _Lowest(bounds[0], index, bounds[1])
         x = jax.device_put(queries, shard.device)
         keys.append(_candidate_keys(x, shard, found, k, metric, labels, blocks[1], size))
         unseen.append(found.bound[:, -1])
+        complete.append(bound[:, -1] >= _INFINITE)
     distances, indices = _unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
-    # Rounding to float32 keeps the order, so the bounds hold for the rounded distances as well.
-    return distances, indices, np.min(unseen, axis=0) > distances[:, -1]
+    return distances, indices, _proven(distances[:, -1], np.array(unseen), np.array(complete))
+
+
+def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.ndarray:
+    """Whether every item that is no candidate is farther than the k-th distance, [q].
+
+    ``unseen`` [shards, q] is the bound up to which a shard has seen all, ``complete`` whether it
+    has no more. Rounding to float32 keeps the order, so bounds hold for rounded distances as well.
+    """
+    return np.all(complete | (unseen > kth), axis=0)
 
 
 def _group_size(k: int, n: int) -> int:
@@ -583,8 +592,7 @@ def _distances(x, y, rows, items, metric):
     """Distances, [steps * rows, c], of ``rows`` [steps, rows] and ``items`` [steps, rows, c]."""
 
     def step(indices):
-        # The barrier keeps the gathering of rows apart: it copies whole rows then, not numbers.
-        near = jax.lax.optimization_barrier(y.at[indices[1]].get(mode="promise_in_bounds"))
+        near = y.at[indices[1]].get(mode="promise_in_bounds")
         return _pair_distance(x[indices[0]][:, None, :], near, metric)
 
     return jax.lax.map(step, (rows, items)).reshape(-1, items.shape[-1])
@@ -617,7 +625,7 @@ def _halved(x: jax.Array) -> jax.Array:
 
     Additions of slices are fused with what makes x, which a sum would have in memory first.
     """
-    while x.shape[-1] % 256 == 0:
+    while x.shape[-1] > 128 and x.shape[-1] % 2 == 0:
         x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
     return x
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cbam_jax.search
-from cbam_jax.search import METRICS, search
+from cbam_jax.search import FIRST_PASSES, METRICS, search
 
 
 def brute_force(queries, gallery, k, metric="euclidean", ignored=None):
@@ -36,15 +36,17 @@ def assert_same(found, expected):
     np.testing.assert_array_equal(found[0], expected[0])
 
 
-def test_random_shapes_match_float64(rng):
+@pytest.mark.parametrize("first_pass", FIRST_PASSES)
+def test_random_shapes_match_float64(rng, first_pass):
     """Sizes come from short lists: each new combination is compiled."""
-    for _ in range(40):
+    for _ in range(25):
         q, n, d = rng.choice([1, 7]), rng.choice([1, 150, 1111]), rng.choice([1, 200])
         queries = rng.normal(1.0, 2.0, (q, d)).astype(np.float32)
         gallery = rng.normal(1.0, 2.0, (n, d)).astype(np.float32)
         k = min(int(rng.choice([1, 5, 1111])), n)
         block = int(rng.choice([16128, 300]))  # 1,111 rows make 4 blocks of 300, with overlaps
-        distances, indices = search(queries, gallery, k, gallery_block=block)
+        found = search(queries, gallery, k, gallery_block=block, first_pass=first_pass)
+        distances, indices = found
         expected = brute_force(queries, gallery, k)
         assert distances.dtype == np.float32
         assert indices.dtype == np.int32
@@ -60,26 +62,28 @@ def test_two_hundred_random_shapes_match_float64(rng):
         gallery = rng.normal(1.0, 2.0, (n, d)).astype(np.float32)
         k = int(rng.integers(1, min(n, 40) + 1))
         blocks = {"query_block": rng.integers(1, 50), "gallery_block": rng.integers(1, 800)}
-        distances, indices = search(
-            queries, gallery, k, **{name: int(size) for name, size in blocks.items()}
-        )
+        blocks = {name: int(size) for name, size in blocks.items()}
+        first_pass = rng.choice(FIRST_PASSES)
+        distances, indices = search(queries, gallery, k, first_pass=first_pass, **blocks)
         expected = brute_force(queries, gallery, k)
         np.testing.assert_array_equal(indices, expected[1])
         np.testing.assert_allclose(distances, expected[0], rtol=1e-7)
 
 
+@pytest.mark.parametrize("first_pass", FIRST_PASSES)
 @pytest.mark.parametrize("metric", METRICS)
-def test_metrics_match_float64(rng, metric):
+def test_metrics_match_float64(rng, metric, first_pass):
     queries = rng.normal(0.5, 1.0, (6, 40)).astype(np.float32)
     gallery = rng.normal(0.5, 1.0, (1500, 40)).astype(np.float32)
     gallery[700] = 0.0
-    distances, indices = search(queries, gallery, 9, metric=metric, gallery_block=600)
+    options = {"metric": metric, "first_pass": first_pass}
+    distances, indices = search(queries, gallery, 9, gallery_block=600, **options)
     expected = brute_force(queries, gallery, 9, metric)
     np.testing.assert_array_equal(indices, expected[1])
     np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
     if metric == "cosine":
-        assert search(queries * 0, gallery, 2, metric=metric)[0].tolist() == [[1.0, 1.0]] * 6
-        assert not search(gallery[:5], gallery, 1, metric=metric)[0].any()
+        assert search(queries * 0, gallery, 2, **options)[0].tolist() == [[1.0, 1.0]] * 6
+        assert not search(gallery[:5], gallery, 1, **options)[0].any()
 
 
 @pytest.fixture(scope="module")
@@ -277,13 +281,63 @@ def test_every_float_dtype(rng, dtype):
     assert_same(search(jnp.asarray(gallery[:3].astype(np.float32)), gallery, 6), expected)
 
 
-def test_bfloat16_first_pass_ranks_its_candidates_exactly(rng):
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FIRST_PASSES)
+def test_bounds_are_below_every_distance(rng, metric, dtype):
+    """Also where all numbers lie halfway between two of bfloat16's, and norms differ."""
+    x = rng.normal(size=(60, 100)) * 10.0 ** rng.uniform(-3, 1, (60, 1))
+    worst = (1 + rng.integers(0, 128, x.shape) / 128 + 2.0**-8) * 2.0 ** rng.integers(
+        -3, 3, (60, 1)
+    )
+    for values in (x, worst, worst * rng.choice([-1, 1], x.shape)):
+        values = values.astype(np.float32)
+        squares = np.sum(np.square(values, dtype=np.float64), axis=1).astype(np.float32)
+        settings = {"center": None, "scale": np.float32(1), "metric": metric, "dtype": dtype}
+        products, share = cbam_jax.search._prepare(values, squares, **settings)
+        products, share = (np.asarray(a).astype(np.float64) for a in (products, share))
+        exact = np.stack([all_distances(v, values.astype(np.float64), metric) for v in values])
+        if metric == "euclidean":
+            exact = exact**2
+        factor = -2 if "euclidean" in metric else -1
+        bounds = factor * products @ products.T + share[:, None] + share
+        assert (bounds < exact).all()
+        # And not far below: what is lost has the size of the numbers' last bits.
+        lengths = np.ones(60) if metric == "cosine" else squares.astype(np.float64)
+        last_bit = 2.0**-9 if dtype == "bfloat16" else 3e-5
+        assert (exact - bounds < 4 * last_bit * (lengths[:, None] + lengths)).all()
+
+
+def test_what_bfloat16_cannot_prove_is_searched_by_float32(rng, monkeypatch):
+    """Near ties that bfloat16 cannot tell apart, around every second query."""
+    passes = []
+    one_pass = cbam_jax.search._pass
+
+    def counted(queries, *rest):
+        found = one_pass(queries, *rest)
+        passes.append((rest[3].keywords["dtype"], len(queries), int(np.sum(found[2]))))
+        return found
+
+    monkeypatch.setattr(cbam_jax.search, "_pass", counted)
+    queries = rng.normal(size=(10, 32)).astype(np.float32)
     gallery = rng.normal(size=(3000, 32)).astype(np.float32)
-    distances, indices = search(gallery[:20], gallery, 5, first_pass="bfloat16")
-    expected = brute_force(gallery[:20], gallery, 5)
-    same = indices == expected[1]
-    assert same.mean() > 0.95
-    np.testing.assert_array_equal(distances[same], expected[0][same])
+    gallery[:1000] = queries[::2].repeat(200, axis=0) + rng.normal(0, 0.03, (1000, 32))
+    found = search(queries, gallery, 5, first_pass="bfloat16")
+    assert_same(found, brute_force(queries, gallery, 5))
+    assert passes == [("bfloat16", 10, 5), ("float32", 5, 5)]
+    passes.clear()
+    assert_same(search(queries, gallery, 5, first_pass="float32"), found)
+    assert passes == [("float32", 10, 10)]
+
+
+def test_first_pass_suits_the_device(monkeypatch):
+    class Device:
+        platform = "cpu"
+
+    for flags, expected in (("avx2", "float32"), ("avx2 avx512_bf16", "bfloat16")):
+        monkeypatch.setattr(cbam_jax.search.pathlib.Path, "read_text", lambda _, f=flags: f)
+        assert cbam_jax.search._fastest_pass(Device) == expected
+    Device.platform = "gpu"
+    assert cbam_jax.search._fastest_pass(Device) == "bfloat16"
 
 
 def test_wrong_arguments_are_named(rng):
@@ -301,7 +355,7 @@ def test_wrong_arguments_are_named(rng):
         search(x[:2], x, 1, exclude_self=True)
     with pytest.raises(ValueError, match="'l1'; choose one of euclidean"):
         search(x, x, 1, metric="l1")
-    with pytest.raises(ValueError, match="'float16'; choose float32 or bfloat16"):
+    with pytest.raises(ValueError, match="'float16'; choose bfloat16 or float32"):
         search(x, x, 1, first_pass="float16")
     with pytest.raises(ValueError, match="query_group and gallery_group are given together"):
         search(x, x, 1, query_group=np.arange(4))
