@@ -350,10 +350,12 @@ def _rounded(x: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
     and splits it between both sides. 0.505 in place of 1/2 covers roundings, that of x' included.
     """
     x = x.astype(jnp.float32)
-    # XLA may leave out a conversion to bfloat16 and back.
-    near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    lost = _BALANCE * _sum(_halved(jnp.square(x - near))) + squares / _BALANCE
-    return near.astype(jnp.bfloat16), 0.505 * lost
+    near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+    # The barrier keeps XLA from leaving out the conversion to bfloat16 and back, and on a CPU from
+    # writing the differences to memory.
+    near = jax.lax.optimization_barrier(near)
+    lost = _BALANCE * _sum(jnp.square(x - near.astype(jnp.float32))) + squares / _BALANCE
+    return near, 0.505 * lost
 
 
 @jax.jit
