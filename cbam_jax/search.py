@@ -518,7 +518,7 @@ def _candidate_keys(
     there = found.bound < np.inf
     row = np.arange(len(distances), dtype=np.int32)
     kth = np.full((len(distances), 1), np.inf, np.float32)
-    for start in [0, *range(k, distances.shape[1], _OTHERS)]:
+    for start in [0, *range(k, found.index.shape[1], _OTHERS)]:
         # Bounds ascend.
         row = row[(found.bound[row, start] <= kth[row, 0]) & there[row, start]]
         if not len(row):
