@@ -92,11 +92,11 @@ def peak_memory() -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What the numbers depend on: device, cores, versions.
+    """What the numbers depend on: device, cores, versions, how malloc was told to behave.
 
     Example:
       >>> sorted(machine())
-      ['cores', 'device', 'devices', 'jax', 'numpy', 'python']
+      ['cores', 'device', 'devices', 'glibc_tunables', 'jax', 'numpy', 'python']
     """
     return {
         "device": jax.local_devices()[0].device_kind,
@@ -105,6 +105,7 @@ def machine() -> dict[str, str | int]:
         "jax": jax.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 
