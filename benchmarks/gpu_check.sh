@@ -34,11 +34,13 @@ if [[ -n ${SMOKE:-} ]]; then
     compared=("${step[@]}")
     search=(--queries=50 --gallery=3000 --dim=32 --repeats=2)
     peer=(--case=tiny --repeats=2)
+    tests=(tests/test_distances.py)
 else
     step=(--batch_size=256 --dtype=bfloat16)
     compared=()
     search=(--queries=10000 --gallery=1000000 --dim=512)
     peer=(--case=gpu --repeats=3)
+    tests=(tests/test_attention.py tests/test_distances.py tests/test_losses.py)
 fi
 
 # part NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, and no longer than there is time;
@@ -83,8 +85,7 @@ part torch_search 120 "$PYTHON" benchmarks/torch_peer.py search "${peer[@]}"
 # On the device at hand, where conftest.py would take a CPU, and in float32 proper: what needs
 # neither datasets nor several devices. Without setup.cfg's options, which other plugins bring.
 part tests 120 env JAX_PLATFORMS= JAX_DEFAULT_MATMUL_PRECISION=highest "$PYTHON" -m pytest -q \
-    -o addopts= -p no:cacheprovider --junitxml="$OUT/tests.xml" \
-    tests/test_attention.py tests/test_distances.py tests/test_losses.py
+    -o addopts= -p no:cacheprovider --junitxml="$OUT/tests.xml" "${tests[@]}"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}"

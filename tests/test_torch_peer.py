@@ -65,7 +65,8 @@ def test_our_weights_in_the_peer_give_our_embeddings_and_step(torch_peer):
 
     device = torch_peer.best_setting()
     embed = torch_peer.create_step("embed", theirs, batch, "float32", device)
-    np.testing.assert_allclose(embed(1).cpu().numpy(), ours["embedding"], atol=1e-5)
+    # Rounding of float32 through all layers: 1.2e-5 on a CPU without AVX-512.
+    np.testing.assert_allclose(embed(1).cpu().numpy(), ours["embedding"], atol=3e-5)
     loss = torch_peer.create_step("train", theirs, batch, "float32", device)(1)
     norm = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm()
     assert float(loss) == pytest.approx(float(scalars["loss"]), rel=1e-4)
