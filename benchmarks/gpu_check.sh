@@ -14,7 +14,8 @@
 #   OUT=DIR      where to; default: benchmarks/results/gpu
 #   PYTHON=FILE  the interpreter; default: python
 #   SECONDS_IN_ALL=N  default: 530
-#   SMOKE=1      sizes that a CPU can do, and no limit for a single part: to see that all parts run
+#   SMOKE=1      sizes that a CPU can do, one file of tests, and no limit for a single part: to see
+#                that all parts run
 #
 # XLA_FLAGS is left as it is: autotuning is on by default, and the latency hiding scheduler moves
 # collectives, of which one GPU has none.
