@@ -26,10 +26,19 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import evaluate
-import train
-from cbam_jax import InputError, command_line, data, figures, focus, gradcam, steps
-from configs import quickstart
+from cbam_jax import (
+    InputError,
+    command_line,
+    data,
+    experiment,
+    figures,
+    focus,
+    gradcam,
+    runs,
+    steps,
+    training,
+)
+from cbam_jax.configs import quickstart
 
 CLUTTERS = {"clean": 0.0, "default": 0.5, "cluttered": 1.0}
 MODELS = ("resnet18", "resnet18_se", "resnet18_cbam")
@@ -60,13 +69,13 @@ def make_config(clutter: str, model: str, seed: int, num_steps: int) -> ConfigDi
 def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Train and measure one model; the checkpoints go once everything is measured."""
     start = time.process_time()
-    train.train_and_evaluate(config, workdir)
+    training.train_and_evaluate(config, workdir)
     trained = time.process_time()
     mesh = steps.data_mesh()
-    model, state, _ = evaluate.restore_model(config, workdir, "last", mesh)
-    dataset = evaluate.open_split(config, "test")
+    model, state, _ = runs.restore_model(config, workdir, "last", mesh)
+    dataset = experiment.open_split(config, "test")
     embed_step = steps.make_embed_step(model, mesh)
-    result, embeddings = evaluate.evaluate_split(config, dataset, embed_step, state, mesh)
+    result, embeddings = runs.evaluate_split(config, dataset, embed_step, state, mesh)
     model = nnx.merge(nnx.graphdef(model), *state)
     # series is twice the item, and one more for a consumer's image.
     consumer = np.flatnonzero(dataset.series % 2 == 1)
@@ -77,7 +86,7 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         {"energy": None, "nearest": embeddings[result.neighbour[consumer, 0]]},
         mesh=mesh,
         batch_size=config.eval.batch_size,
-        **evaluate.geometry(config),
+        **experiment.geometry(config),
     )
     save_heat(config, workdir, model, dataset, consumer, embeddings, result)
     cell = {
@@ -101,7 +110,7 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def save_heat(config, workdir, model, dataset, consumer, embeddings, result) -> None:
     """Keep the heat of a few images for the figure: the same images for every model."""
     rows = consumer[np.linspace(0, len(consumer) - 1, _SHOWN).astype(int)]
-    cut = evaluate.geometry(config)
+    cut = experiment.geometry(config)
     images = np.stack([data.eval_image(dataset, i, **cut) for i in rows])
     nearest = embeddings[result.neighbour[rows, 0]]
     maps = gradcam.grad_cam(model, model.preprocess(images), nearest)

@@ -82,9 +82,17 @@ class Checkpoints:
         best_metric: the metric, larger is better, that decides which one is the best.
         keep: how many of the newest stay beside the best; 2, so that a damaged one has another
             behind it.
+        read_only: nothing is made, cleaned up or saved.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, best_metric: str, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        best_metric: str,
+        keep: int = 2,
+        read_only: bool = False,
+    ):
         def metric(metrics: dict[str, float]) -> float:
             value = metrics.get(best_metric, float("nan"))
             return -float("inf") if np.isnan(value) else value
@@ -99,6 +107,8 @@ class Checkpoints:
             best_fn=metric,
             best_mode="max",
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            read_only=read_only,
+            create=not read_only,
         )
         self.directory = os.path.abspath(directory)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -203,6 +213,16 @@ class Checkpoints:
                 return f"checkpoint {step} is damaged (the {item}'s checksums differ)"
         kept = read["optimizer"] if optimizer else {}
         return Checkpoint(step, read["model"], kept, read["data"], read["config"])
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the config of the newest checkpoint that has it whole, None where none has."""
+        for step in reversed(self.steps()):
+            try:
+                items = ocp.args.Composite(config=ocp.args.JsonRestore())
+                return self._manager.restore(step, args=items)["config"]
+            except Exception:  # Orbax raises many kinds, by the file that is damaged.
+                continue
+        return None
 
     def delete_after(self, step: int) -> None:
         """Delete what is newer than ``step``: damaged, and about to be trained again."""

@@ -31,6 +31,15 @@ def run(main: Callable[[], Any]) -> int:
         return 2
 
 
+def path(text: str) -> Path:
+    """Return an option's path, with ``~`` expanded, as argparse's ``type=`` takes it.
+
+    >>> path("~") == Path.home()
+    True
+    """
+    return Path(text).expanduser()
+
+
 def to_json(document: Any, indent: int | None = None) -> str:
     """Return strict JSON: a mean over nothing, NaN here, is null, which every parser reads.
 

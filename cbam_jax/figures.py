@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Images = np.ndarray | Sequence[np.ndarray]
+
 _RELEVANT, _OTHER = "red", "0.75"
 # Inches of one image's cell, with its text.
 _WIDTH, _HEIGHT = 1.5, 1.85
@@ -74,7 +76,7 @@ def result_rows(
 
 
 def heat_rows(
-    images: Sequence[np.ndarray], heats: Mapping[str, np.ndarray], *, titles: Sequence[str]
+    images: Images, heats: Mapping[str, np.ndarray], *, titles: Sequence[str]
 ) -> "Figure":
     """Draw one row an image: the image, then the heat of each model laid over it.
 
@@ -106,8 +108,8 @@ def heat_rows(
 
 
 def pair_rows(
-    queries: Sequence[np.ndarray],
-    results: Sequence[np.ndarray],
+    queries: Images,
+    results: Images,
     query_heats: np.ndarray,
     result_heats: np.ndarray,
     *,
@@ -147,7 +149,7 @@ def pair_rows(
 
 
 def gate_rows(
-    images: Sequence[np.ndarray], gates: Mapping[str, np.ndarray], *, titles: Sequence[str]
+    images: Images, gates: Mapping[str, np.ndarray], *, titles: Sequence[str]
 ) -> "Figure":
     """Draw one row an image: the image, then what each spatial gate multiplies its places by.
 

@@ -4,16 +4,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from cbam_jax.attention import CBAM, GATE_INITS, SqueezeExcite
 from cbam_jax.backbones import googlenet, resnet, vgg
 from cbam_jax.distances import l2_normalize
-
-# Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from cbam_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_images
 
 BACKBONES = {
     "resnet18": resnet.ResNet18,
@@ -34,13 +32,18 @@ MODELS = {
 POOLINGS = ("average", "gem")
 
 
-def normalize_images(images: jax.Array) -> jax.Array:
-    """Turn uint8 pixels [b, h, w, 3] into float32 with ImageNet's mean and deviation taken out.
+def normalize_images(images: jax.Array | np.ndarray) -> jax.Array:
+    """Turn uint8 RGB [b, h, w, 3] into float32 with ImageNet's mean and deviation taken out.
+
+    Raises:
+        ValueError: for anything else, such as floats in [0, 1], channels first, a single image.
 
     >>> white = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
     >>> [round(float(value), 2) for value in normalize_images(white).flatten()]
     [2.25, 2.43, 2.64]
     """
+    check_images(images)
+    images = jnp.asarray(images)
     scale = 1 / (255 * jnp.array(IMAGENET_STD, jnp.float32))
     shift = jnp.array(IMAGENET_MEAN, jnp.float32) / jnp.array(IMAGENET_STD, jnp.float32)
     shape = (1, 1, 1, 3)
@@ -114,8 +117,12 @@ class EmbeddingModel(nnx.Module):
             None if num_classes is None else nnx.Linear(self.embedding_dim, num_classes, rngs=rngs)
         )
 
-    def preprocess(self, images: jax.Array) -> jax.Array:
-        """Turn uint8 pixels [b, h, w, 3] into what the backbone expects; see normalize_images."""
+    def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """Turn uint8 RGB [b, h, w, 3] into what the backbone expects; see normalize_images.
+
+        Raises:
+            ValueError: for anything else; the line says what is meant.
+        """
         return normalize_images(images)
 
     def features(self, images: jax.Array) -> jax.Array:

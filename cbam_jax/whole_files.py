@@ -4,6 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -27,3 +30,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_arrays(path: str | os.PathLike, **arrays: Any) -> None:
+    """Write an npz file whole or not at all."""
+    with written_whole(path) as partial:
+        np.savez(partial, **arrays)

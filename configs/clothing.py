@@ -12,12 +12,12 @@ Downloads clothing_dataset_small (about 100 MB) when first used; without network
 
 import ml_collections
 
-import configs.default
+from cbam_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Return the defaults, sized for half an hour on two cores."""
-    config = configs.default.get_config()
+    config = default.get_config()
     config.data.name = "clothing_dataset_small/256px"
     config.data.image_size = 64
     config.data.crop_scale = (0.6, 1.0)

@@ -28,14 +28,14 @@ makes it a fifth; evaluate.py --split=validation still measures them all.
 
 import ml_collections
 
-import configs.default
+from cbam_jax.configs import default
 
 EPOCH = 1_281_167 // 256  # steps
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Return the defaults, for classification from scratch."""
-    config = configs.default.get_config()
+    config = default.get_config()
     config.data.name = "./imagenet/"
     config.data.eval_split = "val"
     config.data.image_size = 224

@@ -7,12 +7,12 @@ Took 3.5 minutes on two CPU cores, installation apart; validation map@5 went fro
 
 import ml_collections
 
-import configs.default
+from cbam_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Return the defaults, made small."""
-    config = configs.default.get_config()
+    config = default.get_config()
     config.data.name = "synthetic_garments/quickstart"
     config.data.image_size = 48
     config.data.crop_scale = (0.7, 1.0)

@@ -28,12 +28,12 @@ new (attention) learns ten times as fast as what is pretrained.
 
 import ml_collections
 
-import configs.default
+from cbam_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Return the defaults, for fine-tuning from ImageNet."""
-    config = configs.default.get_config()
+    config = default.get_config()
     config.data.name = "clothing_dataset_small/256px"
     config.data.image_size = 224
     config.data.classes_per_batch = 8

@@ -9,11 +9,11 @@ been measured: configs/resnet50.py.
 
 import ml_collections
 
-import configs.resnet50
+from cbam_jax.configs import resnet50
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Return the shared config of the paper's rows, with this model."""
-    config = configs.resnet50.get_config()
+    config = resnet50.get_config()
     config.model.name = "vgg16_cbam"
     return config

@@ -9,24 +9,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train
-from cbam_jax import InputError
+from cbam_jax import InputError, experiment, training
+from cbam_jax.configs import default
 from cbam_jax.pretrained import IMAGENET, load_pretrained
-from configs import default
 
 NAMES = sorted(path.stem for path in Path(default.__file__).parent.glob("[a-z]*.py"))
 ROWS = ("resnet50", "resnet50_se", "resnet50_cbam", "vgg16_cbam", "googlenet_cbam")
 
 
 def read(name):
-    return importlib.import_module(f"configs.{name}").get_config()
+    return importlib.import_module(f"cbam_jax.configs.{name}").get_config()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_passes_the_checks_and_edits_known_fields(name, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = read(name)
-    train.check_config(config)
+    experiment.check_config(config)
     assert fields(config) == fields(default.get_config())
 
 
@@ -48,12 +47,14 @@ def test_the_papers_rows_differ_by_their_model_alone():
 def test_without_network_a_row_says_where_to_put_the_file(name, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("CBAM_JAX_MIRROR", "http://127.0.0.1:1")  # Nobody listens there.
     monkeypatch.setenv("CBAM_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "check_choices", lambda config: None)  # It builds the model's shape.
-    monkeypatch.setattr(train, "build_model", None)
+    monkeypatch.setattr(
+        experiment, "check_choices", lambda config: None
+    )  # It builds the model's shape.
+    monkeypatch.setattr(experiment, "build_model", None)
     config = read(name)
     config.data.name = f"{photos}/"
     with pytest.raises(InputError) as caught:
-        train.train_and_evaluate(config, tmp_path / "run")
+        training.train_and_evaluate(config, tmp_path / "run")
     file = IMAGENET["imagenet"][name.partition("_")[0]].file
     assert f"cannot download http://127.0.0.1:1/{file}" in str(caught.value)
     assert f"put it at {tmp_path / 'cache' / file}" in str(caught.value)
@@ -73,8 +74,8 @@ def photos(tmp_path_factory):
 
 
 def test_a_classifier_starts_fresh_beside_pretrained_weights():
-    model = nnx.eval_shape(lambda: train.build_model(read("imagenet_cbam")))
-    arrays = nnx.eval_shape(lambda: train.build_model(read("resnet50")))
+    model = nnx.eval_shape(lambda: experiment.build_model(read("imagenet_cbam")))
+    arrays = nnx.eval_shape(lambda: experiment.build_model(read("resnet50")))
     state = nnx.to_flat_state(nnx.state(arrays))
     source = {".".join(map(str, path)): np.zeros(leaf.shape, np.float32) for path, leaf in state}
     report = load_pretrained(model, source | {"fc.weight": np.zeros((5, 2048), np.float32)})

@@ -15,6 +15,8 @@ from PIL import Image
 from shrinking import area_means, smooth
 
 from cbam_jax import InputError, data
+from cbam_jax.data import images as data_images
+from cbam_jax.data import pipeline, sampling
 from cbam_jax.datasets import RetrievalDataset, decode_image
 
 
@@ -112,8 +114,8 @@ def test_deal_gives_every_card_before_it_repeats_one(size, hand):
 
 def test_a_far_turn_costs_as_much_as_the_first(monkeypatch):
     shuffles = []
-    shuffle = data._shuffle
-    monkeypatch.setattr(data, "_shuffle", lambda *a: (shuffles.append(a), shuffle(*a))[1])
+    shuffle = sampling._shuffle
+    monkeypatch.setattr(sampling, "_shuffle", lambda *a: (shuffles.append(a), shuffle(*a))[1])
     for turn in (3, 10**12):
         data.deal((2,), size=1000, hand=64, turn=turn)
     assert len(shuffles) <= 6
@@ -388,7 +390,7 @@ def reductions(monkeypatch):
         seen.append(reduction)
         return decode_image(encoded, name=name, reduction=reduction)
 
-    monkeypatch.setattr(data, "decode_image", decode)
+    monkeypatch.setattr(data_images, "decode_image", decode)
     return seen
 
 
@@ -423,7 +425,7 @@ def test_what_has_no_jpeg_header_is_decoded_whole(rng, reductions, monkeypatch, 
     image = smooth(rng, 120, 160)
     encoded = png(image) if kind == "png" else jpeg(image)
     if kind == "damaged header":  # What OpenCV makes of it counts.
-        monkeypatch.setattr(data, "jpeg_size", lambda encoded: (160, 120))
+        monkeypatch.setattr(data_images, "jpeg_size", lambda encoded: (160, 120))
     part = lambda height, width: (0, 0, height, width)  # noqa: E731
     resized = data.decode_resized(encoded, part=part, size=lambda h, w: (h // 8, w // 8))
     assert resized.shape == (15, 20, 3)
@@ -617,8 +619,8 @@ def test_mistakes_of_evaluation_are_told_at_the_call(dataset, options, message):
 
 
 def test_workers_need_shared_memory(dataset, monkeypatch):
-    usage = data.shutil.disk_usage("/")._replace(free=2 * 5 * 16 * 16 * 16 * 3 - 1)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
+    usage = pipeline.shutil.disk_usage("/")._replace(free=2 * 5 * 16 * 16 * 16 * 3 - 1)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="workers=2 hold up to 0 MiB of batches in /dev/shm, whi"):
         take(dataset, 1, workers=2)
     take(dataset, 1, workers=0)

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from tensorflow_datasets.core import shuffle
 
-import train
-from cbam_jax import InputError, data
+from cbam_jax import InputError, data, experiment
+from cbam_jax.configs import default
 from cbam_jax.datasets import __main__ as command
 from cbam_jax.datasets import deepfashion, open_dataset
 from cbam_jax.datasets import deepfashion_files as files
 from cbam_jax.datasets.deepfashion_paper import SIZES, apportion, draw_paper_splits, manifest_text
-from configs import default
 
 INSHOP, CONSUMER, CATEGORY = (
     "deepfashion_inshop",
@@ -131,10 +130,12 @@ def test_inshop_by_item_trains_without_the_item_of_one_image(opened):
     singles = np.flatnonzero(np.bincount(training.label) == 1)
     assert [training.label_names[label] for label in singles] == ["3"]
     with pytest.raises(InputError, match="1 labels with one image.*: 3; .*skip_singletons=True"):
-        train.train_batches(config, training, step=0)
+        experiment.train_batches(config, training, step=0)
     config.data.skip_singletons = True
     config.train.steps = 6
-    rows = np.concatenate([batch["index"] for batch in train.train_batches(config, training, 0)])
+    rows = np.concatenate(
+        [batch["index"] for batch in experiment.train_batches(config, training, 0)]
+    )
     assert set(rows) == set(np.flatnonzero(training.label != singles[0]))
 
 

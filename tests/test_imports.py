@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "compiled": set(),
     "torch_files": set(),
     "datasets": {"whole_files"},
-    "data": {"datasets"},
+    "preprocessing": set(),
+    "data": {"datasets", "preprocessing"},
     "timing": set(),
     "benchmark_data": {"data", "datasets", "timing"},
     "losses": {"distances"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "evaluation": {"metrics", "search"},
     "tables": {"metrics"},
     "backbones": {"attention"},
-    "models": {"attention", "backbones", "distances"},
+    "models": {"attention", "backbones", "distances", "preprocessing"},
     # Of the datasets, the progress display and the download alone.
     "classifier": {"backbones", "datasets", "models"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
@@ -47,10 +48,68 @@ MAY_IMPORT = {
         "torch_files",
         "whole_files",
     },
-    "hub": {"models", "pretrained", "whole_files"},
+    "configs": set(),
+    "config_files": set(),
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {"command_line", "datasets", "figures", "tables"},
     "focus": {"data", "datasets", "gradcam", "steps"},
+    # What a config means, then what a run does and is; the commands stand on top.
+    "experiment": {
+        "config_files",
+        "data",
+        "datasets",
+        "evaluation",
+        "losses",
+        "models",
+        "preprocessing",
+        "pretrained",
+        "steps",
+    },
+    "run_figures": {
+        "command_line",
+        "config_files",
+        "data",
+        "datasets",
+        "evaluation",
+        "experiment",
+        "figures",
+        "gradcam",
+        "models",
+        "report",
+        "runlog",
+        "whole_files",
+    },
+    "runs": {
+        "checkpoint",
+        "command_line",
+        "config_files",
+        "configs",
+        "data",
+        "datasets",
+        "evaluation",
+        "experiment",
+        "focus",
+        "models",
+        "pretrained",
+        "run_figures",
+        "steps",
+        "whole_files",
+    },
+    "hub": {"experiment", "models", "preprocessing", "pretrained", "runs", "whole_files"},
+    "embedder": {"data", "experiment", "hub", "models", "preprocessing", "runs", "steps"},
+    "training": {
+        "checkpoint",
+        "command_line",
+        "config_files",
+        "datasets",
+        "evaluation",
+        "experiment",
+        "models",
+        "pretrained",
+        "runlog",
+        "runs",
+        "steps",
+    },
     "workloads": {"compiled", "losses", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
@@ -102,12 +161,16 @@ def test_the_layers_have_no_cycle():
         below.append(name)
 
 
+# These know what a config is; to all others its fields are arguments.
+WITH_CONFIG = ("configs", "config_files", "experiment", "runs", "run_figures", "training")
+
+
 def test_the_library_never_imports_the_scripts_or_their_config():
     for name, paths in modules().items():
         for path in paths:
             roots = {part.split(".")[0] for part in imported(path)}
             assert not roots & {"train", "evaluate", "configs", "tensorflow", "torch"}, path
-            assert name == "benchmark" or "ml_collections" not in roots, path
+            assert name in ("benchmark", *WITH_CONFIG) or "ml_collections" not in roots, path
 
 
 HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplotlib", "cv2")

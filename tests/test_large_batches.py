@@ -10,11 +10,10 @@ from flax import nnx
 from seeded import seeded_model
 from test_steps import batch_of, flat, run, squared, tiny
 
-import train
-from cbam_jax import steps
+from cbam_jax import steps, training
 from cbam_jax.checkpoint import Checkpoints
+from cbam_jax.configs import default
 from cbam_jax.losses import triplet_loss
-from configs import default
 
 # One step by it is the gradient itself.
 DESCENT = steps.create_optimizer("sgd", 1.0, momentum=0.0)
@@ -182,9 +181,9 @@ def test_a_restored_memory_goes_on_bit_for_bit(rng, tmp_path):
         for step, batch in enumerate(steps.to_devices(batches, mesh), 1):
             state, scalars = train_step(state, batch)
             if step == 3:
-                train.save(config, checkpoints, step, state, None)
+                training.save(config, checkpoints, step, state, None)
         checkpoints.wait()
-        restored, step = train.restore(config, checkpoints, fresh(), mesh)
+        restored, step = training.restore(config, checkpoints, fresh(), mesh)
         assert step == 3
         assert np.all(restored.memory.filled)
         for batch in steps.to_devices(batches[3:], mesh):
@@ -195,5 +194,5 @@ def test_a_restored_memory_goes_on_bit_for_bit(rng, tmp_path):
 
 
 def test_without_a_memory_a_checkpoint_holds_what_it_always_held():
-    _, optimizer = train.checkpoint_items(fresh(memory_size=0))
+    _, optimizer = training.checkpoint_items(fresh(memory_size=0))
     assert optimizer.keys() == {"step", "opt_state"}

@@ -15,15 +15,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-import evaluate
-import train
-from cbam_jax import InputError, models, steps
+from cbam_jax import InputError, experiment, models, runs, steps, training
 from cbam_jax.backbones.resnet import BasicBlock, ResNet
 from cbam_jax.checkpoint import Checkpoints
+from cbam_jax.configs import default
 from cbam_jax.evaluation import classification_metrics
 from cbam_jax.losses import cross_entropy_loss, deep_cross_entropy_loss
 from cbam_jax.runlog import read_log
-from configs import default
 
 CLASSES = ("coat", "dress", "hat", "skirt")
 
@@ -87,7 +85,7 @@ def classified(photos, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "classified"
     config = make_config(photos, **CLASSIFY, **{"loss.label_smoothing": 0.1})
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        summary = train.train_and_evaluate(config, workdir)
+        summary = training.train_and_evaluate(config, workdir)
     return workdir, summary, output.getvalue()
 
 
@@ -108,7 +106,7 @@ def test_cross_entropy_learns_and_says_so(classified):
 
 def test_accuracy_of_evaluate_is_that_of_the_models_logits(classified, photos, capsys):
     workdir, _, _ = classified
-    report = evaluate.evaluate(workdir, "val", "last", figures=False)
+    report = runs.evaluate(workdir, "val", "last", figures=False)
     saved = np.load(workdir / "eval" / "val" / "embeddings.npz")
     with Checkpoints(workdir / "checkpoints", best_metric="map@10") as checkpoints:
         arrays = checkpoints.restore("last", optimizer=False).model
@@ -137,7 +135,7 @@ def test_a_retrieval_run_starts_from_it_with_its_attention(
     monkeypatch.setattr(steps, "create_train_state", stop)
     config = make_config(photos, **{"model.pretrained": str(workdir)})
     with pytest.raises(Started) as caught:
-        train.train_and_evaluate(config, tmp_path / "retrieval")
+        training.train_and_evaluate(config, tmp_path / "retrieval")
     started = dict(caught.value.args[0])
     assert "0 start fresh, 2 unused (class_head)" in capsys.readouterr().out
     with Checkpoints(workdir / "checkpoints", best_metric="map@10") as checkpoints:
@@ -154,7 +152,7 @@ def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
     workdir, _, _ = classified
     fields = {"model.pretrained": str(workdir), "model.attention_init": "identity"}
     with pytest.raises(InputError, match="attention_init='identity', but .* form 'paper': set it"):
-        train.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
+        training.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -174,25 +172,25 @@ def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_slow(fields, message, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "build_model", lambda config: None)
+    monkeypatch.setattr(experiment, "build_model", lambda config: None)
     with pytest.raises(InputError, match=message) as caught:
-        train.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
+        training.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 
 def test_missing_weights_are_told_before_the_dataset_is_opened(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_split", None)
+    monkeypatch.setattr(experiment, "open_split", None)
     config = make_config(photos, **{"model.pretrained": "runs/nowhere"})
-    with pytest.raises(InputError, match="model.pretrained='runs/nowhere' is not there: give a"):
-        train.train_and_evaluate(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"=\S+runs/nowhere' is not there: give a"):
+        training.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_splits_that_number_their_labels_anew_have_no_common_classes(photos):
     config = make_config(photos, **CLASSIFY)
-    training = evaluate.open_split(config, "train")
+    training = experiment.open_split(config, "train")
     renamed = dataclasses.replace(training, label_names=("a", "b", "c", "d"))
     with pytest.raises(InputError, match="numbers 'label' anew in each split"):
-        train.check_labels(config, training, renamed)
+        experiment.check_labels(config, training, renamed)
 
 
 def test_classification_metrics_by_loops(rng):

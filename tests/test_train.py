@@ -19,10 +19,10 @@ from ml_collections import config_flags
 
 import evaluate
 import train
-from cbam_jax import command_line
+from cbam_jax import command_line, experiment
 from cbam_jax.checkpoint import Checkpoints
+from cbam_jax.configs import default
 from cbam_jax.runlog import read_log
-from configs import default
 
 # ml_collections loads configs by a method that Python means to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -415,7 +415,7 @@ MISTAKES = {
     "unknown field": ("--config.train.stepz=5", "stepz"),
     "wrong type": ("--config.train.steps=many", "many"),
     "not divisible": ("--config.data.images_per_class=3", "= 12 cannot be divided among 8"),
-    "batch not divisible": ("--config.eval.batch_size=12", "eval.batch_size = 12"),
+    "no batch": ("--config.eval.batch_size=0", "eval.batch_size=0: give at least 1 image"),
     "ks without 10": ("--config.eval.ks=(5,20)", "eval.ks=(5, 20)"),
     "ks beyond the gallery": ("--config.eval.ks=(5,10,20)", "12 queries among 11 gallery"),
     "model": ("--config.model.name=resnet19", "unknown model 'resnet19'"),
@@ -458,11 +458,13 @@ def assert_one_line(status, stderr, expected):
 def nothing_slow(monkeypatch):
     """No parameter is drawn where a mistake can be seen before; shapes alone cost nothing."""
 
-    def build_model(config):
-        assert isinstance(jnp.zeros(()), jax.core.Tracer), "the slow part began"
-        return evaluate.build_model(config)
+    build_model = experiment.build_model
 
-    monkeypatch.setattr(train, "build_model", build_model)
+    def drawn(config):
+        assert isinstance(jnp.zeros(()), jax.core.Tracer), "the slow part began"
+        return build_model(config)
+
+    monkeypatch.setattr(experiment, "build_model", drawn)
 
 
 @pytest.mark.usefixtures("nothing_slow")
@@ -560,4 +562,4 @@ def test_every_config_passes_and_builds_its_model(path):
     values(["train.py", f"--config={path}"])
     assert config.value.is_locked
     assert config.value.keys() == default.get_config().keys()
-    train.check_config(config.value)
+    experiment.check_config(config.value)

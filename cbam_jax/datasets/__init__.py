@@ -22,6 +22,7 @@ __all__ = [
     "check_options",
     "decode_image",
     "is_folder",
+    "is_path",
     "jpeg_size",
     "open_dataset",
 ]
@@ -45,7 +46,7 @@ def open_dataset(
             (``package.module.name`` imports the module first), the path of a CSV manifest, which
             ends in ``.csv``, or that of a folder of class folders, which begins with ``/``, ``.``
             or ``~`` or ends in ``/``, so that no name is mistaken for one.
-        split: ``train``, ``validation``, ``test``, or what else the dataset has.
+        split: ``train``, ``validation``, ``test``, what else the dataset has, or ``all`` of it.
         data_dir: where prepared datasets live; None is TFDS's default, ``$TFDS_DATA_DIR`` or
             ``~/tensorflow_datasets``. Not used for a manifest or a folder.
         manual_dir: the folder of what was fetched by hand.
@@ -56,9 +57,11 @@ def open_dataset(
     Raises:
         InputError: one line that names the value and the remedy.
     """
+    if manual_dir is not None:
+        manual_dir = os.path.expanduser(manual_dir)
     check_options(manual_dir=manual_dir, on_bad_image=on_bad_image)
     # Imported late: worker processes unpickle a RetrievalDataset without TFDS's import time.
-    if str(name).lower().endswith(".csv"):
+    if is_manifest(name):
         from cbam_jax.datasets.manifest import open_manifest
 
         return open_manifest(name, split, label=label, on_bad_image=on_bad_image)
@@ -76,6 +79,20 @@ def open_dataset(
         label=label,
         on_bad_image=on_bad_image,
     )
+
+
+def is_path(name: str) -> bool:
+    """Whether a dataset's name is a path: that of a manifest, or of a folder of class folders.
+
+    >>> is_path("photos.csv"), is_path("./photos"), is_path("synthetic_garments")
+    (True, True, False)
+    """
+    return is_manifest(name) or is_folder(name)
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a dataset's name is the path of a CSV manifest."""
+    return str(name).lower().endswith(".csv")
 
 
 def is_folder(name: str) -> bool:

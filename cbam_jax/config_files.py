@@ -1,0 +1,90 @@
+"""A run's config from the command line: ``--config`` by name or by path, and its overrides."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cbam_jax import InputError
+
+# An ml_collections.ConfigDict. Its fields, which configs/default.py lists, no type checker knows.
+Config = Any
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def find_config(config: str) -> Path:
+    """Return the file of a config: a path, or the name of one of those that the package has.
+
+    ``configs/NAME.py`` means the package's too where there is no such file, so that a command
+    written for a checkout works in any folder.
+
+    Raises:
+        InputError: there is no such file and no such name.
+
+    >>> find_config("quickstart").name
+    'quickstart.py'
+    """
+    path = Path(config).expanduser()
+    if path.suffix == ".py" and path.is_file():
+        return path
+    names = sorted(file.stem for file in CONFIGS.glob("[a-z]*.py"))
+    if path.suffix == "" and config in names:
+        return CONFIGS / f"{config}.py"
+    if path.parts[:-1] == ("configs",) and path.stem in names and path.suffix == ".py":
+        return CONFIGS / path.name
+    raise InputError(f"--config={config}: no such file; give one, or one of {', '.join(names)}")
+
+
+def read_config_file(config: str, overrides: Sequence[str]) -> Config:
+    """Return a config file's fields, locked, with ``--config.FIELD=VALUE`` flags applied.
+
+    Raises:
+        InputError: for a missing file, an unknown field or argument, or a value of another type.
+    """
+    values = flags.FlagValues()
+    parsed = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    with _told_in_one_line():
+        rest = values(["train", f"--config={find_config(config)}", *overrides])
+    _refuse(rest[1:])
+    return parsed.value
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a copy of a config with ``--config.FIELD=VALUE`` flags applied; raises likewise.
+
+    >>> config = ConfigDict({"eval": {"ks": (5, 10)}})
+    >>> override(config, ["--config.eval.ks=(1,2)"]).eval.ks
+    (1, 2)
+    """
+    values = flags.FlagValues()
+    copy = ConfigDict(config.to_dict())
+    parsed = config_flags.DEFINE_config_dict("config", copy, lock_config=True, flag_values=values)
+    with _told_in_one_line():
+        rest = values(["evaluate", *overrides])
+    _refuse(rest[1:])
+    return parsed.value
+
+
+def _refuse(rest: Sequence[str]) -> None:
+    if rest:
+        raise InputError(f"unknown argument {rest[0]!r}: see --help")
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"config: {error}; the package's own are imported as: from cbam_jax.configs import "
+            "default"
+        ) from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections wraps a message in its repr, with escaped quotes and line breaks.
+        message = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+        if message[0] == message[-1] == "'":
+            message = message[1:-1]
+        raise InputError(f"config: {message}; configs/default.py lists every field") from error

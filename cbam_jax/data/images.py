@@ -1,0 +1,282 @@
+"""One image as a model expects it: its part cut out, resized, its centre; uint8 throughout.
+
+The one place where images are cut for evaluation, whether they come from a dataset
+(:func:`eval_image`), from a file (:func:`cut_file`) or as pixels (:func:`cut_pixels`).
+
+Images are decoded by OpenCV (:func:`cbam_jax.datasets.decode_image`): on photos of 400 x 533 pixels
+it is three times as fast as Pillow, with the same pixels, and a tenth slower than simplejpeg, which
+reads JPEG only (``benchmarks/decode.py``). Where a JPEG is shrunk to less than half anyway, it is
+decoded at 1/2, 1/4 or 1/8 (:func:`decode_resized`).
+"""
+
+import functools
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbam_jax import InputError
+from cbam_jax.datasets import RetrievalDataset, decode_image, jpeg_size
+from cbam_jax.preprocessing import Preprocessing
+
+Part = tuple[int, int, int, int]  # top, left, height and width in pixels
+_LONGEST = 16  # Long side over short side, of what is resized before its centre is cut out.
+
+
+def eval_image(
+    dataset: RetrievalDataset,
+    index: int,
+    *,
+    image_size: int,
+    crop_fraction: float = 0.875,
+    crop_to_box: bool = False,
+) -> np.ndarray:
+    """One image as :func:`eval_batches` delivers it, uint8 [s, s, 3].
+
+    Raises:
+        InputError: the image cannot be read, or its box holds no pixel.
+    """
+    preprocessing = Preprocessing(image_size, crop_fraction)
+    name, box = image_name(dataset, index), image_box(dataset, index, crop_to_box)
+    return cut_file(dataset.encoded(index), preprocessing, box=box, name=name)
+
+
+def cut_file(
+    encoded: bytes,
+    preprocessing: Preprocessing,
+    *,
+    box: ArrayLike | None = None,
+    name: str = "an image",
+) -> np.ndarray:
+    """One image file as a model expects it.
+
+    Args:
+        encoded: the bytes of the file.
+        preprocessing: how it is cut and resized.
+        box: x1, y1, x2, y2 in pixels of the decoded image; only what is inside is used. None: all.
+        name: what the error message calls the image.
+
+    Returns:
+        uint8 [s, s, 3], s = ``preprocessing.image_size``.
+
+    Raises:
+        InputError: the image cannot be decoded, or its box holds no pixel.
+    """
+    size = functools.partial(_fit, short=preprocessing.short_side)
+    image = decode_resized(encoded, part=centre_of(box, name), size=size, name=name)
+    return _centre(image, preprocessing.image_size)
+
+
+def cut_pixels(
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    box: ArrayLike | None = None,
+    name: str = "an image",
+) -> np.ndarray:
+    """As :func:`cut_file`, of a decoded image, uint8 [h, w, 3] or, for a mask, [h, w].
+
+    The pixels are those of ``cut_file`` but for a JPEG of more than twice the size, which that
+    decodes at a fraction: the two then differ by about one grey level.
+
+    Example:
+        >>> cut_pixels(np.zeros((40, 30, 3), np.uint8), Preprocessing(14)).shape
+        (14, 14, 3)
+    """
+    image = _cut(image, *centre_of(box, name)(*image.shape[:2]))
+    size = preprocessing.image_size
+    return center_crop(image, image_size=size, crop_fraction=preprocessing.crop_fraction)
+
+
+def eval_mask(
+    dataset: RetrievalDataset,
+    index: int,
+    *,
+    image_size: int,
+    crop_fraction: float = 0.875,
+    crop_to_box: bool = False,
+) -> np.ndarray:
+    """Where the garment is in :func:`eval_image`'s pixels, bool [s, s]; see ``dataset.mask``.
+
+    A pixel belongs to it when at least half of what it was resized from does.
+
+    Raises:
+        InputError: as for :func:`eval_image`; also where the dataset has neither masks nor boxes.
+    """
+    mask = dataset.mask(index).astype(np.uint8) * np.uint8(255)
+    preprocessing = Preprocessing(image_size, crop_fraction)
+    name, box = image_name(dataset, index), image_box(dataset, index, crop_to_box)
+    return cut_pixels(mask, preprocessing, box=box, name=name) >= 128
+
+
+def decode_resized(
+    encoded: bytes,
+    *,
+    part: Callable[[int, int], Part],
+    size: Callable[[int, int], tuple[int, int]],
+    name: str = "an image",
+) -> np.ndarray:
+    """A part of an image, resized as :func:`resize` does, decoding no more than that needs.
+
+    Where ``resize`` would halve the part of a JPEG once, twice or three times, the JPEG is decoded
+    at 1/2, 1/4 or 1/8 instead, in 1/2 to 1/4 of the time: libjpeg leaves out the frequencies that
+    the mean of 2 x 2 would suppress. The result is as near to the area average as by halving
+    (benchmarks/decode.py). The part's edges are then rounded to pixels of the reduced image.
+
+    Args:
+        encoded: the bytes of the file.
+        part: height and width of the whole image -> the part, in its pixels.
+        size: height and width of the part -> those of the result.
+        name: what the error message calls the image.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        InputError: the image cannot be decoded.
+
+    Example:
+        >>> jpeg = cv2.imencode(".jpg", np.full((400, 300, 3), 7, np.uint8))[1].tobytes()
+        >>> part, size = lambda height, width: (8, 0, 96, width), lambda *_: (20, 60)
+        >>> decode_resized(jpeg, part=part, size=size).shape
+        (20, 60, 3)
+    """
+    whole = jpeg_size(encoded)
+    if whole is not None:
+        rectangle = part(*whole)
+        reduction = _reduction(rectangle, size(*rectangle[2:]))
+        image = decode_image(encoded, name=name, reduction=reduction)
+        if image.shape[:2] == tuple(-(-side // reduction) for side in whole):
+            image = _cut(image, *_reduced(rectangle, reduction))
+            return resize(image, *size(*rectangle[2:]))
+    # No JPEG, or one whose headers are not what OpenCV makes of them.
+    image = decode_image(encoded, name=name)
+    rectangle = part(*image.shape[:2])
+    return resize(_cut(image, *rectangle), *size(*rectangle[2:]))
+
+
+def _reduction(part: Part, size: tuple[int, int]) -> int:
+    """2 to the number of times that :func:`resize` would halve the part, at most 8."""
+    height, width, reduction = *part[2:], 1
+    while (
+        reduction < 8
+        and (height // (2 * reduction)) * (width // (2 * reduction)) > size[0] * size[1]
+    ):
+        reduction *= 2
+    return reduction
+
+
+def _reduced(part: Part, reduction: int) -> Part:
+    """The part in pixels of the reduced image; edges are rounded to the nearest."""
+    top, left, height, width = part
+    edges = (top, left, top + height, left + width)
+    top, left, bottom, right = ((edge + reduction // 2) // reduction for edge in edges)
+    return top, left, bottom - top, right - left
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear; an image of more than four pixels for one is first halved by the mean of 2 x 2.
+
+    Bilinear interpolation reads four pixels for one, so beyond that it would skip some (aliasing).
+    Halving takes about a fifth of the time of OpenCV's INTER_AREA at other ratios, which costs more
+    than decoding (benchmarks/decode.py). It leaves out a last odd row or column. Training and
+    evaluation share this rule: features of differently resized images match less well.
+
+    Args:
+        image: uint8 [h, w, 3] or [h, w].
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+
+    Returns:
+        uint8 [height, width, 3] or [height, width].
+    """
+    rows, columns = image.shape[0] // 2, image.shape[1] // 2
+    if rows * columns > height * width:
+        halved = cv2.resize(
+            image[: 2 * rows, : 2 * columns], (columns, rows), interpolation=cv2.INTER_AREA
+        )
+        return resize(halved, height, width)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def center_crop(image: np.ndarray, *, image_size: int, crop_fraction: float) -> np.ndarray:
+    """Resize the short side to ``round(image_size / crop_fraction)``; cut out the centre.
+
+    Args:
+        image: uint8 [h, w, 3] or [h, w].
+        image_size: side of the result, in pixels.
+        crop_fraction: side of the result / short side of the resized image, in (0, 1].
+
+    Returns:
+        uint8 [image_size, image_size, 3] or [image_size, image_size].
+
+    Example:
+        >>> center_crop(np.zeros((40, 30, 3), np.uint8), image_size=14, crop_fraction=0.875).shape
+        (14, 14, 3)
+    """
+    image = resize(image, *_fit(*image.shape[:2], short=round(image_size / crop_fraction)))
+    return _centre(image, image_size)
+
+
+def _fit(height: int, width: int, short: int) -> tuple[int, int]:
+    """Height and width of an image resized so that its short side is ``short``."""
+    scale = short / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def _centre(image: np.ndarray, side: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    return _cut(image, (height - side) // 2, (width - side) // 2, side, side)
+
+
+def _cut(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    return image[top : top + height, left : left + width]
+
+
+def image_name(dataset: RetrievalDataset, index: int) -> str:
+    """What messages call an image."""
+    return f"{dataset.id[index]} of {dataset.name}"
+
+
+def image_box(dataset: RetrievalDataset, index: int, crop_to_box: bool) -> np.ndarray | None:
+    """The box to cut out of an image, None for all of it."""
+    return dataset.bbox[index] if crop_to_box and dataset.bbox is not None else None
+
+
+def part_of(box: ArrayLike | None, name: str) -> Callable[[int, int], Part]:
+    """Height and width of an image -> all of it, or what lies in its box, rounded outwards.
+
+    Raises:
+        InputError: when called, for a box that holds no pixel.
+    """
+
+    def part(height: int, width: int) -> Part:
+        if box is None:
+            return 0, 0, height, width
+        corners = np.asarray(box, np.float64)
+        left, top = np.floor(np.clip(corners[:2], 0, (width, height)))
+        right, bottom = np.ceil(np.clip(corners[2:], 0, (width, height)))
+        if not (left < right and top < bottom):  # NaN is refused too
+            raise InputError(
+                f"{name}: the box {corners.tolist()} (x1, y1, x2, y2) holds no pixel of an image "
+                f"of {width} x {height}; correct it or set crop_to_box=False"
+            )
+        return int(top), int(left), int(bottom - top), int(right - left)
+
+    return part
+
+
+def centre_of(box: ArrayLike | None, name: str) -> Callable[[int, int], Part]:
+    """As :func:`part_of`; of a strip more than 16 times as long as wide the centre alone.
+
+    What lies outside would be resized first and cut away then, whatever its size.
+    """
+
+    def part(height: int, width: int) -> Part:
+        top, left, height, width = part_of(box, name)(height, width)
+        longest = _LONGEST * min(height, width)
+        rows, columns = min(height, longest), min(width, longest)
+        return top + (height - rows) // 2, left + (width - columns) // 2, rows, columns
+
+    return part

@@ -1,0 +1,332 @@
+"""What a config means: its checks, and the data, model, loss and optimizer that it names.
+
+Read from the top: ``check_config`` refuses what the fields alone show to be wrong; each other
+function turns one section of the config into the thing it describes. Nothing here trains or writes.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cbam_jax import InputError, data, evaluation, losses, steps
+from cbam_jax.config_files import Config
+from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
+from cbam_jax.models import MODELS, EmbeddingModel, create_model
+from cbam_jax.preprocessing import Preprocessing
+from cbam_jax.pretrained import IMAGENET, fetch_imagenet
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+LOSSES = ("triplet", "cross_entropy")
+
+
+def with_whole_paths(config: Config) -> Config:
+    """Return a copy whose paths hold in any folder: absolute, ``~`` expanded.
+
+    >>> fields = {"name": "photos.csv", "data_dir": "~/prepared", "manual_dir": None}
+    >>> config = ConfigDict({"data": fields, "model": {"pretrained": "imagenet"}})
+    >>> whole = with_whole_paths(config)
+    >>> Path(whole.data.name).is_absolute(), "~" in whole.data.data_dir, whole.model.pretrained
+    (True, False, 'imagenet')
+    """
+    config = config.copy_and_resolve_references()
+    data, model = config.data, config.model
+    if is_path(data.name):
+        data.name = _whole(data.name)
+    for field in ("data_dir", "manual_dir"):
+        if data[field] is not None:
+            data[field] = _whole(data[field])
+    if model.pretrained is not None and model.pretrained not in IMAGENET:
+        model.pretrained = _whole(model.pretrained)
+    return config
+
+
+def _whole(path: str) -> str:
+    # A closing slash is what tells a folder of class folders from a dataset's name.
+    return os.path.abspath(os.path.expanduser(path)) + "/" * path.endswith("/")
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for what the fields alone show to be wrong, before anything slow."""
+    devices = jax.device_count()
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    if batch < 1 or batch % devices:
+        raise InputError(
+            f"data.classes_per_batch x data.images_per_class = {batch} cannot be divided among "
+            f"{devices} devices: make it a multiple of {devices}"
+        )
+    check_large_batch(config, batch, devices)
+    check_evaluation(config)
+    for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
+        if config.train[field] < 1:
+            raise InputError(f"train.{field}={config.train[field]}: give at least 1 step")
+    if not 0 <= config.optimizer.warmup_steps < config.train.steps:
+        raise InputError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+            f"train.steps={config.train.steps}: lower it"
+        )
+    if not 0 <= config.train.ema_decay < 1:
+        raise InputError(f"train.ema_decay={config.train.ema_decay}: give a share in [0, 1)")
+    if 10 not in config.eval.ks:
+        raise InputError(
+            f"eval.ks={tuple(config.eval.ks)}: give positive ks with 10 among them, since "
+            f"{evaluation.HEADLINE} chooses the best checkpoint"
+        )
+    check_choices(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise InputError for what no evaluation could be done by."""
+    if config.eval.batch_size < 1:
+        raise InputError(f"eval.batch_size={config.eval.batch_size}: give at least 1 image")
+    if not config.eval.ks or min(config.eval.ks) < 1:
+        raise InputError(f"eval.ks={tuple(config.eval.ks)}: give positive ks, such as (5,10,20)")
+
+
+def check_large_batch(config: Config, batch: int, devices: int) -> None:
+    """Raise InputError where the chunks or the memory do not fit the batch and the loss."""
+    chunk, size, start = (
+        config.train.chunk_size, config.loss.memory_size, config.loss.memory_start_step
+    )  # fmt: skip
+    if chunk is not None and (chunk < 1 or batch % chunk or chunk % devices):
+        raise InputError(
+            f"train.chunk_size={chunk}: give a divisor of the batch of {batch} images that is a "
+            f"multiple of {devices} devices"
+        )
+    if size and (size < batch or classifies(config)):
+        raise InputError(
+            f"loss.memory_size={size}: give 0, or with loss.name=triplet at least the {batch} "
+            "images of a batch"
+        )
+    if start < 0 or (size and start >= config.train.steps):
+        raise InputError(
+            f"loss.memory_start_step={start}: give a step from 0 to below "
+            f"train.steps={config.train.steps}"
+        )
+
+
+def check_choices(config: Config) -> None:
+    """Raise InputError where a field is none of its choices."""
+    for field, value, choices in (
+        ("model.dtype", config.model.dtype, DTYPES),
+        ("loss.name", config.loss.name, LOSSES),
+        ("loss.mining", config.loss.mining, losses.MININGS),
+        ("optimizer.name", config.optimizer.name, steps.OPTIMIZERS),
+    ):
+        if value not in choices:
+            raise InputError(f"{field}={value!r}: choose one of {', '.join(choices)}")
+    if config.loss.margin < 0:
+        raise InputError(f"loss.margin={config.loss.margin}: give a distance of at least 0")
+    if not 0 <= config.loss.label_smoothing < 1:
+        raise InputError(
+            f"loss.label_smoothing={config.loss.label_smoothing}: give a share in [0, 1)"
+        )
+    if config.loss.auxiliary_weight < 0:
+        raise InputError(
+            f"loss.auxiliary_weight={config.loss.auxiliary_weight}: give a weight of at least 0"
+        )
+    check_classifier(config)
+    try:
+        jax.eval_shape(lambda: build_model(config) and None)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+
+
+def check_classifier(config: Config) -> None:
+    """Raise InputError where the model and the loss disagree on whether there are classes."""
+    classes = config.model.num_classes
+    if not classifies(config) and classes is not None:
+        raise InputError(
+            f"model.num_classes={classes}, which {config.loss.name} does not train: "
+            "leave it out, or set loss.name=cross_entropy"
+        )
+    if classifies(config) and (classes is None or classes < 2):
+        raise InputError(
+            f"model.num_classes={classes}: cross_entropy needs the number of classes, at least 2"
+        )
+    if classifies(config) and config.model.normalize:
+        raise InputError(
+            "model.normalize=True: logits of unit vectors are too alike for cross_entropy; "
+            "set it to False"
+        )
+
+
+def check_source_exists(source: str | None) -> None:
+    """Raise InputError where the weights to start from are neither published nor there."""
+    if source and source not in IMAGENET and not Path(source).exists():
+        raise InputError(
+            f"model.pretrained={source!r} is not there: give a file, the folder of a run, or "
+            f"one of {', '.join(IMAGENET)}"
+        )
+
+
+def check_source(config: Config, source: str) -> None:
+    """Raise InputError where published weights can't be had, or a run's gates have another form."""
+    if source in IMAGENET:
+        fetch_imagenet(MODELS[config.model.name][0], source)
+    path = Path(source) / "config.json"  # Of a run, or of hub.save_pretrained.
+    saved = json.loads(path.read_text())["model"] if path.exists() else {}
+    has_attention = MODELS.get(str(saved.get("name")), ("", ""))[1] != ""
+    theirs = saved.get("attention_init", "paper")
+    if has_attention and theirs != config.model.attention_init:
+        raise InputError(
+            f"model.attention_init={config.model.attention_init!r}, but the gates in {source} were "
+            f"trained in the form {theirs!r}: set it to that"
+        )
+
+
+def check_labels(config: Config, training: RetrievalDataset, validation: RetrievalDataset) -> None:
+    """Raise InputError where a classifier's classes are not those of both splits."""
+    check_classes(config, training)
+    check_classes(config, validation)
+    if classifies(config) and training.label_names != validation.label_names:
+        raise InputError(
+            f"{config.data.name} numbers {config.data.label!r} anew in each split, so there are no "
+            "common classes: choose another data.label, or loss.name=triplet"
+        )
+
+
+def check_same_run(config: Config, saved: Config) -> None:
+    """Raise InputError when the workdir holds a run of another model; tell of other changes."""
+    before = with_whole_paths(saved)
+    changed = [
+        f"{section}.{field}"
+        for section, fields in config.to_dict().items()
+        if section != "seed"
+        for field, value in fields.items()
+        if before[section][field] != value
+    ]
+    changed += ["seed"] if config.seed != saved.seed else []
+    for field in changed:
+        section, _, name = field.partition(".")
+        if section == "model" and name not in ("freeze_batch_norm", "pretrained"):
+            raise InputError(
+                f"the workdir holds a run with {field}={saved.model[name]!r}, not "
+                f"{config.model[name]!r}: use its config, or a new --workdir"
+            )
+    if changed and jax.process_index() == 0:
+        print(f"resuming with changed fields: {', '.join(sorted(changed))}", flush=True)
+
+
+def check_classes(config: Config, dataset: RetrievalDataset) -> None:
+    """Raise InputError where a classifier's classes are not a dataset's."""
+    found = len(dataset.label_names)
+    if config.loss.name == "cross_entropy" and found != config.model.num_classes:
+        raise InputError(
+            f"model.num_classes={config.model.num_classes}, but split {dataset.split!r} of "
+            f"{dataset.name} has {found} classes: set it to the number of classes"
+        )
+
+
+def open_split(config: Config, split: str) -> RetrievalDataset:
+    """Open one split of the config's dataset; prepared first if need be."""
+    options = {name: config.data[name] for name in ("data_dir", "manual_dir", "on_bad_image")}
+    return open_dataset(config.data.name, split, label=config.data.label, **options)
+
+
+def build_model(config: Config) -> EmbeddingModel:
+    """Build the config's model, freshly initialised from its seed."""
+    options = dict(config.model)
+    for field in ("freeze_batch_norm", "pretrained"):  # The training's business.
+        options.pop(field, None)
+    options["dtype"] = DTYPES[options["dtype"]]
+    return create_model(**options, rngs=nnx.Rngs(config.seed))
+
+
+def dataset_name(config: Config) -> str:
+    """Return what a report calls the dataset: its name, of a path the last part."""
+    return Path(config.data.name).name if is_path(config.data.name) else config.data.name
+
+
+def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Protocol:
+    """Return who is searched among whom in a split, as the config asks."""
+    return evaluation.make_protocol(
+        dataset.is_query,
+        dataset.is_gallery,
+        item=dataset.item,
+        series=dataset.series,
+        ignore_same_series=config.eval.ignore_same_series,
+        ks=config.eval.ks,
+    )
+
+
+def preprocessing(config: Config) -> Preprocessing:
+    """Return how the config cuts and scales an image for evaluation."""
+    return Preprocessing(config.data.image_size, config.data.crop_fraction)
+
+
+def geometry(config: Config) -> dict[str, Any]:
+    """Return how the config cuts a dataset's image for evaluation: options of eval_batches."""
+    fields = ("image_size", "crop_fraction", "crop_to_box")
+    return {name: config.data[name] for name in fields}
+
+
+def evaluation_batch_size(config: Config) -> int:
+    """Return ``eval.batch_size``, rounded up to what the devices can share evenly."""
+    devices = jax.device_count()
+    return math.ceil(config.eval.batch_size / devices) * devices
+
+
+def train_batches(config: Config, dataset: RetrievalDataset, step: int) -> data.Batches:
+    """Return the batches after ``step``: a pure function of the seed and the step."""
+    fields = dict(config.data)
+    names = (
+        "classes_per_batch", "images_per_class", "image_size", "crop_scale", "crop_ratio", "flip",
+        "color_jitter", "random_erasing", "crop_to_box", "skip_singletons", "workers",
+    )  # fmt: skip
+    return data.train_batches(
+        dataset,
+        **{name: fields[name] for name in names},
+        seed=config.seed,
+        start_step=step,
+        num_steps=config.train.steps - step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def classifies(config: Config) -> bool:
+    """Whether the objective is to name the class, rather than distances."""
+    return config.loss.name == "cross_entropy"
+
+
+def build_loss(config: Config) -> Callable:
+    """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars."""
+    loss = config.loss
+    if classifies(config):
+        options = {name: loss[name] for name in ("label_smoothing", "auxiliary_weight")}
+        return functools.partial(losses.deep_cross_entropy_loss, **options)
+    options = {"margin": loss.margin, "mining": loss.mining, "soft": loss.soft}
+    return functools.partial(losses.triplet_loss, **options)
+
+
+def collapse_warning(config: Config) -> Callable:
+    """Return what turns mean scalars into a warning when the embeddings have collapsed."""
+    if classifies(config):
+        return lambda stats: None  # Its gradient does not vanish there.
+    options = {"margin": config.loss.margin, "soft": config.loss.soft}
+    return functools.partial(losses.collapse_warning, **options)
+
+
+def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Callable]:
+    """Return the optimizer, and the learning rate as a function of the step."""
+    options = dict(config.optimizer)
+    accumulate = options["accumulate_steps"]
+    schedule = steps.learning_rate_schedule(
+        options.pop("learning_rate"),
+        warmup_steps=options.pop("warmup_steps") // accumulate,
+        total_steps=max(config.train.steps // accumulate, 1),
+    )
+    name = options.pop("name")
+    optimizer = steps.create_optimizer(name, schedule, **options)
+    return optimizer, lambda step: schedule(step // accumulate)

@@ -1,0 +1,106 @@
+"""How an image is cut and scaled for a model: data that travels with the model, not code.
+
+``cbam_jax.data`` does the cutting, on the host, and ``EmbeddingModel.preprocess`` the scaling, on
+the device.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from cbam_jax import InputError
+
+# Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of the code that cuts and scales: raised when the same file would give other pixels.
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From a photo to a model's pixels.
+
+    The short side is resized to ``round(image_size / crop_fraction)`` pixels (bilinear, after
+    halving by the mean of 2 x 2 as often as that leaves more than is needed), the central square
+    of ``image_size`` is cut out, and pixels in [0, 1], less ``mean``, are divided by ``std``.
+
+    Attributes:
+        image_size: side of the square that the model sees, in pixels.
+        crop_fraction: side of that square over the resized image's short side, in (0, 1].
+        mean: of the pixels in [0, 1], by channel: red, green, blue.
+        std: their standard deviation.
+
+    Raises:
+        InputError: for a size or a fraction out of range.
+
+    >>> Preprocessing(224).short_side
+    256
+    """
+
+    image_size: int
+    crop_fraction: float = 0.875
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not isinstance(self.image_size, int) or self.image_size < 1:
+            raise InputError(f"image_size={self.image_size}: give a positive number of pixels")
+        if not 0 < self.crop_fraction <= 1:
+            raise InputError(f"crop_fraction={self.crop_fraction}: give a fraction in (0, 1]")
+
+    @property
+    def short_side(self) -> int:
+        """Pixels of the resized image's short side."""
+        return round(self.image_size / self.crop_fraction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """Read what ``to_dict`` gave; what else stands there, or is missing, changes nothing.
+
+        Raises:
+            InputError: for a field of another type, or a mean or deviation that is not ImageNet's,
+                which no model here was trained by.
+        """
+        try:
+            size, fraction = fields["image_size"], float(fields.get("crop_fraction", 0.875))
+            mean = tuple(map(float, fields.get("mean", IMAGENET_MEAN)))
+            std = tuple(map(float, fields.get("std", IMAGENET_STD)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"preprocessing {dict(fields)!r} cannot be used ({error!r})"
+            ) from error
+        if (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise InputError(
+                f"preprocessing with mean {mean} and std {std}: models here expect ImageNet's, "
+                f"{IMAGENET_MEAN} and {IMAGENET_STD}"
+            )
+        return cls(size, fraction)
+
+
+def check_images(images: Any) -> None:
+    """Raise ValueError, one line with the remedy, unless images are uint8 RGB [b, h, w, 3].
+
+    >>> import numpy as np
+    >>> check_images(np.zeros((2, 3, 8, 8), np.uint8))
+    Traceback (most recent call last):
+    ValueError: images are uint8 [2, 3, 8, 8], expected uint8 RGB [b, h, w, 3]: move the channels \
+last, transpose(0, 2, 3, 1)
+    """
+    shape, dtype = tuple(images.shape), str(images.dtype)
+    if len(shape) == 4 and shape[-1] == 3 and dtype == "uint8":
+        return
+    if len(shape) == 4 and shape[1] == 3 and shape[-1] != 3:
+        remedy = "move the channels last, transpose(0, 2, 3, 1)"
+    elif len(shape) == 3:
+        remedy = "add the batch axis, images[None]"
+    elif len(shape) == 4 and shape[-1] == 3:
+        remedy = "give pixels from 0 to 255 as uint8; floats in [0, 1] are multiplied by 255 first"
+    else:
+        remedy = "give a batch of RGB images of one size"
+    raise ValueError(f"images are {dtype} {list(shape)}, expected uint8 RGB [b, h, w, 3]: {remedy}")

@@ -1,0 +1,217 @@
+"""What an evaluation of a run shows: result rows, heat, gates, the training curve, the page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cbam_jax import command_line, data, evaluation, experiment, figures, gradcam
+from cbam_jax.config_files import Config
+from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.models import EmbeddingModel
+from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
+from cbam_jax.runlog import read_log
+from cbam_jax.whole_files import save_arrays
+
+# Of the page's figures: a caption, and what is seen, in words.
+_CAPTIONS = {
+    "training.png": (
+        "Training loss, and the metric that chooses the checkpoint, by step.",
+        "Two curves over the steps of training: the loss, and below it the validation metric",
+    ),
+    "heat.png": (
+        "Where the embedding of an image comes from: Grad-CAM of the last convolution's output.",
+        "Rows of two pictures: a query, and the same with its heat laid over it",
+    ),
+    "pairs.png": (
+        "A query and its nearest hit, and where either is like the other.",
+        "Rows of four pictures: a query, its heat, the heat of its nearest hit, that image",
+    ),
+    "gates.png": (
+        "What the attention itself multiplies its feature maps by, at each place.",
+        "Rows of pictures: a query, and the same with the spatial gates laid over it",
+    ),
+}
+
+
+class Measured(NamedTuple):
+    """A split of a run, measured: all that is drawn comes from here.
+
+    ``model`` has its arrays; ``embeddings`` [n, d] are of all images of ``dataset``; everything is
+    written to ``folder``.
+    """
+
+    config: Config
+    workdir: Path
+    folder: Path
+    dataset: RetrievalDataset
+    model: EmbeddingModel
+    mesh: Any
+    result: evaluation.Evaluation
+    embeddings: np.ndarray
+    report: dict[str, Any]
+
+
+def draw(measured: Measured, chosen: Sequence[int], *, html: bool) -> None:
+    """Draw the figures of an evaluation, of the chosen queries, and the page if it is asked for."""
+    rows = chosen_rows(measured.result, chosen)
+    save_result_rows(measured, rows)
+    names = save_heat_figures(measured, rows)
+    curve = save_training_curve(measured)
+    if html:
+        save_page(measured, [curve, *(measured.folder / name for name in names)])
+
+
+def chosen_rows(result: evaluation.Evaluation, chosen: Sequence[int]) -> np.ndarray:
+    """Rows of ``result`` of the chosen queries, or of eight spread evenly over the split."""
+    if chosen:
+        return np.array([int(np.flatnonzero(result.query == query)[0]) for query in chosen])
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    return counted[np.linspace(0, len(counted) - 1, min(8, len(counted))).astype(int)]
+
+
+def ranked_queries(result: evaluation.Evaluation) -> np.ndarray:
+    """Rows of ``result``, the worst query first, those left out of the means left out.
+
+    Of equal ones that with fewer hits is worse: map@K is 1 for a single hit, if it comes first.
+    """
+    counted = np.flatnonzero(~np.isnan(result.headline))
+    hits = result.match[counted].sum(axis=1)
+    return counted[np.lexsort((hits, result.headline[counted]))]
+
+
+def save_result_rows(measured: Measured, drawn: np.ndarray) -> None:
+    """Draw the nearest five of some queries, and of those with the worst results."""
+    dataset, result = measured.dataset, measured.result
+    for name, rows in {"results": drawn, "worst": ranked_queries(result)[:8]}.items():
+        figure = figures.result_rows(
+            [dataset.image(i) for i in result.query[rows]],
+            [[dataset.image(i) for i in line if i >= 0] for line in result.neighbour[rows, :5]],
+            result.match[rows, :5],
+            distances=result.distance[rows, :5],
+            titles=class_names(dataset, result.query[rows]),
+        )
+        _save(figure, measured.folder / f"{name}.png")
+
+
+def class_names(dataset: RetrievalDataset, rows: np.ndarray) -> list[str]:
+    """Names of the classes of some rows."""
+    return [dataset.label_names[dataset.label[i]] for i in rows]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figures.save(figure, path)
+    print(f"wrote {path}", flush=True)
+
+
+def save_heat_figures(measured: Measured, rows: np.ndarray) -> list[str]:
+    """Draw the heat of some queries, the gates there, and each with its nearest hit.
+
+    The heat is kept in ``heat.npz`` too, so that runs can be drawn side by side. Returns the names
+    of the files.
+    """
+    dataset, model = measured.dataset, measured.model
+    query = measured.result.query[rows]
+    titles = class_names(dataset, query)
+    queries = _images(measured, query)
+    inputs = model.preprocess(queries)
+    heat = _heat(gradcam.grad_cam(model, inputs))
+    path = measured.folder / "heat.npz"
+    save_arrays(path, id=dataset.id[query], image=queries, title=titles, heat=heat)
+    drawn = {"heat": figures.heat_rows(queries, {measured.config.model.name: heat}, titles=titles)}
+    gates = spatial_gates(model, inputs)
+    if gates:
+        drawn["gates"] = figures.gate_rows(queries, gates, titles=titles)
+    pairs = draw_pairs(measured, rows, queries, titles)
+    if pairs is not None:
+        drawn["pairs"] = pairs
+    for name, figure in drawn.items():
+        _save(figure, measured.folder / f"{name}.png")
+    return [f"{name}.png" for name in drawn]
+
+
+def spatial_gates(model: EmbeddingModel, inputs: Any) -> dict[str, np.ndarray]:
+    """Return the spatial gates of each CBAM at some images, [b, h', w'], by its place."""
+    return {
+        name.removeprefix("backbone."): np.asarray(gate)
+        for name, gate in gradcam.attention_gates(model, inputs).items()
+        if name.endswith(".spatial")
+    }
+
+
+def draw_pairs(
+    measured: Measured, rows: np.ndarray, queries: np.ndarray, titles: Sequence[str]
+) -> Any:
+    """Draw each query that has a hit beside its nearest one; None where none has."""
+    model, result = measured.model, measured.result
+    hit = np.flatnonzero(result.match[rows].any(axis=1))
+    if not len(hit):
+        return None
+    rank = result.match[rows[hit]].argmax(axis=1)
+    results = _images(measured, result.neighbour[rows[hit], rank])
+    inputs = model.preprocess(queries[hit]), model.preprocess(results)
+    of_queries, of_results = gradcam.pair_maps(model, *inputs)
+    return figures.pair_rows(
+        queries[hit],
+        results,
+        _heat(of_queries),
+        _heat(of_results),
+        titles=[titles[int(i)] for i in hit],
+        distances=result.distance[rows[hit], rank],
+    )
+
+
+def _images(measured: Measured, index: np.ndarray) -> np.ndarray:
+    geometry = experiment.geometry(measured.config)
+    return np.stack([data.eval_image(measured.dataset, i, **geometry) for i in index])
+
+
+def _heat(maps: gradcam.HeatMaps) -> np.ndarray:
+    return np.asarray(maps.heat)
+
+
+def save_training_curve(measured: Measured) -> Path:
+    """Draw the run's loss and its best-deciding metric over the steps, once for all splits."""
+    shared = measured.workdir / "eval"
+    folder = shared if measured.folder.parent == shared else measured.folder
+    metric = f"{measured.config.data.eval_split}/{evaluation.HEADLINE}"
+    _save(
+        figures.training_curve(read_log(measured.workdir), metric=metric), folder / "training.png"
+    )
+    return folder / "training.png"
+
+
+def save_page(measured: Measured, drawn: Sequence[Path]) -> None:
+    """Write the evaluation as one HTML page, with the best and worst queries and the figures."""
+    worst = ranked_queries(measured.result)
+    headings = {"Best queries": worst[::-1][:8], "Worst queries": worst[:8]}
+    page = evaluation_page(
+        measured.report,
+        model=measured.config.model.name,
+        config=measured.config.to_dict(),
+        queries={
+            name: [describe_query(measured, row) for row in rows] for name, rows in headings.items()
+        },
+        pictures=[Picture(path.read_bytes(), *_CAPTIONS[path.name]) for path in drawn],
+    )
+    path = measured.folder / "report.html"
+    command_line.write_text(path, page)
+    print(f"wrote {path}", flush=True)
+
+
+def describe_query(measured: Measured, row: int) -> Query:
+    """Return a query as the page shows it, with the nearest five images."""
+    dataset, result = measured.dataset, measured.result
+
+    def describe(index: int) -> tuple[np.ndarray, str, str]:
+        name = dataset.label_names[dataset.label[index]]
+        return dataset.image(index), name, str(dataset.id[index])
+
+    found = zip(result.neighbour[row], result.distance[row], result.match[row], strict=True)
+    neighbours = [
+        Neighbour(*describe(i), float(distance), bool(match))
+        for i, distance, match in list(found)[:5]
+        if i >= 0
+    ]
+    return Query(*describe(result.query[row]), float(result.headline[row]), neighbours)

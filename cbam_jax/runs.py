@@ -1,0 +1,409 @@
+"""A run on disk: its config, its trained model, a split of its dataset measured.
+
+``restore_model`` reads a checkpoint, ``evaluate_split`` embeds and measures a split, ``evaluate``
+does both and writes what was found; ``run_figures`` draws it.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cbam_jax import (
+    InputError,
+    checkpoint,
+    command_line,
+    config_files,
+    data,
+    evaluation,
+    experiment,
+    focus,
+    run_figures,
+    steps,
+)
+from cbam_jax.config_files import Config
+from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.models import EmbeddingModel
+from cbam_jax.pretrained import load_pretrained
+from cbam_jax.run_figures import Measured
+from cbam_jax.whole_files import save_arrays
+
+State = tuple[Any, Any]  # A model's parameters and its BatchNorm statistics.
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's workdir."""
+    return (folder / "checkpoints").is_dir()
+
+
+def read_config(workdir: Path) -> Config:
+    """Read the config that a run was trained with; where it is damaged, a checkpoint's copy of it.
+
+    Fields that the run's version did not have are those of ``configs/default.py``.
+
+    Raises:
+        InputError: there is no run, or no copy that is whole.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists() and not is_run(Path(workdir)):
+        raise InputError(f"no run in {workdir}: {path} is missing; train first, or check --workdir")
+    try:
+        return _with_defaults(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        with _checkpoints(workdir) as checkpoints:
+            kept = checkpoints.read_config()
+        if kept is None:
+            raise InputError(
+                f"{path} cannot be read ({error}), and no checkpoint has a copy: restore it"
+            ) from error
+        print(f"{path} cannot be read ({error}): taken from a checkpoint", flush=True)
+        return _with_defaults(kept)
+
+
+def _with_defaults(document: Any) -> Config:
+    """A config of JSON, checked against the default one; ValueError where it does not fit it."""
+    from cbam_jax.configs import default
+
+    config = default.get_config().to_dict()
+    if not isinstance(document, dict) or not document.get("data"):
+        raise ValueError("not the config of a run")
+    for section, fields in config.items():
+        given = document.get(section, fields)
+        if isinstance(fields, dict):
+            if not isinstance(given, dict):
+                raise ValueError(f"{section} is {given!r}, not an object")
+            given = {name: _typed(f"{section}.{name}", given.get(name, value), value)
+                     for name, value in fields.items()}  # fmt: skip
+        config[section] = given
+    return ConfigDict(config)
+
+
+def _typed(name: str, given: Any, default: Any) -> Any:
+    """A field's value, whose type is that of the default's; None and what may be None pass."""
+    if isinstance(default, tuple) and isinstance(given, list):
+        return tuple(given)
+    wanted = (int, float) if isinstance(default, float) else type(default)
+    if default is not None and given is not None and not isinstance(given, wanted):
+        raise ValueError(f"{name} is {given!r}, not of the kind of {default!r}")
+    return given
+
+
+def _checkpoints(workdir: Path) -> checkpoint.Checkpoints:
+    """A run's checkpoints, to be read only."""
+    folder = Path(workdir) / "checkpoints"
+    return checkpoint.Checkpoints(folder, best_metric=evaluation.HEADLINE, read_only=True)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make a workdir and keep others from training in it; the lock goes with the process.
+
+    Raises:
+        InputError: another process trains there, or the folder cannot be written.
+    """
+    if jax.process_index() != 0:  # Of several processes of one run the first one holds it.
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / "lock", "a")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror}): choose another"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--workdir={workdir} is in use by another training: wait for it to end, stop it, "
+                "or choose another"
+            ) from None
+        yield
+
+
+def restore_model(
+    config: Config, workdir: Path, which: str | int, mesh: Any
+) -> tuple[EmbeddingModel, State, int]:
+    """Read a checkpoint: the model's structure, its (params, batch_stats), and the step.
+
+    Args:
+        config: of the run.
+        workdir: of the run, which need not be writable.
+        which: ``"best"``, ``"last"``, a step, or ``"untrained"``: the model that the run started
+            from, so that what training added can be seen.
+        mesh: whose devices get the arrays.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is damaged or of another model.
+    """
+    if which == "untrained":
+        model = experiment.build_model(config)
+        if config.model.get("pretrained"):
+            load_pretrained(model, config.model.pretrained)
+        _, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+        return model, steps.replicate(tuple(state), mesh), 0
+    with _checkpoints(workdir) as checkpoints:
+        read = checkpoints.restore(which, optimizer=False)
+    model = nnx.eval_shape(lambda: experiment.build_model(config))
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    tree = {"params": params, "batch_stats": batch_stats}
+    if config.train.ema_decay:
+        tree["ema"] = params
+    tree = checkpoint.unflatten(tree, read.model)
+    state = tree.get("ema", tree["params"]), tree["batch_stats"]
+    return model, steps.replicate(state, mesh), read.step
+
+
+def embed_split(
+    config: Config, dataset: RetrievalDataset, embed_step: Any, state: State, mesh: Any
+) -> np.ndarray:
+    """Embed every image of a split once: [n, d] float32. ``state`` is (params, batch_stats)."""
+    batches = data.eval_batches(
+        dataset,
+        **experiment.geometry(config),
+        batch_size=experiment.evaluation_batch_size(config),
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return steps.embed_batches(embed_step, *state, batches, mesh, len(dataset))
+
+
+def evaluate_split(
+    config: Config, dataset: RetrievalDataset, embed_step: Any, state: State, mesh: Any
+) -> tuple[evaluation.Evaluation, np.ndarray]:
+    """Embed and measure a split; the evaluation and the embeddings."""
+    protocol = experiment.split_protocol(config, dataset)
+    embeddings = embed_split(config, dataset, embed_step, state, mesh)
+    result = evaluation.evaluate_embeddings(
+        embeddings, dataset.label, dataset.label_names, protocol, ks=config.eval.ks
+    )
+    if experiment.classifies(config):
+        report = result.report
+        report["metrics"] |= evaluation.classification_metrics(
+            class_logits(state[0], embeddings), dataset.label
+        )
+        report["definitions"] |= evaluation.ACCURACY_DEFINITIONS
+    return result, embeddings
+
+
+def class_logits(params: Any, embeddings: np.ndarray) -> np.ndarray:
+    """Apply a model's class_head to embeddings [n, d]: [n, classes] float32."""
+    head = jax.device_get(nnx.to_pure_dict(params)["class_head"])
+    return embeddings @ head["kernel"] + head["bias"]
+
+
+def evaluate(
+    workdir: str | Path,
+    split: str = "test",
+    which: str | int = "best",
+    *,
+    figures: bool = False,
+    queries: Sequence[str] = (),
+    html: bool = False,
+    measure: bool = False,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure one split of a run and write what was found.
+
+    Args:
+        workdir: of the run, which is only read where ``out`` is given.
+        split: of its dataset, or ``"all"``.
+        which: checkpoint; see ``restore_model``.
+        figures: draw them.
+        queries: ids of those to draw; without any, eight of all.
+        html: write the page, with the figures.
+        measure: measure the focus too.
+        overrides: ``--config.FIELD=VALUE`` of the sections ``data`` and ``eval``.
+        out: folder of what is written; None: ``RUN/eval/SPLIT``, or for another dataset than the
+            run's ``RUN/eval/DATASET-SPLIT``.
+
+    Raises:
+        InputError: for a mistake, before anything is embedded.
+    """
+    workdir = Path(workdir).expanduser()
+    config = evaluation_config(workdir, overrides)
+    others = any(argument.startswith("--config.data.name=") for argument in overrides)
+    name = experiment.dataset_name(config)
+    part = f"{Path(name).stem}-{split}" if others else split
+    part += "-untrained" if which == "untrained" else ""
+    folder = workdir / "eval" / part if out is None else Path(out).expanduser()
+    make_writable(folder)
+    mesh = steps.data_mesh()
+    model, state, step = restore_model(config, workdir, which, mesh)
+    told = "" if others else f" (data.name comes from {workdir}/config.json; or give --data=PATH)"
+    dataset = open_for_evaluation(config, split, told)
+    chosen = find_queries(dataset, queries)
+    if measure:
+        dataset.mask(0)  # A dataset that can't tell where the garment is says so here.
+    print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
+    embed_step = steps.make_embed_step(model, mesh)
+    result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
+    report = {"dataset": name, "split": split, "step": step, **result.report}
+    model = nnx.merge(nnx.graphdef(model), *state)
+    measured = Measured(config, workdir, folder, dataset, model, mesh, result, embeddings, report)
+    write_metrics(measured)
+    if measure:
+        write_focus(measured)
+    if figures or html:
+        run_figures.draw(measured, chosen, html=html)
+    return report
+
+
+def evaluation_config(workdir: Path, overrides: Sequence[str]) -> Config:
+    """Return a run's config with the fields that an evaluation may set.
+
+    Raises:
+        InputError: for any other field, or a value that no evaluation could be done by.
+    """
+    for argument in overrides:
+        if not argument.startswith(("--config.data.", "--config.eval.")):
+            raise InputError(
+                f"unknown argument {argument!r}: an evaluation can set --config.data.FIELD and "
+                "--config.eval.FIELD; see --help"
+            )
+    config = config_files.override(read_config(workdir), overrides)
+    experiment.check_evaluation(config)
+    return experiment.with_whole_paths(config)
+
+
+def open_for_evaluation(config: Config, split: str, told: str) -> RetrievalDataset:
+    """Open a split and check all that its evaluation will ask of it.
+
+    Raises:
+        InputError: followed by ``told`` where the dataset cannot be opened.
+    """
+    try:
+        dataset = experiment.open_split(config, split)
+    except InputError as error:
+        raise InputError(f"{error}{told}") from error
+    experiment.check_classes(config, dataset)
+    experiment.split_protocol(config, dataset)
+    return dataset
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder; InputError, with the remedy, where nothing could be written to it."""
+    probe = folder / "partial-metrics.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}): give a folder with --out=DIR"
+        ) from error
+
+
+def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:
+    """Return the rows of queries by their ids; InputError where one is none."""
+    rows = {name: row for row, name in enumerate(dataset.id) if dataset.is_query[row]}
+    for name in ids:
+        if name not in rows:
+            raise InputError(
+                f"--queries: {name!r} is no query of {dataset.name}/{dataset.split}: ids look like "
+                f"{', '.join(map(repr, list(rows)[:3]))}, and embeddings.npz has them all"
+            )
+    return [rows[name] for name in ids]
+
+
+def write_metrics(measured: Measured) -> None:
+    """Write metrics.json and embeddings.npz, and print the table."""
+    dataset = measured.dataset
+    command_line.write_json(measured.folder / "metrics.json", measured.report)
+    save_arrays(
+        measured.folder / "embeddings.npz",
+        embedding=measured.embeddings,
+        label=dataset.label,
+        id=dataset.id,
+        is_query=dataset.is_query,
+        is_gallery=dataset.is_gallery,
+    )
+    print(evaluation.format_report(measured.report), flush=True)
+
+
+def write_focus(measured: Measured) -> None:
+    """Measure where the model looks, into the report and focus.json."""
+    measured.report["focus"] = measure_focus(measured)
+    command_line.write_json(measured.folder / "focus.json", measured.report["focus"])
+    print(focus.format_report(measured.report["focus"]), flush=True)
+
+
+def measure_focus(measured: Measured) -> dict[str, Any]:
+    """Measure where the model looks in each query: by itself, and for its nearest image."""
+    config, result = measured.config, measured.result
+    found = result.neighbour[:, 0] >= 0
+    nearest = measured.embeddings[result.neighbour[found, 0]]
+    values = focus.measure_focus(
+        measured.model,
+        measured.dataset,
+        result.query[found],
+        {"energy": None, "nearest": nearest},
+        mesh=measured.mesh,
+        batch_size=experiment.evaluation_batch_size(config),
+        **experiment.geometry(config),
+    )
+    return focus.summarize(values, image_size=config.data.image_size)
+
+
+DESCRIPTION = """Measure a trained run: embed a split, search, print metrics with their definitions.
+
+Writes metrics.json and embeddings.npz to RUN/eval/SPLIT (and figures; report.html, a page of all of
+it; focus.json: how much of the heat lies on the garment); the last line on stdout is one JSON
+document. The untrained network's go to RUN/eval/SPLIT-untrained. Fields of the run's config for the
+data and the evaluation can be set: --config.eval.ks='(1,10)' --config.eval.batch_size=16.
+"""
+
+
+def parse_flags() -> tuple[argparse.Namespace, list[str]]:
+    """Read the flags of an evaluation, and the fields that it sets."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    path = command_line.path
+    parser.add_argument("--workdir", required=True, type=path, help="the run, as given to train.py")
+    parser.add_argument("--split", default="test", help="split of the run's dataset, or all")
+    parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
+    parser.add_argument("--data", help="another dataset than the run's, or where it lies now")
+    parser.add_argument("--out", type=path, help="folder of the results; the run is only read then")
+    parser.add_argument("--figures", action="store_true", help="draw result rows and heat maps")
+    parser.add_argument("--queries", help="ids of those to draw, ID,ID; default: eight of all")
+    parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
+    parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
+    known, overrides = parser.parse_known_args()
+    if known.data is not None:
+        overrides.append(f"--config.data.name={known.data}")
+    return known, overrides
+
+
+def main() -> None:
+    """Evaluate, and print the JSON line."""
+    flags, overrides = parse_flags()
+    which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
+    if which not in ("best", "last", "untrained") and not isinstance(which, int):
+        raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
+    command_line.keep_compiled_programs()
+    report = evaluate(
+        flags.workdir,
+        flags.split,
+        which,
+        figures=flags.figures,
+        queries=flags.queries.split(",") if flags.queries else (),
+        html=flags.html,
+        measure=flags.focus,
+        overrides=overrides,
+        out=flags.out,
+    )
+    keys = ("dataset", "split", "step", "metrics", "interval", "focus")
+    line = {key: report[key] for key in keys if key in report}
+    print(command_line.to_json({"workdir": str(flags.workdir), **line}))
