@@ -6,10 +6,12 @@ array's CRC-32 is stored beside it and compared on the way back, and a damaged c
 back to the one before.
 """
 
+import contextlib
+import logging
 import os
 import signal
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +113,8 @@ class Checkpoints:
             create=not read_only,
         )
         self.directory = os.path.abspath(directory)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with _quiet():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         """Return itself; closed on the way out."""
@@ -269,6 +272,18 @@ class StopSignal:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from warning that it may only read, which is what was asked for."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _checksums(arrays: Arrays) -> dict[str, int]:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from cbam_jax import InputError, data, evaluation, losses, steps
 from cbam_jax.config_files import Config
@@ -234,13 +233,17 @@ def open_split(config: Config, split: str) -> RetrievalDataset:
     return open_dataset(config.data.name, split, label=config.data.label, **options)
 
 
-def build_model(config: Config) -> EmbeddingModel:
-    """Build the config's model, freshly initialised from its seed."""
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Return the arguments of ``create_model`` that a config names, but ``rngs``."""
     options = dict(config.model)
     for field in ("freeze_batch_norm", "pretrained"):  # The training's business.
         options.pop(field, None)
-    options["dtype"] = DTYPES[options["dtype"]]
-    return create_model(**options, rngs=nnx.Rngs(config.seed))
+    return options | {"dtype": DTYPES[options["dtype"]]}
+
+
+def build_model(config: Config) -> EmbeddingModel:
+    """Build the config's model, freshly initialised from its seed."""
+    return create_model(**model_arguments(config), rngs=nnx.Rngs(config.seed))
 
 
 def dataset_name(config: Config) -> str:

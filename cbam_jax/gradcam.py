@@ -89,7 +89,8 @@ def grad_cam(
 
     Raises:
         ValueError: on an unknown layer, with the choices, on one that gives no feature map, on an
-            unknown method, or a target of another shape.
+            unknown method, images that were not scaled or have other axes, or a target of another
+            shape.
 
     >>> from cbam_jax.models import create_model
     >>> model = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
@@ -100,6 +101,7 @@ def grad_cam(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    _check_images(images)
     path = find_layer(model, layer)
     function, reference = (target, None) if callable(target) else (None, target)
     attributes = {"dtype": jnp.float32} | ({"normalize": False} if target is None else {})
@@ -124,6 +126,7 @@ def pair_maps(
     Returns:
         The queries' maps and the results'.
     """
+    _check_images(results)
     graphdef, state = nnx.split(_evaluated(model))
     return (
         grad_cam(model, queries, _embed(graphdef, state, results), **options),
@@ -150,6 +153,7 @@ def attention_gates(model: Any, images: jax.Array | np.ndarray) -> dict[str, jax
     layers.1.channel (2, 8)
     layers.1.spatial (2, 6, 5)
     """
+    _check_images(images)
     return _gates(*nnx.split(_evaluated(model)), images)
 
 
@@ -171,6 +175,22 @@ def find_layer(model: Any, layer: str) -> tuple[str, ...]:
         path.append(str(len(node) - 1))
         node = node[-1]
     return tuple(path)
+
+
+def _check_images(images: jax.Array | np.ndarray) -> None:
+    """Raise ValueError, with the remedy, unless images are what ``model.preprocess`` gives."""
+    shape, dtype = images.shape, images.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        remedy = "scale pixels first, model.preprocess(images)"
+    elif len(shape) == 3:
+        remedy = "add the batch axis, images[None]"
+    elif len(shape) == 4 and shape[1] == 3 != shape[3]:
+        remedy = "move the channels last, transpose(0, 2, 3, 1)"
+    elif len(shape) != 4:
+        remedy = "give a batch of images"
+    else:
+        return
+    raise ValueError(f"images are {dtype} {list(shape)}, expected float [b, h, w, 3]: {remedy}")
 
 
 def _layers(node: Any) -> dict[str, Any]:

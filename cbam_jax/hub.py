@@ -4,21 +4,31 @@ A folder holds ``model.safetensors`` (our names, ``backbone.conv1.kernel``, floa
 ``config.json`` (``create_model``'s arguments, the preprocessing, the metrics) and ``README.md``,
 the model card that the Hugging Face hub shows. Nothing in it is code. Apart from ``pretrained``,
 which works on any module, since this module builds models.
+
+``python -m cbam_jax.hub export RUN FOLDER`` makes such a folder of a run.
 """
 
+import argparse
+import contextlib
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cbam_jax import InputError, __version__
-from cbam_jax.models import IMAGENET_MEAN, IMAGENET_STD, EmbeddingModel, create_model
+from cbam_jax import InputError, __version__, command_line, evaluation, experiment, runs, steps
+from cbam_jax.metrics import METRIC_DEFINITIONS
+from cbam_jax.models import EmbeddingModel, create_model
+from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import load_pretrained
+from cbam_jax.runlog import read_log
 from cbam_jax.whole_files import written_whole
 
 # Raised when a folder needs something that earlier versions can't read.
@@ -38,12 +48,11 @@ Maps an image to an embedding of {dimension} numbers; images whose embeddings ha
 distance are similar.
 
 ```python
-from flax import nnx
-from cbam_jax.hub import from_pretrained
+import cbam_jax
 
-model, config = from_pretrained("PATH_OR_HUB_ID")
-model = nnx.view(model, use_running_average=True)
-embeddings = model(model.preprocess(images))  # uint8 RGB [b, {size}, {size}, 3] -> [b, {dimension}]
+embedder = cbam_jax.load("PATH_OR_HUB_ID")
+embeddings = embedder.embed_files(["photo.jpg"]).embeddings  # float32 [1, {dimension}]
+model = embedder.model  # model(model.preprocess(images)): uint8 RGB [b, {size}, {size}, 3]
 ```
 
 Preprocessing: the short side resized to image_size / crop_fraction, then the central square of
@@ -54,7 +63,7 @@ image_size; pixels in [0, 1], less the mean, divided by the standard deviation.
 Metrics:
 
 {metrics}
-
+{definitions}
 Built by `create_model` of cbam_jax {version} with:
 
 {model}
@@ -76,20 +85,78 @@ def save_pretrained(
         model: the model.
         folder: where to; made when needed, files in it are replaced.
         config: the arguments that ``create_model`` built it with, but ``rngs``: ``name`` and those
-            that are not the default.
+            that are not the default. NumPy and JAX scalars and dtypes are written as JSON has them.
         preprocessing: ``image_size`` in pixels, ``crop_fraction`` (the central share of the short
             side), and whatever else a user must know. ImageNet's mean and deviation are added.
-        metrics: names to numbers, for the card.
+        metrics: names to numbers, for the card; those of ``cbam_jax.metrics`` get their definition.
         description: a paragraph for the card: trained on what, and how.
 
     Raises:
-        InputError: ``config`` builds another model, or ``preprocessing`` lacks ``image_size``.
+        InputError: ``config`` builds another model, ``preprocessing`` lacks ``image_size``, a value
+            has no form in JSON, or the folder cannot be written. Nothing has been written then.
     """
     import safetensors.numpy
 
+    document = _document(config, preprocessing, metrics)
+    arrays = _arrays(model)
+    _check_config(config, arrays)
+    text = json.dumps(document, indent=2) + "\n"
+    card = _card(document, model.embedding_dim, description)
+    values = {name: np.array(variable[...]) for name, variable in arrays.items()}
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:  # All three are there before any takes its place.
+            names = ("model.safetensors", "config.json", "README.md")
+            paths = [stack.enter_context(written_whole(folder / name)) for name in names]
+            safetensors.numpy.save_file(values, paths[0])
+            paths[1].write_text(text, encoding="utf-8")
+            paths[2].write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}): choose another folder") from error
+
+
+def _document(
+    config: Mapping[str, Any], preprocessing: Mapping[str, Any], metrics: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What config.json will hold."""
+    preprocessing = _as_json(preprocessing, "preprocessing")
     if "image_size" not in preprocessing:
         raise InputError("preprocessing must name the image_size, in pixels")
-    arrays = _arrays(model)
+    return {
+        "format_version": FORMAT_VERSION,
+        "cbam_jax_version": __version__,
+        "model": _as_json(config, "config"),
+        "preprocessing": {**preprocessing, **Preprocessing.from_dict(preprocessing).to_dict()},
+        "metrics": _as_json(metrics or {}, "metrics"),
+    }
+
+
+def _as_json(value: Any, name: str) -> Any:
+    """A value as JSON has it: NumPy and JAX scalars as numbers, dtypes by their name.
+
+    >>> _as_json({"d": jnp.bfloat16, "k": np.int64(3), "x": (np.float32(0.5), None)}, "config")
+    {'d': 'bfloat16', 'k': 3, 'x': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry, name) for entry in value]
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    if isinstance(value, np.dtype | type) or hasattr(value, "dtype"):
+        with contextlib.suppress(TypeError):
+            return jnp.dtype(value).name
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(
+        f"{name} is {type(value).__name__}, which JSON has no form for: give numbers, strings, "
+        "None, lists or dicts"
+    )
+
+
+def _check_config(config: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Raise InputError where the arguments build another model than the one with these arrays."""
     expected = {name: array.shape for name, array in _arrays(_build(config)).items()}
     different = sorted(
         name for name in arrays.keys() | expected if _shape(arrays, name) != expected.get(name)
@@ -99,33 +166,22 @@ def save_pretrained(
             f"the config {dict(config)} builds another model: {len(different)} tensors differ, "
             f"the first {different[0]}; give the arguments of create_model that built this one"
         )
-    document = {
-        "format_version": FORMAT_VERSION,
-        "cbam_jax_version": __version__,
-        "model": dict(config),
-        "preprocessing": {**preprocessing, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-        "metrics": dict(metrics or {}),
-    }
-    card = _card(document, model.embedding_dim, description)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {name: np.array(variable[...]) for name, variable in arrays.items()}
-    with written_whole(folder / "model.safetensors") as partial:
-        safetensors.numpy.save_file(values, partial)
-    with written_whole(folder / "config.json") as partial:
-        partial.write_text(json.dumps(document, indent=2) + "\n")
-    with written_whole(folder / "README.md") as partial:
-        partial.write_text(card)
 
 
 def from_pretrained(
-    source: str | os.PathLike, *, revision: str | None = None
+    source: str | os.PathLike, *, revision: str | None = None, training: bool = False
 ) -> tuple[EmbeddingModel, dict[str, Any]]:
     """Build a model from a folder of ``save_pretrained``, here or on the Hugging Face hub.
 
+    The model is in evaluation mode: BatchNorm normalises by its running statistics, so that an
+    image's embedding does not depend on the batch it is in.
+
     Args:
-        source: a folder, or a hub id such as ``"user/model"`` (needs ``cbam_jax[hub]``).
+        source: a folder, a hub id such as ``"user/model"`` (needs ``cbam_jax[hub]``), or the
+            workdir of a run, whose best checkpoint is taken.
         revision: branch, tag or commit on the hub; None: its main branch.
+        training: return it in training mode, in which BatchNorm uses and updates the statistics of
+            each batch.
 
     Returns:
         The model, and ``config.json`` as a dict: ``model``, ``preprocessing``, ``metrics``.
@@ -134,9 +190,16 @@ def from_pretrained(
         InputError: there is no such folder or id, it is of a newer format, or its weights do not
             fit its config.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetch(str(source), revision)
+    folder = Path(source).expanduser()
+    if runs.is_run(folder):
+        model, document = from_run(folder)
+    else:
+        model, document = _from_folder(folder if folder.is_dir() else _fetch(str(source), revision))
+    model.train() if training else model.eval()
+    return model, document
+
+
+def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
     document = _read_config(folder / "config.json")
     model = _build(document["model"])
     report = load_pretrained(model, folder / "model.safetensors")
@@ -148,12 +211,81 @@ def from_pretrained(
     return model, document
 
 
+def from_run(
+    workdir: Path, checkpoint: str | int = "best"
+) -> tuple[EmbeddingModel, dict[str, Any]]:
+    """Build a run's model, with what ``save_pretrained`` would write of it.
+
+    Args:
+        workdir: of the run.
+        checkpoint: ``"best"``, ``"last"``, ``"untrained"`` or a step.
+
+    Raises:
+        InputError: there is no such run or checkpoint, or it is damaged.
+    """
+    config = runs.read_config(workdir)
+    mesh = steps.data_mesh(jax.local_devices())
+    model, state, step = runs.restore_model(config, workdir, checkpoint, mesh)
+    document = {
+        "model": _as_json(experiment.model_arguments(config), "model"),
+        "preprocessing": experiment.preprocessing(config).to_dict(),
+        "metrics": measured_metrics(config, workdir, step),
+    }
+    return nnx.merge(nnx.graphdef(model), *state), document
+
+
+def measured_metrics(config: Any, workdir: Path, step: int) -> dict[str, Any]:
+    """Return what was measured of a run's checkpoint: on the test split, else in training."""
+    path = workdir / "eval" / "test" / "metrics.json"
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["step"] == step:
+            return {"dataset": report["dataset"], "split": "test", "step": step} | report["metrics"]
+    split = config.data.eval_split
+    found = [
+        {name.removeprefix(f"{split}/"): value for name, value in record.items() if "/" in name}
+        for record in read_log(workdir)
+        if record["step"] == step and f"{split}/{evaluation.HEADLINE}" in record
+    ]
+    if not found:
+        return {}
+    return {"dataset": experiment.dataset_name(config), "split": split, "step": step} | found[-1]
+
+
+def export(run: str | os.PathLike, folder: str | os.PathLike, checkpoint: str | int = "best"):
+    """Write a run's model as ``save_pretrained`` does, with its preprocessing and its metrics.
+
+    Args:
+        run: the workdir of a run.
+        folder: where to; made when needed, files in it are replaced.
+        checkpoint: as for ``from_run``.
+
+    Raises:
+        InputError: as ``from_run`` and ``save_pretrained``.
+    """
+    run = Path(run).expanduser()
+    model, document = from_run(run, checkpoint)
+    config = runs.read_config(run)
+    data, loss = experiment.dataset_name(config), config.loss.name
+    save_pretrained(
+        model,
+        folder,
+        config=document["model"],
+        preprocessing=document["preprocessing"],
+        metrics=document["metrics"],
+        description=f"Trained on {data}, split {config.data.train_split!r}, by the {loss} loss.",
+    )
+
+
 def _build(config: Mapping[str, Any]) -> EmbeddingModel:
     """Build the model without its arrays: each is about to be set or only its shape is asked."""
+    arguments = dict(config)
     try:
-        return nnx.eval_shape(lambda: create_model(**config, rngs=nnx.Rngs(0)))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"no model can be built from {dict(config)}: {error}") from error
+        if "dtype" in arguments:
+            arguments["dtype"] = experiment.DTYPES[jnp.dtype(arguments["dtype"]).name]
+        return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"no model can be built from {arguments}: {error}") from error
 
 
 def _arrays(model: nnx.Module) -> dict[str, Any]:
@@ -172,7 +304,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(document["model"], dict):
             raise TypeError("model is not an object")
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: not a folder of save_pretrained") from None
+        raise InputError(
+            f"{path} is missing: neither the workdir of a run nor a folder of save_pretrained"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}): fetch or save it again") from error
     if version > FORMAT_VERSION:
@@ -211,6 +345,7 @@ def _card(document: Mapping[str, Any], dimension: int, description: str) -> str:
         size=document["preprocessing"]["image_size"],
         preprocessing=_table(document["preprocessing"]),
         metrics=_table(document["metrics"]),
+        definitions=_definitions(document["metrics"]),
         version=document["cbam_jax_version"],
         model=_table(document["model"]),
     )
@@ -229,3 +364,30 @@ def _table(values: Mapping[str, Any]) -> str:
     rows = [("name", "value"), ("---", "---")]
     rows += [(k, f"{v:.4g}" if isinstance(v, float) else f"{v}") for k, v in values.items()]
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _definitions(metrics: Mapping[str, Any]) -> str:
+    """The definitions of those metrics that have one, as a Markdown list."""
+    families = dict.fromkeys(re.sub(r"@\d+$", "@K", name) for name in metrics)
+    known = {**METRIC_DEFINITIONS, **evaluation.ACCURACY_DEFINITIONS}
+    return "".join(f"\n- `{name}`: {known[name]}" for name in families if name in known) + "\n"
+
+
+def main() -> None:
+    """Export a run."""
+    parser = argparse.ArgumentParser(
+        description="Write a trained run as a folder that cbam_jax.load reads and the Hugging Face "
+        "hub shows: weights, preprocessing, a card with the metrics that were measured."
+    )
+    if not sys.argv[0].endswith("export"):
+        parser.add_argument("command", choices=["export"])
+    parser.add_argument("run", type=command_line.path, help="workdir of the run")
+    parser.add_argument("folder", type=command_line.path, help="folder to write")
+    parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")
+    flags = parser.parse_args()
+    export(flags.run, flags.folder, runs.parse_checkpoint(flags.checkpoint))
+    print(command_line.to_json({"folder": str(flags.folder), "run": str(flags.run)}))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))

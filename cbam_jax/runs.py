@@ -386,12 +386,22 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     return known, overrides
 
 
+def parse_checkpoint(text: str) -> str | int:
+    """Read which checkpoint a flag means; InputError for none.
+
+    >>> parse_checkpoint("best"), parse_checkpoint("450")
+    ('best', 450)
+    """
+    which = int(text) if text.isdigit() else text
+    if which not in ("best", "last", "untrained") and not isinstance(which, int):
+        raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
+    return which
+
+
 def main() -> None:
     """Evaluate, and print the JSON line."""
     flags, overrides = parse_flags()
-    which = int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
-    if which not in ("best", "last", "untrained") and not isinstance(which, int):
-        raise InputError(f"--checkpoint={which}: give best, last, untrained or a step")
+    which = parse_checkpoint(flags.checkpoint)
     command_line.keep_compiled_programs()
     report = evaluate(
         flags.workdir,
