@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from seeded import jitted
 from tiny_run import make_config, patch_tiny_models, write_photos, write_run
 
 import cbam_jax
@@ -87,7 +88,7 @@ def test_alone_first_last_and_among_many_are_equal_and_two_programs_do_it(run, m
 
 def test_embeddings_are_those_of_the_model_in_evaluation_mode(run, embedder, files):
     config = runs.read_config(run)
-    fresh = experiment.build_model(config)
+    fresh = nnx.eval_shape(lambda: experiment.build_model(config))
     assert embedder.dimension == 16
     images = np.stack([
         data.cut_pixels(pixels(file), Preprocessing(32)) for file in files[:3]
@@ -97,12 +98,12 @@ def test_embeddings_are_those_of_the_model_in_evaluation_mode(run, embedder, fil
         arrays = checkpoints.restore("last", optimizer=False).model
     for kind, variables in (("params", nnx.Param), ("batch_stats", nnx.BatchStat)):
         for path, variable in nnx.to_flat_state(nnx.state(fresh, variables)):
-            variable[...] = arrays[f"{kind}.{'.'.join(map(str, path))}"]
+            variable.set_value(arrays[f"{kind}.{'.'.join(map(str, path))}"])
     fresh.eval()
-    expected = fresh(fresh.preprocess(images))
+    expected = jitted(fresh, fresh.preprocess(images))
     actual = embedder.embed_files(files[:3], progress=False).embeddings
     np.testing.assert_allclose(actual, expected, atol=2e-6, rtol=2e-5)
-    actual = embedder.model(embedder.model.preprocess(images[1:2]))
+    actual = jitted(embedder.model, embedder.model.preprocess(images[1:2]))
     np.testing.assert_allclose(actual[0], expected[1], atol=2e-6, rtol=2e-5)
 
 
@@ -244,12 +245,12 @@ def test_a_runs_folder_is_a_pretrained_model_in_evaluation_mode(run, embedder, r
     model, document = from_pretrained(run)
     assert document["preprocessing"]["image_size"] == 32
     images = model.preprocess(rng.integers(0, 255, (4, 32, 32, 3), np.uint8))
-    together = np.asarray(model(images))
-    np.testing.assert_allclose(model(images[2:3])[0], together[2], atol=1e-6, rtol=1e-5)
-    np.testing.assert_array_equal(model(images), together)  # No statistic has moved.
-    np.testing.assert_allclose(embedder.model(images), together, atol=1e-6, rtol=1e-5)
+    together = np.asarray(jitted(model, images))
+    np.testing.assert_allclose(jitted(model, images[2:3])[0], together[2], atol=1e-6, rtol=1e-5)
+    expected = jitted(embedder.model, images)
+    np.testing.assert_allclose(expected, together, atol=1e-6, rtol=1e-5)
     model, _ = from_pretrained(run, training=True)
-    assert np.abs(model(images[2:3])[0] - model(images)[2]).max() > 1e-3
+    assert np.abs(jitted(model, images[2:3])[0] - jitted(model, images)[2]).max() > 1e-3
 
 
 def changed(embedder, tmp_path, *, preprocessing=None, **arguments):
@@ -283,9 +284,9 @@ def test_a_classifiers_head_is_no_part_of_the_fingerprint(run):
     plain = {"name": "tiny_cbam", "embedding_dim": 4}
     found = []
     for arguments in (plain, plain | {"num_classes": 3}):
-        model = create_model(**arguments, rngs=nnx.Rngs(0))
-        for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-            variable[...] = jnp.full_like(variable[...], 0.5)
+        model = nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))  # noqa: B023
+        for _, variable in nnx.to_flat_state(nnx.state(model)):
+            variable.set_value(jnp.full(variable.shape, 0.5, jnp.float32))
         options = {"arguments": arguments, "batch_size": 8}
         found.append(cbam_jax.Embedder(model, Preprocessing(32), **options).fingerprint)
     assert found[0] == found[1]

@@ -4,6 +4,7 @@ import functools
 import json
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -57,12 +58,23 @@ def make_config(manifest, **fields):
     return config
 
 
+def drawn_model(build, seed=9):
+    """A model with arrays drawn by NumPy: nothing is compiled."""
+    model = nnx.eval_shape(build)
+    rng = np.random.default_rng(seed)
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        shape = variable.shape
+        if len(shape) == 1:
+            array = rng.uniform(0.5, 1.5, shape)
+        else:
+            array = rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape)
+        variable.set_value(jnp.asarray(array.astype(np.float32)))
+    return model
+
+
 def write_run(workdir, config, metrics=None):
-    """Write config.json and the checkpoint of step 3, whose BatchNorm statistics are drawn."""
-    model = build_model(config)
-    rng = np.random.default_rng(9)
-    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.BatchStat)):
-        variable[...] = variable[...] + rng.uniform(0.1, 0.5, variable.shape).astype(np.float32)
+    """Write config.json and the checkpoint of step 3, all of whose arrays are drawn."""
+    model = drawn_model(lambda: build_model(config))
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
