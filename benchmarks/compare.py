@@ -1,7 +1,7 @@
 """Ours beside PyTorch in one run: ``python benchmarks/compare.py {train,embed}``.
 
 Needs ``pip install torch`` and torchvision. Two processes, one a library, so that neither's threads
-spin while the other computes: each builds its step (``cbam_jax.workloads``, ``torch_peer.py``),
+spin while the other computes: each builds its step (``cbam_jax.benchmark``, ``torch_peer.py``),
 then they take turns, a step to warm up and ``--steps_per_repeat`` that are timed, the order
 swapped from round to round, while the other waits. A large matrix product takes its turns as well,
 in both libraries: the machine's own limit is the faster one's best. ``ratio`` is their seconds
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.step_flags import add_step_flags, complete
 from cbam_jax import command_line
-from cbam_jax.timing import spread
+from cbam_jax.benchmark import spread
 
 LIBRARIES = ("ours", "torch")
 _PAUSE_S = 0.2
@@ -37,16 +37,16 @@ def prepare_ours(
     import jax
     from flax import nnx
 
-    from cbam_jax import benchmark, workloads
+    from cbam_jax import benchmark
     from cbam_jax.models import create_model
 
     built = create_model(model, dtype=jax.numpy.dtype(dtype), rngs=nnx.Rngs(0))
-    batch = workloads.random_batch(batch_size, image_size, images_per_class)
-    make = {"train": workloads.train_step, "embed": workloads.embed_step}[kind]
+    batch = benchmark.random_batch(batch_size, image_size, images_per_class)
+    make = {"train": benchmark.train_step, "embed": benchmark.embed_step}[kind]
     step = make(built, batch)
     step.run(1)
     memory = benchmark.peak_memory()
-    product = workloads.matrix_product(dtype)
+    product = benchmark.matrix_product(dtype)
     return {"step": step.run, "product": product.run}, {
         **step.cost,
         "peak_memory": memory,

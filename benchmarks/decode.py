@@ -39,7 +39,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from cbam_jax.benchmark_data import photos
+from cbam_jax.benchmark import photos
 from cbam_jax.data import decode_resized, resize
 from cbam_jax.datasets import decode_image, jpeg_size
 

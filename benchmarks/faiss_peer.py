@@ -15,9 +15,8 @@ import jax
 import numpy as np
 from search_cases import CASES
 
-from cbam_jax.benchmark import bare_product, embeddings, machine
+from cbam_jax.benchmark import bare_product, embeddings, machine, seconds
 from cbam_jax.search import search
-from cbam_jax.timing import seconds
 
 
 def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:

@@ -37,9 +37,8 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.torchvision_stubs import import_torchvision
-from cbam_jax import InputError, benchmark_data
+from cbam_jax import InputError, benchmark
 from cbam_jax.datasets import RetrievalDataset, decode_image
-from cbam_jax.timing import spread
 
 torchvision = import_torchvision()
 v2 = importlib.import_module("torchvision.transforms.v2")
@@ -83,7 +82,7 @@ def torch_batches(photos: Photos, batch_size: int, workers: int) -> Iterator:
 
 def compare(dataset: RetrievalDataset, options: argparse.Namespace, workers: int) -> dict:
     size, batch_size, jitter = options.image_size, options.batch_size, options.color_jitter
-    ours = benchmark_data.our_batches(
+    ours = benchmark.our_batches(
         dataset, image_size=size, batch_size=batch_size, workers=workers, color_jitter=jitter
     )
     # The peers first: their workers are forked, which is no good beside running threads.
@@ -96,13 +95,13 @@ def compare(dataset: RetrievalDataset, options: argparse.Namespace, workers: int
     for loader in loaders.values():
         next(loader)
     times: dict[str, list] = {name: [] for name in loaders}
-    ahead = benchmark_data.lie_ready(workers)
+    ahead = benchmark.lie_ready(workers)
     for _, (name, loader) in itertools.product(range(options.repeats), loaders.items()):
-        times[name].append(benchmark_data.loading(loader, options.count, ahead))
+        times[name].append(benchmark.loading(loader, options.count, ahead))
     ours.close()
     peers = [name for name in loaders if name != "ours"]
     return {
-        **{name: benchmark_data.loading_rates(times[name], batch_size) for name in loaders},
+        **{name: benchmark.loading_rates(times[name], batch_size) for name in loaders},
         "speed_over": {
             name: {
                 "per_core": ratios(times, name, "cpu_ms"),
@@ -115,7 +114,7 @@ def compare(dataset: RetrievalDataset, options: argparse.Namespace, workers: int
 
 def ratios(times: dict[str, list], peer: str, clock: str) -> dict[str, float]:
     pairs = zip(times[peer], times["ours"], strict=True)
-    return spread([theirs[clock] / ours[clock] for theirs, ours in pairs])
+    return benchmark.spread([theirs[clock] / ours[clock] for theirs, ours in pairs])
 
 
 def describe(dataset: RetrievalDataset) -> dict:
@@ -147,7 +146,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     try:
-        dataset = benchmark_data.photo_dataset(options.data, options.split)
+        dataset = benchmark.photo_dataset(options.data, options.split)
         results = {str(workers): compare(dataset, options, workers) for workers in options.workers}
     except InputError as error:
         parser.error(str(error))

@@ -33,10 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.search_cases import CASES
 from benchmarks.step_flags import add_step_flags, complete
 from benchmarks.torchvision_stubs import import_torchvision
-from cbam_jax.benchmark import embeddings, machine
+from cbam_jax.benchmark import embeddings, machine, random_batch, seconds
 from cbam_jax.models import IMAGENET_MEAN, IMAGENET_STD
-from cbam_jax.timing import seconds
-from cbam_jax.workloads import random_batch
 
 
 class CBAM(nn.Module):

@@ -1,5 +1,6 @@
 """The command's numbers, by hand where they can be; a device's share of the work."""
 
+import importlib
 import json
 import sys
 
@@ -11,9 +12,11 @@ import pytest
 from flax import nnx
 from seeded import SmallBackbone
 
-from cbam_jax import benchmark, benchmark_data, models, steps, workloads
+from cbam_jax import benchmark, models, steps
 from cbam_jax.backbones import layers
-from cbam_jax.compiled import compile_cold
+from cbam_jax.benchmark import __main__ as command
+from cbam_jax.benchmark import compile_cold, random_batch, step, workloads
+from cbam_jax.benchmark import data as measuring
 
 
 def convolution_operations(size):
@@ -30,7 +33,7 @@ def convolution_operations(size):
 
 
 def run(capsys, *arguments):
-    benchmark.main([*arguments, "--repeats=2"])
+    command.main([*arguments, "--repeats=2"])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -44,9 +47,18 @@ def undrawn(name, *, rngs=None, **options):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Limits that take no time either: an addition in place of the product."""
-    monkeypatch.setattr(benchmark, "create_model", undrawn)
+    monkeypatch.setattr(step, "create_model", undrawn)
     monkeypatch.setattr(workloads, "matrix_product", lambda dtype: workloads.copy())
     monkeypatch.setattr(workloads, "_COPIED", 2**10)
+
+
+def test_the_face_hands_on_what_its_rooms_have():
+    for room, names in benchmark._ROOMS.items():
+        for name in names:
+            found = getattr(benchmark, name)
+            assert found is getattr(importlib.import_module(f"cbam_jax.benchmark.{room}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'speed'"):
+        _ = benchmark.speed
 
 
 def test_embed_counts_parameters_and_operations(capsys):
@@ -119,7 +131,7 @@ def test_a_device_of_n_does_an_nth_of_the_work(capsys, small, monkeypatch):
 
 
 def test_random_batches_are_no_zeros_and_mixed():
-    batch = workloads.random_batch(32, image_size=9, images_per_class=8)
+    batch = random_batch(32, image_size=9, images_per_class=8)
     assert np.unique(batch["image"]).size == 256
     assert np.bincount(batch["label"]).tolist() == [8] * 4
     assert not np.array_equal(batch["label"], np.sort(batch["label"]))
@@ -135,11 +147,11 @@ def test_data_counts_cpu_and_wall_of_the_batches_taken(monkeypatch):
             clock["wall"] += 0.005
             yield
 
-    monkeypatch.setattr(benchmark_data, "cpu_seconds", lambda: clock["cpu"])
-    monkeypatch.setattr(benchmark_data.time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(benchmark_data.time, "sleep", lambda seconds: None)
-    times = [benchmark_data.loading(batches(), count=4, ahead=3) for _ in range(3)]
-    rates = benchmark_data.loading_rates(times, batch_size=16)
+    monkeypatch.setattr(measuring, "cpu_seconds", lambda: clock["cpu"])
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(measuring.time, "sleep", lambda seconds: None)
+    times = [measuring.loading(batches(), count=4, ahead=3) for _ in range(3)]
+    rates = measuring.loading_rates(times, batch_size=16)
     assert rates["batch_ms"]["median"] == pytest.approx(5)
     assert rates["images_per_second"]["min"] == pytest.approx(16 / 0.005)
     assert rates["images_per_second_per_core"]["max"] == pytest.approx(16 / 0.003)
@@ -147,9 +159,9 @@ def test_data_counts_cpu_and_wall_of_the_batches_taken(monkeypatch):
 
 def test_data_needs_no_dataset_and_no_grain(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    monkeypatch.setattr(benchmark_data, "photos", lambda count: PHOTOS * count)
+    monkeypatch.setattr(measuring, "photos", lambda count: PHOTOS * count)
     sizes = ["--image_size=16", "--batch_size=16", "--count=1", "--repeats=2"]
-    benchmark.main(["data", *sizes])
+    command.main(["data", *sizes])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["grain"] is False
     assert result["images_per_second_per_core"]["min"] > 0
@@ -181,5 +193,5 @@ PHOTOS = [cv2.imencode(".jpg", np.zeros((40, 30, 3), np.uint8))[1].tobytes()]
 )
 def test_mistakes_get_one_line(arguments, line, capsys):
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main(arguments)
+        command.main(arguments)
     assert line in capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cbam_jax import steps
-from cbam_jax.compiled import collectives, compile_cold
+from cbam_jax.benchmark import collectives, compile_cold
 
 # As a GPU's programs write them: started and waited for, operands before results.
 STARTED = """

@@ -24,13 +24,10 @@ MAY_IMPORT = {
     "report": set(),
     "runlog": {"whole_files"},
     "steps": {"compiler_options"},
-    "compiled": set(),
     "torch_files": set(),
     "datasets": {"whole_files"},
     "preprocessing": set(),
     "data": {"datasets", "preprocessing"},
-    "timing": set(),
-    "benchmark_data": {"data", "datasets", "timing"},
     "losses": {"distances"},
     "search": {"compiler_options", "distances"},
     "evaluation": {"metrics", "search"},
@@ -122,7 +119,8 @@ MAY_IMPORT = {
         "runs",
         "steps",
     },
-    "workloads": {"compiled", "losses", "steps"},
+    # It measures what the others do.
+    "benchmark": {"data", "datasets", "losses", "models", "search", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")
@@ -156,8 +154,7 @@ def ours(name):
     return found - {name}
 
 
-# benchmark stands on top, beside train.py and evaluate.py.
-@pytest.mark.parametrize("name", sorted(modules().keys() - {"benchmark"}))
+@pytest.mark.parametrize("name", sorted(modules()))
 def test_layers(name):
     assert name in MAY_IMPORT, f"put {name} into the layers"
     allowed = MAY_IMPORT[name] | {"InputError", "__version__"}
@@ -196,11 +193,12 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         ("metrics", (*HEAVY, "jax")),
         ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
         ("figures", ("matplotlib", "jax")),
+        # Each room of it is loaded when it is asked for.
+        ("benchmark", (*HEAVY, "jax", "ml_collections")),
         # A machine where speed is measured may lack what reads datasets and configs.
-        ("benchmark", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
+        ("benchmark.__main__", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
         ("tables", (*HEAVY, "jax")),
-        ("benchmark_data", (*(name for name in HEAVY if name != "cv2"), "jax")),
-        ("benchmark", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
+        ("benchmark.data", (*(name for name in HEAVY if name != "cv2"), "jax")),
         # A GPU is for the processes that it starts.
         ("paper", (*(name for name in HEAVY if name != "cv2"), "jax")),
     ],

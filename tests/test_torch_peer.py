@@ -12,7 +12,7 @@ import pytest
 from seeded import seeded_model, torch_names
 
 from benchmarks.torchvision_stubs import import_torchvision
-from cbam_jax import steps, workloads
+from cbam_jax import benchmark, steps
 from cbam_jax.losses import triplet_loss
 from cbam_jax.pretrained import load_pretrained
 
@@ -51,7 +51,7 @@ def test_our_weights_in_the_peer_give_our_embeddings_and_step(torch_peer):
     assert not unexpected
     assert all(name.endswith("num_batches_tracked") for name in missing)
 
-    batch = workloads.random_batch(16, image_size=64, images_per_class=4)
+    batch = benchmark.random_batch(16, image_size=64, images_per_class=4)
     mesh = steps.data_mesh(jax.devices()[:1])
     optimizer = steps.create_optimizer("adamw", 1e-3, weight_decay=1e-4)
     with jax.numpy_dtype_promotion("standard"):

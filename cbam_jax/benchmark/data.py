@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.benchmark.timing import spread
 from cbam_jax.data import Batches, train_batches
 from cbam_jax.datasets import RetrievalDataset, open_dataset
-from cbam_jax.timing import spread
 
 UNITS = ("images_per_second", "images_per_second_per_core", "batch_ms")
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from cbam_jax import steps
-from cbam_jax.compiled import compile_cold
+from cbam_jax.benchmark.compiled import compile_cold
 from cbam_jax.losses import triplet_loss
 
 _COPIED = 2**26  # float32 entries, more than any cache holds

@@ -1,0 +1,123 @@
+"""How fast the exact search is, beside its bare matrix product."""
+
+import functools
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbam_jax.benchmark.environment import machine, peak_memory
+from cbam_jax.benchmark.timing import seconds
+from cbam_jax.search import search
+
+
+def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
+    """Normally distributed embeddings, the hardest case for a search: nothing clusters.
+
+    Example:
+      >>> embeddings(2, 3, seed=0).shape
+      (2, 3)
+    """
+    return np.random.default_rng(seed).standard_normal((count, dim), np.float32)
+
+
+def bare_product(queries: np.ndarray, gallery: jax.Array, dtype: str = "float32") -> np.ndarray:
+    """The largest inner product of each query, [q]: a search with nothing but its matrix product.
+
+    Streamed over blocks of 16,384 items and 1,024 queries, rounded to ``dtype``, with a maximum in
+    place of the selection: XLA's CPU backend fuses the two in float32, so that the products are
+    never written to memory.
+
+    Example:
+      >>> bare_product(np.eye(2, dtype=np.float32), jnp.array([[1.0, 5.0], [3.0, 2.0]])).tolist()
+      [3.0, 5.0]
+    """
+    device = gallery.devices().pop()
+    # NumPy's view on a CPU: blocks of it are no copies, those of a jax.Array are.
+    source = np.asarray(gallery) if device.platform == "cpu" else gallery
+    tiles = [jax.device_put(queries[i : i + 1024], device) for i in range(0, len(queries), 1024)]
+    tiles = [tile.astype(dtype) for tile in tiles]
+    best = [jnp.full(len(x), -jnp.inf) for x in tiles]
+    # Products of bfloat16 are written to memory: smaller blocks of them stay in a CPU's cache.
+    size = 4096 if dtype == "bfloat16" and device.platform == "cpu" else 16384
+    for start in range(0, len(source), size):
+        y = jax.device_put(source[start : start + size], device).astype(dtype)
+        best = [_maximum(b, x, y) for b, x in zip(best, tiles, strict=True)]
+    return np.concatenate([np.asarray(b) for b in best])
+
+
+@jax.jit
+def _maximum(best: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    product = jax.lax.dot_general(
+        y,
+        x,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.maximum(best, jnp.max(product, axis=0))
+
+
+def benchmark_search(
+    *,
+    queries: int = 1000,
+    gallery: int = 100_000,
+    dim: int = 512,
+    k: int = 20,
+    devices: int = 1,
+    repeats: int = 5,
+    first_pass: str | None = None,
+    memmap: str | None = None,
+) -> dict:
+    """Seconds of `search` and of its bare products, which take turns, and memory.
+
+    Queries and results are in host memory, and their transfer counts. The gallery is on the devices
+    before the clock starts, or in a file, ``memmap``, made if it is not there; then there is no
+    bare product. ``extra_bytes`` is the peak memory of the first search less that before it.
+
+    Example:
+      >>> result = benchmark_search(queries=3, gallery=50, dim=4, k=2, repeats=1)
+      >>> result["recall"], result["search"]["median"] > 0
+      (1.0, True)
+    """
+    arguments = dict(locals())
+    x = embeddings(queries, dim, seed=1)
+    y = _mapped(memmap, gallery, dim) if memmap else _on_devices(gallery, dim, devices)
+    find = functools.partial(search, x, y, k, first_pass=first_pass)
+    before = peak_memory()
+    indices = find()[1]
+    result = {"extra_bytes": peak_memory() - before, "recall": 1.0}
+    if first_pass == "bfloat16":
+        result["recall"] = _recall(indices, search(x, y, k, first_pass="float32")[1])
+    products: dict[str, Callable] = {}
+    if isinstance(y, jax.Array) and devices == 1:
+        products["product"] = functools.partial(bare_product, x, y)
+        products["product_bfloat16"] = functools.partial(bare_product, x, y, "bfloat16")
+    result |= seconds({"search": find, **products}, repeats)
+    median = result["search"]["median"]
+    result |= {f"search_to_{name}": median / result[name]["median"] for name in products}
+    return {"benchmark": "search", **arguments, **result, **machine()}
+
+
+def _recall(indices: np.ndarray, exact: np.ndarray) -> float:
+    shares = [np.isin(a, b).mean() for a, b in zip(indices, exact, strict=True)]
+    return float(np.mean(shares))
+
+
+def _on_devices(gallery: int, dim: int, devices: int) -> jax.Array:
+    y = embeddings(gallery, dim, seed=2)
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.local_devices()[:devices])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    return jax.block_until_ready(jax.device_put(y, sharding if devices > 1 else mesh.devices[0]))
+
+
+def _mapped(path: str, gallery: int, dim: int, rows: int = 65536) -> np.memmap:
+    """A gallery in a file, written in parts so that it is never in memory whole."""
+    size = gallery * dim * 4
+    if not os.path.exists(path) or os.path.getsize(path) != size:
+        with open(path, "wb") as file:
+            for i in range(0, gallery, rows):
+                embeddings(min(rows, gallery - i), dim, seed=2 + i).tofile(file)
+    return np.memmap(path, np.float32, "r", shape=(gallery, dim))
