@@ -9,7 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cbam_jax import command_line, paper, tables
+from cbam_jax import command_line
+from cbam_jax.paper import __main__ as command
+from cbam_jax.paper import processes, tables
 
 
 def main():
@@ -18,8 +20,8 @@ def main():
     tables.TABLES.clear()
     tables.TABLES[1] = tuple(options["rows"])
     if "checkout" in options:
-        paper.CHECKOUT = Path(options["checkout"])
-    return command_line.run(paper.main)
+        processes.CHECKOUT = Path(options["checkout"])
+    return command_line.run(command.main)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "losses": {"distances"},
     "search": {"compiler_options", "distances"},
     "evaluation": {"metrics", "search"},
-    "tables": {"metrics"},
     "backbones": {"attention"},
     "models": {"attention", "backbones", "distances", "preprocessing"},
     # Of the datasets, the progress display and the download alone.
@@ -48,7 +47,7 @@ MAY_IMPORT = {
     "configs": set(),
     "config_files": set(),
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
-    "paper": {"command_line", "datasets", "figures", "tables"},
+    "paper": {"command_line", "datasets", "figures", "metrics"},
     "focus": {"data", "datasets", "gradcam", "steps"},
     # What a config means, then what a run does and is; the commands stand on top.
     "experiment": {
@@ -197,10 +196,9 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         ("benchmark", (*HEAVY, "jax", "ml_collections")),
         # A machine where speed is measured may lack what reads datasets and configs.
         ("benchmark.__main__", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
-        ("tables", (*HEAVY, "jax")),
         ("benchmark.data", (*(name for name in HEAVY if name != "cv2"), "jax")),
         # A GPU is for the processes that it starts.
-        ("paper", (*(name for name in HEAVY if name != "cv2"), "jax")),
+        ("paper", (*HEAVY, "jax")),
     ],
 )
 def test_importing_a_part_does_not_load_the_rest(module, absent):

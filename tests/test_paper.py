@@ -17,8 +17,11 @@ import cv2
 import numpy as np
 import pytest
 
-from cbam_jax import InputError, command_line, paper, tables
+from cbam_jax import InputError, command_line, datasets
 from cbam_jax.metrics import METRIC_DEFINITIONS
+from cbam_jax.paper import ROWS, TABLES, processes
+from cbam_jax.paper import rows as running
+from cbam_jax.paper.__main__ import main
 
 DRIVER = Path(__file__).with_name("paper_driver.py")
 
@@ -108,31 +111,30 @@ def checkout(tmp_path, monkeypatch):
     (folder / "evaluate.py").write_text(
         EVALUATE.replace("DEFINITIONS", repr(dict(METRIC_DEFINITIONS)))
     )
-    for row in tables.ROWS:
+    for row in ROWS:
         (folder / "configs" / f"{row}.py").write_text(
             "def get_config():\n    return {'data': {'name': 'x', 'label': 'label'}}\n"
         )
-    monkeypatch.setattr(paper, "CHECKOUT", folder)
+    monkeypatch.setattr(processes, "CHECKOUT", folder)
     monkeypatch.setattr(sys, "path", sys.path.copy())  # The command puts the checkout in front.
-    monkeypatch.setattr(paper, "open_dataset", lambda *args, **kwargs: None)
+    monkeypatch.setattr(datasets, "open_dataset", lambda *args, **kwargs: None)
     monkeypatch.setattr(
-        paper,
+        running,
         "measure_cost",
-        lambda workdir, row, config: command_line.write_json(paper.cost_path(workdir, row), COST),
+        lambda workdir, row, config: command_line.write_json(running.cost_path(workdir, row), COST),
     )
     return folder
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, capsys):
     """Run the command; its exit status, stdout and stderr."""
 
     def run(*arguments, command="tables"):
         workdir = f"--workdir={tmp_path / 'work'}"
-        monkeypatch.setattr(sys, "argv", ["paper.py", command, workdir, *arguments])
         before = signal.getsignal(signal.SIGTERM)
         try:
-            status = command_line.run(paper.main)
+            status = command_line.run(lambda: main([command, workdir, *arguments]))
         finally:
             signal.signal(signal.SIGTERM, before)
         return status, *capsys.readouterr()
@@ -222,7 +224,7 @@ def test_one_config_can_stand_in_for_all_rows(checkout, run, tmp_path):
     assert run("--table=1", "--seeds=1", f"--config={base}")[0] == 0
     trained = [flags for script, _, flags in calls(checkout) if script == "train"]
     assert [flags["config"] for flags in trained] == [str(base)] * 3
-    assert [flags["config.model.name"] for flags in trained] == list(tables.TABLES[1])
+    assert [flags["config.model.name"] for flags in trained] == list(TABLES[1])
     [_, row, _] = json.loads((tmp_path / "work" / "table1.json").read_text())["rows"]
     assert row["config"] == f"{base} with model.name=resnet50_se"
 
@@ -309,7 +311,7 @@ def test_a_split_that_is_not_there_is_told_first(checkout, run, monkeypatch):
         assert (name, options["label"]) == ("photos.csv", "item_id")
         raise InputError(f"no split {split!r}")
 
-    monkeypatch.setattr(paper, "open_dataset", open_dataset)
+    monkeypatch.setattr(datasets, "open_dataset", open_dataset)
     arguments = ("--data=photos.csv", "--config.data.label=item_id", "--split=tset")
     assert run(*arguments)[::2] == (2, "error: no split 'tset'\n")
     assert calls(checkout) == []
@@ -331,7 +333,7 @@ def test_figures_of_all_rows_show_the_same_queries(checkout, run, tmp_path):
     status, stdout, stderr = run("--seed=1", "--queries=q3,q1", command="figures")
     assert (status, stderr) == (0, "")
     made = calls(checkout)
-    assert [name for _, name, _ in made] == [f"{row}-seed1" for row in tables.TABLES[1]]
+    assert [name for _, name, _ in made] == [f"{row}-seed1" for row in TABLES[1]]
     assert {flags["queries"] for _, _, flags in made} == {"q3,q1"}
     folder = tmp_path / "work" / "figures"
     shown = (folder / "figure4-resnet50_se.png").read_text()

@@ -11,7 +11,7 @@ from scipy import stats
 
 from cbam_jax import InputError, command_line
 from cbam_jax.metrics import METRIC_DEFINITIONS
-from cbam_jax.tables import ROWS, TABLES, csv_text, make_table, markdown
+from cbam_jax.paper import ROWS, TABLES, csv_text, make_table, markdown
 
 METRICS = [f"{name}@{k}" for name in ("map", "map_min", "precision") for k in (5, 10)] + ["mrr"]
 COST = {

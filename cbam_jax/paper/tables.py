@@ -217,45 +217,50 @@ def _common_config(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def markdown(table: Mapping[str, Any]) -> str:
     """Lay a document of ``make_table`` out as Markdown."""
-    ks = table["ks"]
     first, *others = table["rows"]
-    shown = [f"{family}@{k}" for family in _SHOWN for k in ks]
-    papers = [f"map@{k}" for k in ks if k in _PAPER_KS]
+    shown = [f"{family}@{k}" for family in _SHOWN for k in table["ks"]]
     seeds = len(table["seeds"])
     spread = f"mean of {seeds} seeds ± half of its 95 % interval"
     spread = spread if seeds > 1 else "one seed, so no interval and no difference shown"
     lines = [f"## {table['title']}", "", f"In %: {spread}.", ""]
-    lines += _pipe_table(
-        ["model", *shown, *(f"paper's mAP{name[3:]}" for name in papers)],
-        [
-            [row["title"]]
-            + [_with_half(row["metrics"][name]) for name in shown]
-            + [_percent(row["metrics"][name]["paper"]) for name in papers]
-            for row in table["rows"]
-        ],
-    )
+    lines += _metric_rows(table, shown)
     lines += ["", f"Difference from {first['title']}, in percentage points, with its interval:", ""]
-    lines += _pipe_table(
-        ["model", *shown],
-        [
-            [row["title"]] + [_difference(row["metrics"][name]["difference"]) for name in shown]
-            for row in others
-        ],
-    )
+    lines += _difference_rows(others, shown)
     lines += ["", f"Embedding one image of {table['config']['data']['image_size']} px:", ""]
-    lines += _pipe_table(
-        ["model", "parameters (M)", "GFLOPs", "images/s"],
-        [
-            [
-                row["title"],
-                f"{row['parameters'] / 1e6:.2f}",
-                "unknown" if row["flops"] is None else f"{row['flops'] / 1e9:.3f}",
-                f"{row['images_per_second']:.1f}",
-            ]
-            for row in table["rows"]
-        ],
-    )
+    lines += _cost_rows(table["rows"])
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(table)), ""])
+
+
+def _metric_rows(table: Mapping[str, Any], shown: Sequence[str]) -> list[str]:
+    papers = [f"map@{k}" for k in table["ks"] if k in _PAPER_KS]
+    header = ["model", *shown, *(f"paper's mAP{name[3:]}" for name in papers)]
+    rows = []
+    for row in table["rows"]:
+        ours = [_with_half(row["metrics"][name]) for name in shown]
+        theirs = [_percent(row["metrics"][name]["paper"]) for name in papers]
+        rows.append([row["title"], *ours, *theirs])
+    return _pipe_table(header, rows)
+
+
+def _difference_rows(rows: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> list[str]:
+    cells = [
+        [row["title"], *(_difference(row["metrics"][name]["difference"]) for name in shown)]
+        for row in rows
+    ]
+    return _pipe_table(["model", *shown], cells)
+
+
+def _cost_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [
+        [
+            row["title"],
+            f"{row['parameters'] / 1e6:.2f}",
+            "unknown" if row["flops"] is None else f"{row['flops'] / 1e9:.3f}",
+            f"{row['images_per_second']:.1f}",
+        ]
+        for row in rows
+    ]
+    return _pipe_table(["model", "parameters (M)", "GFLOPs", "images/s"], cells)
 
 
 def _notes(table: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,132 @@
+"""The paper's tables and figures on any dataset: ``python -m cbam_jax.paper {tables,figures}``.
+
+Each row is a config of the checkout, trained and measured by its ``train.py`` and ``evaluate.py``
+in processes of their own, once a seed. The same command again goes on where it was interrupted,
+however that was: finished rows are kept, and an unfinished one resumes from its checkpoint.
+WORKDIR gets ``table1.md``, ``.csv``, ``.json`` and ``.png``, likewise ``table2``, and the runs
+themselves under ``runs/``; ``figures`` then draws Figures 4 and 5 from these runs.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cbam_jax import InputError, command_line
+from cbam_jax.paper import TABLES, make_figures, make_tables
+from cbam_jax.paper.settings import parse_overrides
+
+_EPILOG = """\
+--config.FIELD=VALUE sets a field of every row, as for train.py. On two CPU cores, without
+pretrained weights, which is no test of the paper but of the command:
+
+  python -m cbam_jax.paper tables --workdir=runs/tables --config=configs/clothing.py \\
+      --config.data.image_size=32 --config.train.steps=50
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the last line on stdout is one JSON document."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags, rest = _parser().parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if flags.command == "figures":
+            document = run_figures(flags, rest)
+        else:
+            command = shlex.join(["python", "-m", "cbam_jax.paper", *arguments])
+            document = run_tables(flags, rest, command)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    print(command_line.to_json(document))
+    return 0
+
+
+def run_tables(flags: argparse.Namespace, rest: Sequence[str], command: str) -> dict[str, Any]:
+    """Make the tables that the flags ask for; ``command`` repeats that."""
+    if flags.seeds < 1:
+        raise InputError(f"--seeds={flags.seeds}: give at least 1")
+    settings = parse_overrides(rest)
+    own = {"data.name": flags.data, "config": flags.config}
+    settings |= {name: value for name, value in own.items() if value is not None}
+    documents = make_tables(
+        flags.workdir,
+        [flags.table] if flags.table else list(TABLES),
+        seeds=flags.seeds,
+        split=flags.split,
+        settings=settings,
+        command=command,
+    )
+    of_table = [
+        {
+            "table": table["table"],
+            "file": str(flags.workdir / f"table{table['table']}.json"),
+            "seeds": table["seeds"],
+            "map@10": {row["row"]: row["metrics"]["map@10"]["mean"] for row in table["rows"]},
+        }
+        for table in documents
+    ]
+    return {"workdir": str(flags.workdir), "tables": of_table}
+
+
+def run_figures(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """Draw the figures that the flags ask for."""
+    if rest:
+        raise InputError(f"unknown argument {rest[0]!r}: see python -m cbam_jax.paper --help")
+    queries = flags.queries.split(",") if flags.queries else []
+    drawn = make_figures(flags.workdir, seed=flags.seed, split=flags.split, queries=queries)
+    return {"workdir": str(flags.workdir), **drawn}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m cbam_jax.paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    tables = commands.add_parser(
+        "tables",
+        help="train and measure the rows of Table 1 and 2",
+        description="Train and measure the rows of the paper's tables; goes on where it stopped.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    drawing = commands.add_parser(
+        "figures",
+        help="draw Figures 4 and 5 from the tables' runs",
+        description="Draw what each row finds (Figure 4), what it finds worst, and where the rows "
+        "look (Figure 5, Grad-CAM), into WORKDIR/figures.",
+        allow_abbrev=False,
+    )
+    _add_tables(tables)
+    _add_figures(drawing)
+    for command in (tables, drawing):
+        command.add_argument("--split", default="test", help="split that is measured")
+    return parser
+
+
+def _add_tables(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workdir", required=True, type=Path, help="gets tables and runs")
+    command.add_argument("--data", help="a dataset, photos.csv or ./photos/; default: the configs'")
+    command.add_argument(
+        "--config",
+        help="in place of each row's own config, its model aside; default: configs/ROW.py",
+    )
+    command.add_argument("--table", type=int, choices=TABLES, help="default: both")
+    command.add_argument("--seeds", type=int, default=3, help="number of seeds, 0 to N - 1")
+
+
+def _add_figures(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workdir", required=True, type=Path, help="of the tables")
+    command.add_argument("--queries", help="ids, ID,ID; default: six spread over the split")
+    command.add_argument("--seed", type=int, default=0, help="whose runs are drawn")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))
