@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 
 from cbam_jax import InputError
 from cbam_jax.datasets import tfds_without_tensorflow
+from cbam_jax.datasets.building import SKIPPED_LIST
 from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
 
@@ -26,10 +27,9 @@ from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
 BY_HAND = ("deepfashion_inshop", "deepfashion_consumer2shop", "deepfashion_category")
 OURS = {
     "clothing_dataset_small": "cbam_jax.datasets.clothing_dataset_small",
-    "synthetic_garments": "cbam_jax.datasets.synthetic_garments",
+    "synthetic_garments": "cbam_jax.datasets.garments",
     **dict.fromkeys(BY_HAND, "cbam_jax.datasets.deepfashion"),
 }
-SKIPPED_LIST = "skipped_images.txt"  # in a prepared dataset: one line for each image left out
 _COLUMNS = ("id", "is_query", "is_gallery", "item_id", "series", "bbox")
 
 tfds_without_tensorflow.install()

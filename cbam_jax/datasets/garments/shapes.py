@@ -77,6 +77,17 @@ def both_sides(points: np.ndarray, **options) -> list[Shape]:
     return [Shape(points, **options), Shape(points * (-1, 1), **options)]
 
 
+def _across(half: np.ndarray) -> np.ndarray:
+    """The line from the right end of ``half``, which begins in the middle, to the left one."""
+    return np.concatenate([half[::-1], half * (-1, 1)])
+
+
+def _sewn_on(points: np.ndarray, paint: str, *, tone=1.0, stroke=0.03) -> list[Shape]:
+    """A piece of cloth on both sides, and the seam around it."""
+    cloth = both_sides(points, paint=paint, tone=tone)
+    return cloth + both_sides(points, paint="seam", stroke=stroke)
+
+
 def _neckline(kind: str, width: float, depth: float) -> np.ndarray:
     if kind == "v":
         return curve((0, depth), (width * 0.6, depth * 0.48), (width, 0))
@@ -103,7 +114,7 @@ def _torso(
     points = [
         np.array(p, float) for p in [(neck, 0), (shoulder, slope), (chest, armpit), (hem, length)]
     ]
-    return Torso(outline, np.concatenate([neckline[::-1], neckline * (-1, 1)]), *points)
+    return Torso(outline, _across(neckline), *points)
 
 
 def _back_of_neck(torso: Torso, depth: float) -> Shape:
@@ -144,6 +155,11 @@ def _band(a: np.ndarray, b: np.ndarray, depth: np.ndarray, paint: str, angle=0.0
     at = np.linspace(0, 1, 2 + int(np.hypot(*(b - a)) / 0.16))[1:-1, None]
     ribs = [Shape(np.stack([p, p + depth]), "seam", stroke=0.02) for p in a + at * (b - a)]
     return [band, *ribs]
+
+
+def _hem_band(width: float, top: float, depth: float, paint: str) -> list[Shape]:
+    left, right = np.array((-width, top)), np.array((width, top))
+    return _band(left, right, np.array((0, depth)), paint)
 
 
 def _sleeves(
@@ -249,7 +265,12 @@ def _buttons(x: float, top: float, bottom: float, count: int) -> list[Shape]:
 def _pocket(x: float, y: float, width: float, height: float, paint="main") -> list[Shape]:
     corners = [(-1, 0), (1, 0), (1, 0.75), (0.6, 1), (-0.6, 1), (-1, 0.75), (-1, 0)]
     points = np.array(corners) * (width / 2, height) + (x, y)
-    return [Shape(points, paint, tone=0.95), Shape(points, "seam", stroke=0.03)]
+    return _seamed(points, paint, tone=0.95)
+
+
+def _seamed(points: np.ndarray, paint="main", *, tone=1.0, stroke=0.03) -> list[Shape]:
+    """A piece of cloth and the seam around it."""
+    return [Shape(points, paint, tone=tone), Shape(points, "seam", stroke=stroke)]
 
 
 def _slit(*points: tuple[float, float]) -> list[Shape]:
@@ -274,8 +295,7 @@ def _collar(neck: float, depth: float, spread: float, drop: float, paint: str) -
     inside = np.concatenate([stand, [(neck, 0.1), (0, depth), (-neck, 0.1)]])
     return [
         Shape(inside, "lining"),
-        *both_sides(leaf, paint=paint),
-        *both_sides(leaf, paint="seam", stroke=0.03),
+        *_sewn_on(leaf, paint),
     ]
 
 
@@ -284,6 +304,15 @@ def _armholes(torso: Torso) -> list[Shape]:
     (x, y), (chest, armpit) = torso.shoulder, torso.armpit
     seam = curve((x, y), (min(x, chest) - 0.1, 0.45 * y + 0.55 * armpit), (chest, armpit))
     return both_sides(seam, paint="seam", stroke=0.03)
+
+
+def _sleeved(torso: Torso, pose: Rng, depth: float, **sleeves) -> list[Shape]:
+    """A bodice with a neckline of that depth, and :func:`_sleeves`."""
+    return _sleeves(torso, pose, **sleeves) + _bodice(torso, pose, depth) + _armholes(torso)
+
+
+def _neckband(torso: Torso, paint: str, width: float) -> Shape:
+    return Shape(torso.neckline, paint, tone=0.9, stroke=width)
 
 
 def _emblem(cut, y: float) -> list[Shape]:
@@ -305,24 +334,15 @@ def t_shirt(cut: Rng, pose: Rng) -> list[Shape]:
     """Short sleeves, a neckband."""
     depth = cut.uniform(0.24, 0.42)
     torso = _torso(
-        neck=cut.uniform(0.38, 0.5),
-        depth=depth,
-        kind=cut.choice(("crew", "crew", "v")),
-        waist=cut.uniform(0.82, 0.98),
-        hem=cut.uniform(0.9, 1.06),
-        length=cut.uniform(2.45, 3.0),
-    )
+        neck=cut.uniform(0.38, 0.5), depth=depth, kind=cut.choice(("crew", "crew", "v")),
+        waist=cut.uniform(0.82, 0.98), hem=cut.uniform(0.9, 1.06), length=cut.uniform(2.45, 3.0),
+    )  # fmt: skip
     sleeve = cut.choice(("main", "main", "second"))
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(0.75, 1.05),
-        cuff=cut.uniform(0.36, 0.46),
-        angle=cut.uniform(0.6, 0.85),
-        paint=sleeve,
-    )
-    shapes += _bodice(torso, pose, depth) + _armholes(torso)
-    shapes += [Shape(torso.neckline, cut.choice(("main", "trim")), tone=0.9, stroke=0.1)]
+    shapes = _sleeved(
+        torso, pose, depth, length=cut.uniform(0.75, 1.05), cuff=cut.uniform(0.36, 0.46),
+        angle=cut.uniform(0.6, 0.85), paint=sleeve,
+    )  # fmt: skip
+    shapes += [_neckband(torso, cut.choice(("main", "trim")), 0.1)]
     shapes += _pocket(0.45, 0.85, 0.42, 0.42) if cut.random() < 0.3 else _emblem(cut, 1.25)
     return [*shapes, *_hem_seam(torso)]
 
@@ -336,23 +356,14 @@ def long_sleeve(cut: Rng, pose: Rng) -> list[Shape]:
     """A t-shirt with sleeves to the wrist."""
     depth = cut.uniform(0.24, 0.45)
     torso = _torso(
-        neck=cut.uniform(0.38, 0.52),
-        depth=depth,
-        kind=cut.choice(("crew", "v", "crew")),
-        waist=cut.uniform(0.78, 0.92),
-        hem=cut.uniform(0.86, 1.0),
-        length=cut.uniform(2.5, 3.0),
-    )
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(2.1, 2.5),
-        cuff=cut.uniform(0.17, 0.23),
-        angle=cut.uniform(0.22, 0.4),
-        paint=cut.choice(("main", "main", "second")),
-    )
-    shapes += _bodice(torso, pose, depth) + _armholes(torso)
-    shapes += [Shape(torso.neckline, cut.choice(("main", "trim")), tone=0.9, stroke=0.09)]
+        neck=cut.uniform(0.38, 0.52), depth=depth, kind=cut.choice(("crew", "v", "crew")),
+        waist=cut.uniform(0.78, 0.92), hem=cut.uniform(0.86, 1.0), length=cut.uniform(2.5, 3.0),
+    )  # fmt: skip
+    shapes = _sleeved(
+        torso, pose, depth, length=cut.uniform(2.1, 2.5), cuff=cut.uniform(0.17, 0.23),
+        angle=cut.uniform(0.22, 0.4), paint=cut.choice(("main", "main", "second")),
+    )  # fmt: skip
+    shapes += [_neckband(torso, cut.choice(("main", "trim")), 0.09)]
     return [*shapes, *(_emblem(cut, 1.25) if cut.random() < 0.4 else []), *_hem_seam(torso)]
 
 
@@ -360,23 +371,13 @@ def shirt(cut: Rng, pose: Rng) -> list[Shape]:
     """A collar, a row of buttons, cuffs and a hem that is longer in the middle."""
     length = cut.uniform(2.7, 3.1)
     torso = _torso(
-        depth=0.34,
-        kind="v",
-        neck=0.4,
-        waist=cut.uniform(0.82, 0.95),
-        hem=cut.uniform(0.9, 1.02),
-        length=length - 0.3,
-        sag=0.38,
-    )
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(2.0, 2.4),
-        cuff=cut.uniform(0.2, 0.26),
-        angle=cut.uniform(0.22, 0.42),
-        band=cut.choice(("main", "trim")),
-    )
-    shapes += _bodice(torso, pose, 0.34) + _armholes(torso)
+        depth=0.34, kind="v", neck=0.4, waist=cut.uniform(0.82, 0.95), hem=cut.uniform(0.9, 1.02),
+        length=length - 0.3, sag=0.38,
+    )  # fmt: skip
+    shapes = _sleeved(
+        torso, pose, 0.34, length=cut.uniform(2.0, 2.4), cuff=cut.uniform(0.2, 0.26),
+        angle=cut.uniform(0.22, 0.42), band=cut.choice(("main", "trim")),
+    )  # fmt: skip
     placket = np.array([(-0.1, 0.3), (0.1, 0.3), (0.1, length + 0.06), (-0.1, length + 0.06)])
     shapes += [Shape(placket, cut.choice(("main", "main", "trim")), tone=0.97)]
     shapes += both_sides(placket[1:3], paint="seam", stroke=0.025)
@@ -392,29 +393,14 @@ def sweater(cut: Rng, pose: Rng) -> list[Shape]:
     """A roll-neck of thick knit: ribbed neck, hem and cuffs, wide sleeves."""
     length, rib = cut.uniform(2.3, 2.7), cut.choice(("main", "trim"))
     torso = _torso(
-        neck=0.42,
-        depth=0.1,
-        shoulder=1.12,
-        slope=0.34,
-        chest=cut.uniform(1.0, 1.12),
-        armpit=1.2,
-        waist=cut.uniform(1.02, 1.15),
-        hem=0.95,
-        length=length,
-    )
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(1.9, 2.2),
-        cuff=cut.uniform(0.24, 0.3),
-        angle=cut.uniform(0.3, 0.5),
-        band=rib,
-        rib=0.3,
-    )
-    shapes += _bodice(torso, pose, 0.1) + _armholes(torso)
-    shapes += _band(
-        np.array((-0.97, length - 0.2)), np.array((0.97, length - 0.2)), np.array((0, 0.3)), rib
-    )
+        neck=0.42, depth=0.1, shoulder=1.12, slope=0.34, chest=cut.uniform(1.0, 1.12), armpit=1.2,
+        waist=cut.uniform(1.02, 1.15), hem=0.95, length=length,
+    )  # fmt: skip
+    shapes = _sleeved(
+        torso, pose, 0.1, length=cut.uniform(1.9, 2.2), cuff=cut.uniform(0.24, 0.3),
+        angle=cut.uniform(0.3, 0.5), band=rib, rib=0.3,
+    )  # fmt: skip
+    shapes += _hem_band(0.97, length - 0.2, 0.3, rib)
     height, width = cut.uniform(0.4, 0.62), cut.uniform(0.42, 0.5)
     roll = curve((width, 0.2), (width * 0.98, -height * 0.4), (width * 0.94, -height))
     rim = curve((width * 0.94, -height), (0, -height + 0.12), (-width * 0.94, -height))
@@ -439,61 +425,36 @@ def hoodie(cut: Rng, pose: Rng) -> list[Shape]:
     """A hood behind the neck, cords, a pouch pocket or a zip, ribbed hem and cuffs."""
     length, rib = cut.uniform(2.4, 2.8), cut.choice(("main", "trim"))
     torso = _torso(
-        neck=0.5,
-        depth=0.42,
-        shoulder=1.05,
-        slope=0.3,
-        chest=1.0,
-        armpit=1.1,
-        waist=1.04,
-        hem=0.98,
+        neck=0.5, depth=0.42, shoulder=1.05, slope=0.3, chest=1.0, armpit=1.1, waist=1.04, hem=0.98,
         length=length,
-    )
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(2.0, 2.3),
-        cuff=0.24,
-        angle=cut.uniform(0.26, 0.45),
-        band=rib,
-        paint=cut.choice(("main", "main", "second")),
-    )
+    )  # fmt: skip
+    shapes = _sleeved(
+        torso, pose, 0.42, length=cut.uniform(2.0, 2.3), cuff=0.24, angle=cut.uniform(0.26, 0.45),
+        band=rib, paint=cut.choice(("main", "main", "second")),
+    )  # fmt: skip
     height, width = cut.uniform(0.75, 1.0), cut.uniform(0.66, 0.8)
-    hood = mirrored(
-        curve(
-            (0, -height),
-            (width * 0.62, -height * 0.88),
-            (width, -height * 0.3),
-            (width * 0.92, 0.2),
-            (0.3, 0.5),
-        )
-    )
-    face = mirrored(
-        curve(
-            (0, -height * 0.72),
-            (width * 0.46, -height * 0.55),
-            (width * 0.6, -0.1),
-            (0.36, 0.3),
-            (0, 0.46),
-        )
-    )
-    shapes += _bodice(torso, pose, 0.42) + _armholes(torso)
-    shapes += [Shape(hood), Shape(face, "lining"), Shape(face, "seam", stroke=0.04)]
+    hood = curve(
+        (0, -height), (width * 0.62, -height * 0.88), (width, -height * 0.3), (width * 0.92, 0.2),
+        (0.3, 0.5),
+    )  # fmt: skip
+    face = curve(
+        (0, -height * 0.72), (width * 0.46, -height * 0.55), (width * 0.6, -0.1), (0.36, 0.3),
+        (0, 0.46),
+    )  # fmt: skip
+    shapes += [Shape(mirrored(hood)), *_seamed(mirrored(face), "lining", stroke=0.04)]
     collar = curve((width * 0.92, 0.18), (0.5, 0.42), (0.02, 0.66))
     shapes += both_sides(
         np.concatenate([collar, curve((0, 0.46), (0.36, 0.3), (width * 0.6, -0.1))]), paint="main"
     )
     shapes += both_sides(collar, paint="seam", stroke=0.035)
-    shapes += _band(
-        np.array((-0.98, length - 0.18)), np.array((0.98, length - 0.18)), np.array((0, 0.28)), rib
-    )
+    shapes += _hem_band(0.98, length - 0.18, 0.28, rib)
     pouch = np.concatenate(
         [
             curve((0.36, length - 0.95), (0.52, length - 0.6), (0.72, length - 0.45)),
             [(0.72, length - 0.2)],
         ]
     )
-    shapes += [Shape(mirrored(pouch), tone=0.95), Shape(mirrored(pouch), "seam", stroke=0.03)]
+    shapes += _seamed(mirrored(pouch), tone=0.95)
     if cut.random() < 0.45:
         shapes += [Shape(np.array([(0, 0.6), (0, length + 0.1)]), "trim", stroke=0.07)]
     cord = cut.uniform(0.4, 0.7)
@@ -514,30 +475,14 @@ def jacket(cut: Rng, pose: Rng) -> list[Shape]:
     """Short and open in front, a standing collar, a zip edge and a wide ribbed waist."""
     length, rib = cut.uniform(2.05, 2.35), cut.choice(("trim", "second", "main"))
     torso = _torso(
-        neck=0.44,
-        depth=0.2,
-        shoulder=1.08,
-        slope=0.28,
-        chest=1.05,
-        armpit=1.1,
-        waist=cut.uniform(1.05, 1.15),
-        hem=0.98,
-        length=length,
-        sag=0.0,
-    )
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(2.0, 2.25),
-        cuff=0.25,
-        angle=cut.uniform(0.34, 0.55),
-        band=rib,
-        paint=cut.choice(("main", "second")),
-    )
-    shapes += _bodice(torso, pose, 0.2) + _armholes(torso)
-    shapes += _band(
-        np.array((-0.99, length - 0.16)), np.array((0.99, length - 0.16)), np.array((0, 0.32)), rib
-    )
+        neck=0.44, depth=0.2, shoulder=1.08, slope=0.28, chest=1.05, armpit=1.1,
+        waist=cut.uniform(1.05, 1.15), hem=0.98, length=length, sag=0.0,
+    )  # fmt: skip
+    shapes = _sleeved(
+        torso, pose, 0.2, length=cut.uniform(2.0, 2.25), cuff=0.25, angle=cut.uniform(0.34, 0.55),
+        band=rib, paint=cut.choice(("main", "second")),
+    )  # fmt: skip
+    shapes += _hem_band(0.99, length - 0.16, 0.32, rib)
     gap = cut.uniform(0.16, 0.34)
     opening = _open_front(length + 0.16, 0.44, gap, 0.98, 0.04)
     edge = opening.points[: len(opening.points) // 2]
@@ -550,7 +495,7 @@ def jacket(cut: Rng, pose: Rng) -> list[Shape]:
     )
     back = curve((0.34, -0.3), (0, -0.2), (-0.34, -0.3))
     shapes += [Shape(np.concatenate([back, [(-0.3, 0.2), (0.3, 0.2)]]), "lining")]
-    shapes += both_sides(collar, paint=rib) + both_sides(collar, paint="seam", stroke=0.03)
+    shapes += _sewn_on(collar, rib)
     if cut.random() < 0.5:
         shapes += _pocket(-0.62, 0.8, 0.44, 0.42) + _pocket(0.62, 0.8, 0.44, 0.42)
     return shapes + _slit((0.5, length - 0.85), (0.66, length - 0.6), (0.76, length - 0.35))
@@ -561,25 +506,13 @@ def coat(cut: Rng, pose: Rng) -> list[Shape]:
     length, flare = cut.uniform(4.1, 5.0), cut.uniform(1.1, 1.45)
     waist = cut.uniform(0.86, 1.0)
     torso = _torso(
-        neck=0.4,
-        depth=0.2,
-        shoulder=1.06,
-        slope=0.26,
-        chest=1.0,
-        armpit=1.1,
-        waist=waist,
-        hem=flare,
-        length=length,
-        middle=0.34,
-    )
-    shapes = _sleeves(
-        torso,
-        pose,
-        length=cut.uniform(2.2, 2.5),
-        cuff=cut.uniform(0.26, 0.32),
+        neck=0.4, depth=0.2, shoulder=1.06, slope=0.26, chest=1.0, armpit=1.1, waist=waist,
+        hem=flare, length=length, middle=0.34,
+    )  # fmt: skip
+    shapes = _sleeved(
+        torso, pose, 0.2, length=cut.uniform(2.2, 2.5), cuff=cut.uniform(0.26, 0.32),
         angle=cut.uniform(0.16, 0.32),
-    )
-    shapes += _bodice(torso, pose, 0.2) + _armholes(torso)
+    )  # fmt: skip
     shapes += _folds(pose, 0.8, 2.4, length, count=4, flare=flare)
     depth, double = cut.uniform(1.0, 1.7), cut.random() < 0.5
     overlap = 0.28 if double else 0.06
@@ -601,9 +534,7 @@ def coat(cut: Rng, pose: Rng) -> list[Shape]:
         ]
     )
     paint = cut.choice(("main", "main", "trim"))
-    shapes += both_sides(lapel, paint=paint, tone=1.06) + both_sides(
-        lapel, paint="seam", stroke=0.035
-    )
+    shapes += _sewn_on(lapel, paint, tone=1.06, stroke=0.035)
     for x in (-overlap, overlap) if double else (0.0,):
         shapes += _buttons(x, depth + 0.12, 2.9, 3)
     shapes += _slit((0.5, 2.55), (0.62, 2.8), (0.74, 3.05))
@@ -656,7 +587,7 @@ def waistcoat(cut: Rng, pose: Rng) -> list[Shape]:
     shapes += both_sides(welt, paint=cut.choice(("main", "trim")), tone=0.86)
     if cut.random() < 0.5:
         lapel = np.concatenate([neckline, [(0.5, 0.1), (0.52, 0.5), (0.36, 0.62)]])
-        shapes += both_sides(lapel, paint="trim") + both_sides(lapel, paint="seam", stroke=0.03)
+        shapes += _sewn_on(lapel, "trim")
     return (
         shapes
         + both_sides(neckline, paint="seam", stroke=0.04)
@@ -669,18 +600,10 @@ def tank(cut: Rng, pose: Rng) -> list[Shape]:
     depth, strap = cut.uniform(0.55, 0.85), cut.uniform(0.1, 0.22)
     neck = cut.uniform(0.4, 0.52)
     torso = _torso(
-        neck=neck,
-        depth=depth,
-        slope=0.04,
-        shoulder=neck + strap,
-        chest=0.82,
-        armpit=1.1,
-        inset=0.16,
-        waist=cut.uniform(0.68, 0.8),
-        hem=cut.uniform(0.78, 0.98),
-        length=cut.uniform(2.3, 2.9),
-        kind=cut.choice(("crew", "crew", "square", "v")),
-    )
+        neck=neck, depth=depth, slope=0.04, shoulder=neck + strap, chest=0.82, armpit=1.1,
+        inset=0.16, waist=cut.uniform(0.68, 0.8), hem=cut.uniform(0.78, 0.98),
+        length=cut.uniform(2.3, 2.9), kind=cut.choice(("crew", "crew", "square", "v")),
+    )  # fmt: skip
     rim = curve((-neck * 1.05, depth * 0.3), (0, depth * 0.7), (neck * 1.05, depth * 0.3))
     inside = np.concatenate([rim, [(neck, depth + 0.1), (-neck, depth + 0.1)]])
     trim = cut.choice(("main", "trim"))
@@ -726,10 +649,10 @@ def poncho(cut: Rng, pose: Rng) -> list[Shape]:
                 curve((-0.42, 0.22), (0, 0.36), (0.42, 0.22)),
             ]
         )
-        return [*shapes, Shape(roll, "main", tone=0.92), Shape(roll, "seam", stroke=0.03)]
+        return shapes + _seamed(roll, tone=0.92)
     return [
         *shapes,
-        Shape(np.concatenate([neckline[::-1], neckline * (-1, 1)]), "trim", stroke=0.09),
+        Shape(_across(neckline), "trim", stroke=0.09),
     ]
 
 
@@ -757,41 +680,25 @@ def dress(cut: Rng, pose: Rng) -> list[Shape]:
     kind = cut.integers(3)
     shoulder = (0.62, 0.95, 0.95)[kind]
     torso = _torso(
-        neck=0.46 if kind else 0.48,
-        depth=depth,
-        shoulder=shoulder,
-        slope=0.08 if kind == 0 else 0.24,
-        chest=0.84,
-        armpit=1.05,
-        waist=(waist + 0.84) / 2 - 0.02,
-        hem=waist,
-        length=at,
-        sag=0.0,
-        kind=cut.choice(("crew", "v", "square")),
+        neck=0.46 if kind else 0.48, depth=depth, shoulder=shoulder,
+        slope=0.08 if kind == 0 else 0.24, chest=0.84, armpit=1.05, waist=(waist + 0.84) / 2 - 0.02,
+        hem=waist, length=at, sag=0.0, kind=cut.choice(("crew", "v", "square")),
         inset=0.14 if kind == 0 else 0.08,
-    )
+    )  # fmt: skip
     length = cut.uniform(1.9, 3.2)
     skirt = _skirt(
-        cut,
-        pose,
-        top=at - 0.05,
-        waist=waist,
-        hem=cut.uniform(1.15, 2.0),
-        length=length,
+        cut, pose, top=at - 0.05, waist=waist, hem=cut.uniform(1.15, 2.0), length=length,
         count=int(cut.integers(3, 6)),
-    )
+    )  # fmt: skip
     long = cut.random() < 0.5
     shapes = []
     if kind == 2:
         shapes = _sleeves(
-            torso,
-            pose,
-            length=2.1 if long else 0.75,
-            cuff=0.2 if long else 0.36,
+            torso, pose, length=2.1 if long else 0.75, cuff=0.2 if long else 0.36,
             angle=0.4 if long else 0.6,
-        )
+        )  # fmt: skip
     shapes += skirt + _bodice(torso, pose, depth)
-    shapes += [Shape(torso.neckline, cut.choice(("main", "trim")), tone=0.9, stroke=0.07)]
+    shapes += [_neckband(torso, cut.choice(("main", "trim")), 0.07)]
     if cut.random() < 0.5:
         shapes += _belt(waist * 1.03, at - 0.12, cut.choice(("trim", "second")))
     return [
@@ -805,41 +712,24 @@ def jumpsuit(cut: Rng, pose: Rng) -> list[Shape]:
     waist, at, depth = cut.uniform(0.7, 0.8), 2.0, cut.uniform(0.3, 0.75)
     sleeved = cut.random() < 0.6
     torso = _torso(
-        neck=0.44,
-        depth=depth,
-        shoulder=0.98 if sleeved else 0.66,
-        slope=0.22 if sleeved else 0.08,
-        chest=0.9,
-        armpit=1.05,
-        waist=0.8,
-        hem=waist,
-        length=at,
-        sag=0.0,
+        neck=0.44, depth=depth, shoulder=0.98 if sleeved else 0.66, slope=0.22 if sleeved else 0.08,
+        chest=0.9, armpit=1.05, waist=0.8, hem=waist, length=at, sag=0.0,
         kind=cut.choice(("crew", "v")),
-    )
+    )  # fmt: skip
     shapes = []
     if sleeved:
         long = cut.random() < 0.5
         shapes = _sleeves(
-            torso,
-            pose,
-            length=2.2 if long else 0.8,
-            cuff=0.2 if long else 0.38,
+            torso, pose, length=2.2 if long else 0.8, cuff=0.2 if long else 0.38,
             angle=0.34 if long else 0.6,
-        )
+        )  # fmt: skip
     shapes += _legs(
-        pose,
-        top=at - 0.08,
-        waist=waist,
-        hip=cut.uniform(0.92, 1.0),
-        rise=1.0,
-        length=cut.uniform(2.7, 3.2),
-        knee=cut.uniform(0.4, 0.5),
-        ankle=cut.uniform(0.3, 0.62),
+        pose, top=at - 0.08, waist=waist, hip=cut.uniform(0.92, 1.0), rise=1.0,
+        length=cut.uniform(2.7, 3.2), knee=cut.uniform(0.4, 0.5), ankle=cut.uniform(0.3, 0.62),
         spread=0.07,
-    )
+    )  # fmt: skip
     shapes += _bodice(torso, pose, depth)
-    shapes += [Shape(torso.neckline, cut.choice(("main", "trim")), tone=0.9, stroke=0.08)]
+    shapes += [_neckband(torso, cut.choice(("main", "trim")), 0.08)]
     shapes += [
         Shape(np.array([(0, depth), (0, at + 0.8)]), cut.choice(("seam", "metal")), stroke=0.05)
     ]
@@ -898,14 +788,9 @@ def trousers(cut: Rng, pose: Rng) -> list[Shape]:
     """A waistband, a fly, pockets and two long legs."""
     waist, hip = cut.uniform(0.72, 0.82), cut.uniform(0.92, 1.02)
     shapes = _legs(
-        pose,
-        waist=waist,
-        hip=hip,
-        rise=cut.uniform(1.0, 1.25),
-        length=cut.uniform(3.0, 3.6),
-        knee=cut.uniform(0.36, 0.48),
-        ankle=cut.uniform(0.24, 0.62),
-    )
+        pose, waist=waist, hip=hip, rise=cut.uniform(1.0, 1.25), length=cut.uniform(3.0, 3.6),
+        knee=cut.uniform(0.36, 0.48), ankle=cut.uniform(0.24, 0.62),
+    )  # fmt: skip
     return shapes + _trouser_details(cut, waist, hip)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cbam_jax import InputError
-from cbam_jax.datasets import open_dataset
+from cbam_jax.datasets import open_dataset, synthetic_garments
 from cbam_jax.datasets import prepared as opening
-from cbam_jax.datasets.synthetic_garments import (
+from cbam_jax.datasets.garments import (
     CATEGORIES,
     DOMAINS,
     TEXTILES,
@@ -17,10 +17,9 @@ from cbam_jax.datasets.synthetic_garments import (
     SyntheticGarmentsConfig,
     contact_sheet,
     draw_garment,
-    is_consumer,
-    main,
-    make_example,
 )
+from cbam_jax.datasets.garments.__main__ import main
+from cbam_jax.datasets.garments.builder import is_consumer, make_example
 
 TINY = {
     "image_size": 48, "train_items": 3, "validation_items": 1, "test_items": 2,
@@ -265,6 +264,11 @@ def test_wrong_arguments_are_named(wrong, message):
 def test_wrong_config_is_an_input_error(wrong, message):
     with pytest.raises(InputError, match=message):
         SyntheticGarmentsConfig(name="wrong", **wrong)
+
+
+def test_the_earlier_name_still_works():
+    assert synthetic_garments.SyntheticGarments is SyntheticGarments
+    assert synthetic_garments.main is main
 
 
 def test_sheet_command(tmp_path, capsys):
