@@ -18,9 +18,18 @@ from tensorflow_datasets.core import shuffle
 from cbam_jax import InputError, data, experiment
 from cbam_jax.configs import default
 from cbam_jax.datasets import __main__ as command
-from cbam_jax.datasets import deepfashion, open_dataset
-from cbam_jax.datasets import deepfashion_files as files
-from cbam_jax.datasets.deepfashion_paper import SIZES, apportion, draw_paper_splits, manifest_text
+from cbam_jax.datasets import open_dataset
+from cbam_jax.datasets.deepfashion import (
+    BENCHMARKS,
+    SPLITS,
+    DeepfashionCategory,
+    builders,
+    draw_paper_splits,
+)
+from cbam_jax.datasets.deepfashion.images import to_pixels
+from cbam_jax.datasets.deepfashion.layout import find_layout
+from cbam_jax.datasets.deepfashion.lists import READERS, read_attributes
+from cbam_jax.datasets.deepfashion.paper import SIZES, apportion, manifest_text
 
 INSHOP, CONSUMER, CATEGORY = (
     "deepfashion_inshop",
@@ -72,8 +81,8 @@ def copy(pristine, tmp_path):
 @pytest.fixture
 def published(monkeypatch):
     for name, counts in COUNTS.items():
-        benchmark = files.BENCHMARKS[name]._replace(published=counts)
-        monkeypatch.setitem(files.BENCHMARKS, name, benchmark)
+        benchmark = BENCHMARKS[name]._replace(published=counts)
+        monkeypatch.setitem(BENCHMARKS, name, benchmark)
 
 
 def names(dataset, rows=None):
@@ -82,7 +91,7 @@ def names(dataset, rows=None):
 
 
 def read(layout):
-    return files.READERS[layout.benchmark](layout)
+    return READERS[layout.benchmark](layout)
 
 
 def edit(path, old, new):
@@ -165,7 +174,7 @@ def test_consumer2shop_takes_pairs_apart(opened):
 
 
 def test_category_and_attributes(opened, pristine):
-    datasets = {split: opened(CATEGORY, split) for split in files.SPLITS}
+    datasets = {split: opened(CATEGORY, split) for split in SPLITS}
     assert {split: len(dataset) for split, dataset in datasets.items()} == {
         "train": 6, "validation": 3, "test": 3,
     }  # fmt: skip
@@ -181,7 +190,7 @@ def test_category_and_attributes(opened, pristine):
 
 def test_category_attributes_and_landmarks_of_tfds(opened, pristine):
     opened(CATEGORY, "train")
-    builder = deepfashion.DeepfashionCategory(data_dir=opened.keywords["data_dir"])
+    builder = DeepfashionCategory(data_dir=opened.keywords["data_dir"])
     features = builder.info.features
     assert features["attributes"].feature.names == [
         "abstract chevron print", "cotton", "a-line", "cotton (3)",
@@ -214,7 +223,7 @@ def test_no_optional_lists(copy, tmp_path, capsys):
     report = capsys.readouterr().err
     assert "no list_landmarks.txt: there are no landmarks" in report
     assert "no list_attr_img.txt: there are no attributes" in report
-    builder = deepfashion.DeepfashionCategory(data_dir=tmp_path / "tfds")
+    builder = DeepfashionCategory(data_dir=tmp_path / "tfds")
     (record, *_) = builder.as_data_source("test")
     assert list(record["attributes"]) == []
     assert record["landmarks"].shape == (0, 3)
@@ -255,7 +264,7 @@ def inshop_rows(dataset):
 
 @pytest.mark.parametrize("config", ["lowres", "highres"])
 def test_inshop_boxes_hold_the_garment_in_both_resolutions(opened, config):
-    for split in files.SPLITS:
+    for split in SPLITS:
         dataset = opened(f"{INSHOP}/{config}", split)
         for row, number in inshop_rows(dataset):
             garment = np.array(copies.inshop_box(number), np.float64)
@@ -287,7 +296,7 @@ def test_highres_of_the_others_scales_by_the_ratio(copy, tmp_path, twin):
         cv2.imwrite(str(high), cv2.resize(cv2.imread(str(path)), (601, 900)))
     if not twin:
         shutil.rmtree(root / "Img" / "img")
-    boxes = read(files.find_layout(CONSUMER, root, highres=True)).boxes
+    boxes = read(find_layout(CONSUMER, root, highres=True)).boxes
     dataset = open_dataset(f"{CONSUMER}/highres", "train", data_dir=tmp_path, manual_dir=root)
     for row, name in enumerate(dataset.id):
         listed = np.array(boxes[str(name)])
@@ -321,7 +330,7 @@ def test_to_pixels_undoes_the_padding(rng):
             cv2.circle(image, tuple(int(v) for v in point), 6, (255, 255, 255), -1)
             square = copies.padded(255 - image)[..., 0] < 128
             low = np.argwhere(square).mean(axis=0)[::-1] + 0.5
-            back = files.to_pixels(low, (256, 256), size, padded=True)
+            back = to_pixels(low, (256, 256), size, padded=True)
             np.testing.assert_allclose(back, point, atol=1.5 * max(size) / 256)
 
 
@@ -346,9 +355,9 @@ def old_names(root):
 def test_layouts_are_found_and_say_the_same(copy, pristine, name, change, tmp_path):
     root = copy(name, "a copy/with another name")
     change(root)
-    expected = read(files.find_layout(name, pristine))
+    expected = read(find_layout(name, pristine))
     for manual_dir in (root, root.parent, root.parent.parent):
-        layout = files.find_layout(name, manual_dir)
+        layout = find_layout(name, manual_dir)
         assert layout.root == root
         found = read(layout)
         assert found.photos == expected.photos
@@ -360,10 +369,7 @@ def test_layouts_are_found_and_say_the_same(copy, pristine, name, change, tmp_pa
 def test_old_names_of_the_category_lists(copy, pristine):
     root = copy(CATEGORY)
     old_names(root)
-    assert (
-        read(files.find_layout(CATEGORY, root)).photos
-        == read(files.find_layout(CATEGORY, pristine)).photos
-    )
+    assert read(find_layout(CATEGORY, root)).photos == read(find_layout(CATEGORY, pristine)).photos
 
 
 def pack(folder):
@@ -447,10 +453,10 @@ LIST_MISTAKES = [
 def test_mistakes_in_lists(copy, name, file, old, new, message):
     root = copy(name)
     edit(root / file, old, new)
-    layout = files.find_layout(name, root)
+    layout = find_layout(name, root)
     problems = read(layout).problems
     if name == CATEGORY:
-        files.read_attributes(layout, problems)
+        read_attributes(layout, problems)
     if message is None:  # a row that is there twice is one photo
         assert problems == []
     else:
@@ -611,16 +617,14 @@ def small_paper(tmp_path, monkeypatch):
     draw = functools.partial(
         draw_paper_splits, sizes={"train": 10, "validation": 6, "test": 6}, num_categories=2
     )
-    monkeypatch.setattr(deepfashion, "draw_paper_splits", draw)
+    monkeypatch.setattr(builders, "draw_paper_splits", draw)
     return root
 
 
 @pytest.mark.parametrize("config", ["paper", "paper_by_image"])
 def test_paper_config(small_paper, tmp_path, config, capsys):
     options = {"data_dir": tmp_path / "tfds", "manual_dir": small_paper}
-    datasets = {
-        split: open_dataset(f"{CATEGORY}/{config}", split, **options) for split in files.SPLITS
-    }
+    datasets = {split: open_dataset(f"{CATEGORY}/{config}", split, **options) for split in SPLITS}
     assert [len(dataset) for dataset in datasets.values()] == [10, 6, 6]
     assert datasets["test"].label_names == ("Blouse", "Jeans")  # Cape is not one of the two
     homes = collections.defaultdict(set)

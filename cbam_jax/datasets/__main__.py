@@ -5,6 +5,7 @@
 
 import argparse
 import sys
+from typing import cast
 
 from cbam_jax import InputError
 from cbam_jax.datasets import check_options, is_folder
@@ -55,9 +56,11 @@ def _verify(name: str, manual_dir: str, show_all: bool) -> int:
         raise InputError(
             f"verify does not know '{name}': it knows {', '.join(BY_HAND)}; prepare checks others"
         )
-    from cbam_jax.datasets.deepfashion_verify import verify
+    from cbam_jax.datasets.building import BuilderFromFiles
+    from cbam_jax.datasets.deepfashion import verify
 
-    return verify(make_builder(name, None, manual_dir, "fail"), show_all=show_all)
+    builder = cast(BuilderFromFiles, make_builder(name, None, manual_dir, "fail"))
+    return verify(builder, show_all=show_all)
 
 
 def _prepare(name: str, data_dir: str | None, manual_dir: str | None, on_bad_image: str) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from cbam_jax import InputError
+from cbam_jax.datasets.building import BuilderFromFiles, make_info
 from cbam_jax.datasets.download import download
-from cbam_jax.datasets.prepared import SKIPPED_LIST
-from cbam_jax.datasets.progress import progress
+from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.resizing import shrink
 from cbam_jax.datasets.retrieval import is_decodable
 
@@ -42,7 +42,7 @@ FINGERPRINT = "55ee2d8f2e6ad4bb657b13347839fe62bea5db0375d77ebe169e12026edee35c"
 _SHORT_SIDE, _JPEG_QUALITY = 256, 90
 
 
-class ClothingDatasetSmall(tfds.core.GeneratorBasedBuilder):
+class ClothingDatasetSmall(BuilderFromFiles):
     """TFDS builder; ``id`` is the path in the repository, such as ``train/dress/<uuid>.jpg``.
 
     Attributes:
@@ -61,24 +61,12 @@ class ClothingDatasetSmall(tfds.core.GeneratorBasedBuilder):
         ),
     )
 
-    def __init__(
-        self, *, manual_dir: str | None = None, on_bad_image: str = "fail", **kwargs
-    ) -> None:
-        super().__init__(**kwargs)
-        self.manual_dir = manual_dir
-        self.on_bad_image = on_bad_image
-
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
+        columns = {"label": tfds.features.ClassLabel(names=CLASSES), "id": tfds.features.Text()}
+        return make_info(
+            self,
+            columns,
             description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                    "label": tfds.features.ClassLabel(names=CLASSES),
-                    "id": tfds.features.Text(),
-                }
-            ),
             homepage="https://github.com/alexeygrigorev/clothing-dataset-small",
             license="CC0-1.0",
         )
@@ -86,8 +74,7 @@ class ClothingDatasetSmall(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         images, origin = self._read(Path(dl_manager.download_dir))
         skipped = _check(images, origin, self.on_bad_image)
-        # data_dir is TFDS's temporary folder here, which is renamed when all is written.
-        (Path(self.data_dir) / SKIPPED_LIST).write_text("".join(f"{line}\n" for line in skipped))
+        self._write_skipped(skipped)
         return {split: self._generate_examples(images, split) for split in NUM_IMAGES}
 
     def _generate_examples(self, images: dict[str, bytes], split: str):
@@ -192,9 +179,8 @@ def _check(images: dict[str, bytes], origin: str, on_bad_image: str) -> list[str
         lines = ["some images differ from the published ones (checksum)"]
     if not lines:
         return []
-    few = "; ".join(lines[:3]) + ("; ..." if len(lines) > 3 else "")
     usable = len(images) - len(bad)
-    report = f"{usable} of {expected} images in {origin} can be used: {few}"
+    report = f"{usable} of {expected} images in {origin} can be used: {few(lines)}"
     if on_bad_image == "fail":
         raise InputError(f"{report}: get {URL} again, or go on with on_bad_image='skip'")
     for name in bad:

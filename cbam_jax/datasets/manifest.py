@@ -32,7 +32,7 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.progress import progress
+from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset, is_decodable
 
 BOX = ("x1", "y1", "x2", "y2")
@@ -188,9 +188,8 @@ def good_images(
     else:
         problems = [_file_problem(file) for file in files]
     bad = {file: problem for file, problem in zip(files, problems, strict=True) if problem}
-    few = "; ".join(f"{file} ({problem})" for file, problem in list(bad.items())[:3])
-    few += "; ..." if len(bad) > 3 else ""
-    found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {few}"
+    told = few([f"{file} ({problem})" for file, problem in bad.items()])
+    found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {told}"
     if bad and not skip:
         raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
     if len(bad) == len(files):

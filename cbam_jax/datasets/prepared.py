@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from cbam_jax import InputError
 from cbam_jax.datasets import tfds_without_tensorflow
 from cbam_jax.datasets.building import SKIPPED_LIST
-from cbam_jax.datasets.progress import progress
+from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
 
 # What users fetch by hand, having signed its agreement.
@@ -256,8 +256,7 @@ def _check_skipped(name: str, builder: tfds.core.DatasetBuilder, on_bad_image: s
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines:
         return
-    few = "; ".join(lines[:3]) + ("; ..." if len(lines) > 3 else "")
-    report = f"{name} was prepared with on_bad_image='skip' and is not complete ({few})"
+    report = f"{name} was prepared with on_bad_image='skip' and is not complete ({few(lines)})"
     if on_bad_image == "fail":
         raise InputError(
             f"{report}: accept that with on_bad_image='skip', or delete {path.parent} to prepare "

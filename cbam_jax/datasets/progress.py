@@ -1,8 +1,8 @@
-"""One plain progress display: a bar on a terminal, a line now and then in a log."""
+"""What is told while a dataset is read: how far it is, and a few of many findings."""
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -27,3 +27,12 @@ def progress(
         if done == total or time.monotonic() - last > _LOG_SECONDS:
             last = time.monotonic()
             print(f"{description}: {done} of {total}{unit}", file=sys.stderr, flush=True)
+
+
+def few(lines: Sequence[str]) -> str:
+    """The first three of many lines, in one.
+
+    >>> few(["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    'a.jpg; b.jpg; c.jpg; ...'
+    """
+    return "; ".join(lines[:3]) + ("; ..." if len(lines) > 3 else "")

@@ -3,18 +3,19 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-import tensorflow_datasets as tfds
-
-from cbam_jax.datasets import deepfashion_files as files
-from cbam_jax.datasets.deepfashion import config_of, read_splits
-from cbam_jax.datasets.deepfashion_files import Annotations, Layout, Look, Photo
+from cbam_jax.datasets.building import BuilderFromFiles
+from cbam_jax.datasets.deepfashion.builders import Copy, config_of, read_copy
+from cbam_jax.datasets.deepfashion.images import MISSING, Look, look_at, low_size, pixel_box
+from cbam_jax.datasets.deepfashion.layout import BENCHMARKS, Layout
+from cbam_jax.datasets.deepfashion.lists import Photo, read_attributes
 from cbam_jax.datasets.progress import progress
 
 _SHOWN = 10  # findings of a kind, unless all are asked for
 
 
-def verify(builder: tfds.core.DatasetBuilder, *, show_all: bool = False) -> int:
+def verify(builder: BuilderFromFiles, *, show_all: bool = False) -> int:
     """Checks what a builder would read, and prints what is found; the last line is JSON.
 
     These count as wrong: a number of images, items, pairs, categories or attributes that is not the
@@ -35,53 +36,78 @@ def verify(builder: tfds.core.DatasetBuilder, *, show_all: bool = False) -> int:
     Raises:
         InputError: there is nothing to check: the layout is another one.
     """
-    layout, annotations, _, manifest = read_splits(builder)
-    if "attributes" in layout.lists:
-        names, _ = files.read_attributes(layout, annotations.problems)
-        annotations.counts["attributes"] = len(names)
-    photos, config = annotations.photos, config_of(builder)
-    print(f"{builder.name}/{config.name}: {len(photos)} images in {layout.images}")
-    seen = files.look_at([layout.file(photo.path) for photo in photos])
+    copy, name, config = read_copy(builder), builder.name, config_of(builder)
+    counts = _counts(copy)
+    photos = copy.annotations.photos
+    print(f"{name}/{config.name}: {len(photos)} images in {copy.layout.images}")
+    seen = look_at([copy.layout.file(photo.path) for photo in photos])
     looks = list(progress(seen, "checking images", total=len(photos)))
-    counts = {
-        name: {"found": annotations.counts.get(name, 0), "published": published}
-        for name, published in files.BENCHMARKS[builder.name].published.items()
-    }
     # The official partition of the categories is by image, and so is one of the draws.
-    by_item = builder.name != "deepfashion_category" or (config.paper and config.by_folder)
+    by_item = name != "deepfashion_category" or (config.paper and config.by_folder)
+    findings = _find(copy, looks, by_item=by_item)
+    _print_findings(counts, findings, show_all)
+    wrong = {"counts": sum(count["found"] != count["published"] for count in counts.values())}
+    wrong |= {kind: len(lines) for kind, lines in findings.items()}
+    report: dict[str, Any] = {"dataset": name, "config": config.name, "counts": counts}
+    report |= {"boxes": _count_boxes(copy, looks), "wrong": wrong, "ok": not any(wrong.values())}
+    if name == "deepfashion_category":
+        report["folders_in_two_splits"] = len(_in_two_splits(photos))
+    if copy.manifest:
+        report["manifest_sha256"] = hashlib.sha256(copy.manifest.encode()).hexdigest()
+    _print_report(report)
+    return 0 if report["ok"] else 1
+
+
+def _counts(copy: Copy) -> dict[str, dict[str, int]]:
+    """Of each published count, what was found and what was published."""
+    layout, annotations = copy.layout, copy.annotations
+    found = dict(annotations.counts)
+    if "attributes" in layout.lists:
+        names, _ = read_attributes(layout, annotations.problems)
+        found["attributes"] = len(names)
+    published = BENCHMARKS[layout.benchmark].published
+    return {
+        name: {"found": found.get(name, 0), "published": count} for name, count in published.items()
+    }
+
+
+def _find(copy: Copy, looks: Sequence[Look], *, by_item: bool) -> dict[str, list[str]]:
+    """What is wrong besides the counts, by kind."""
+    layout, photos = copy.layout, copy.annotations.photos
     duplicates, leaks = _repeated_images(photos, looks)
-    findings = {
-        "counts": [_count_line(name, **count) for name, count in counts.items()],
-        "lists": annotations.problems,
+    return {
+        "lists": copy.annotations.problems,
         "missing_images": _missing(layout, photos, looks),
         "unreadable_images": _unreadable(photos, looks),
         "duplicate_images": duplicates,
         "leaking_images": leaks,
         "leaking_items": _leaking_items(photos) if by_item else [],
     }
-    print(*findings["counts"], sep="\n")
-    findings["counts"] = [line for line in findings["counts"] if line.endswith("wrong")]
-    for kind in list(findings)[1:]:
-        _print_finding(kind, findings[kind], show_all)
-    report = {
-        "dataset": builder.name,
-        "config": config.name,
-        "counts": counts,
-        "boxes": _count_boxes(layout, annotations, looks),
-        "wrong": {kind: len(lines) for kind, lines in findings.items()},
-        "ok": not any(findings.values()),
-    }
+
+
+def _print_findings(
+    counts: dict[str, dict[str, int]], findings: dict[str, list[str]], show_all: bool
+) -> None:
+    for name, count in counts.items():
+        print(_count_line(name, **count))
+    for kind, lines in findings.items():
+        print(f"{kind.replace('_', ' ')}: {len(lines) or 'none'}")
+        shown = lines if show_all else lines[:_SHOWN]
+        for line in shown:
+            print(f"  {line}")
+        if len(shown) < len(lines):
+            print(f"  and {len(lines) - len(shown)} more: --all shows them")
+
+
+def _print_report(report: dict[str, Any]) -> None:
     print("boxes, mended when prepared: {outside} outside their image, {empty} empty, "
           "{missing} missing".format(**report["boxes"]))  # fmt: skip
-    if builder.name == "deepfashion_category":
-        report["folders_in_two_splits"] = len(_in_two_splits(photos))
+    if "folders_in_two_splits" in report:
         print(f"folders with images in two splits: {report['folders_in_two_splits']}")
-    if manifest:
-        report["manifest_sha256"] = hashlib.sha256(manifest.encode()).hexdigest()
+    if "manifest_sha256" in report:
         print(f"manifest.csv: SHA-256 {report['manifest_sha256']}")
     print("everything is as it should be" if report["ok"] else "something is wrong")
     print(json.dumps(report))
-    return 0 if report["ok"] else 1
 
 
 def _count_line(name: str, found: int, published: int) -> str:
@@ -90,16 +116,16 @@ def _count_line(name: str, found: int, published: int) -> str:
 
 def _missing(layout: Layout, photos: Sequence[Photo], looks: Sequence[Look]) -> list[str]:
     pairs = zip(photos, looks, strict=True)
-    paths = [photo.path for photo, look in pairs if look.problem == files.MISSING]
+    paths = [photo.path for photo, look in pairs if look.problem == MISSING]
     hints = _other_case(layout, paths)
-    return [f"{path} {files.MISSING}{hints.get(path, '')}" for path in paths]
+    return [f"{path} {MISSING}{hints.get(path, '')}" for path in paths]
 
 
 def _unreadable(photos: Sequence[Photo], looks: Sequence[Look]) -> list[str]:
     return [
         f"{photo.path} {look.problem}"
         for photo, look in zip(photos, looks, strict=True)
-        if look.problem not in ("", files.MISSING)
+        if look.problem not in ("", MISSING)
     ]
 
 
@@ -144,24 +170,16 @@ def _leaking_items(photos: Sequence[Photo]) -> list[str]:
     ]
 
 
-def _count_boxes(layout: Layout, annotations: Annotations, looks: Sequence[Look]) -> dict[str, int]:
+def _count_boxes(copy: Copy, looks: Sequence[Look]) -> dict[str, int]:
     names = {"clamped": "outside", "empty": "empty", "missing": "missing"}
     counts = dict.fromkeys(names.values(), 0)
+    layout, annotations = copy.layout, copy.annotations
     for photo, look in zip(annotations.photos, looks, strict=True):
         if look.size is None:
             continue
-        low = files.low_size(layout, photo.path, look.size)
+        low = low_size(layout, photo.path, look.size)
         listed = annotations.boxes.get(photo.path)
-        _, problem = files.pixel_box(listed, low, look.size, padded=layout.padded)
+        _, problem = pixel_box(listed, low, look.size, padded=layout.padded)
         if problem:
             counts[names[problem]] += 1
     return counts
-
-
-def _print_finding(kind: str, lines: Sequence[str], show_all: bool) -> None:
-    print(f"{kind.replace('_', ' ')}: {len(lines) or 'none'}")
-    shown = lines if show_all else lines[:_SHOWN]
-    for line in shown:
-        print(f"  {line}")
-    if len(shown) < len(lines):
-        print(f"  and {len(lines) - len(shown)} more: --all shows them")

@@ -15,17 +15,25 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cbam_jax import InputError
-from cbam_jax.datasets import deepfashion_files as files
-from cbam_jax.datasets.deepfashion_files import Annotations, Layout, Photo
-from cbam_jax.datasets.deepfashion_paper import draw_paper_splits, manifest_text, write_manifest
-from cbam_jax.datasets.prepared import SKIPPED_LIST
-from cbam_jax.datasets.progress import progress
+from cbam_jax.datasets.building import BuilderFromFiles, make_info
+from cbam_jax.datasets.deepfashion.images import look_at, low_size, pixel_box, to_pixels
+from cbam_jax.datasets.deepfashion.layout import BENCHMARKS, Layout, find_layout
+from cbam_jax.datasets.deepfashion.lists import (
+    READERS,
+    SOURCES,
+    SPLITS,
+    Annotations,
+    Photo,
+    read_attributes,
+)
+from cbam_jax.datasets.deepfashion.paper import draw_paper_splits, manifest_text, write_manifest
+from cbam_jax.datasets.progress import few, progress
 
 Splits = dict[str, list[Photo]]
 
@@ -36,7 +44,7 @@ class DeepfashionConfig(tfds.core.BuilderConfig):
 
     Attributes:
         highres: those of ``img_highres`` in place of ``img``, with the boxes converted.
-        paper: the paper's splits (:mod:`cbam_jax.datasets.deepfashion_paper`), not the official.
+        paper: the paper's splits (:mod:`cbam_jax.datasets.deepfashion.paper`), not the official.
         by_folder: whether ``paper`` keeps a folder within one split.
     """
 
@@ -51,7 +59,42 @@ _RESOLUTIONS = (
 )
 
 
-class DeepfashionInshop(tfds.core.GeneratorBasedBuilder):
+class _Deepfashion(BuilderFromFiles, skip_registration=True):
+    """What the three have in common; each has its columns besides."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        columns = {
+            "bbox": tfds.features.Tensor(shape=(4,), dtype=np.float32),
+            # x, y in pixels and visibility: 0 visible, 1 occluded, 2 cut off.
+            "landmarks": tfds.features.Tensor(shape=(None, 3), dtype=np.float32),
+            "label": tfds.features.ClassLabel(),  # its names are read from the lists
+            "item_id": np.int64,
+            "series": np.int64,
+            "is_query": np.bool_,
+            "is_gallery": np.bool_,
+            "id": tfds.features.Text(),
+        }
+        return make_info(
+            self,
+            columns | self._own_columns(),
+            description=type(self).__doc__,
+            homepage=BENCHMARKS[self.name].page,
+            license="non-commercial research only, by agreement with the authors",
+        )
+
+    def _own_columns(self) -> dict[str, Any]:
+        return {"source": tfds.features.ClassLabel(names=SOURCES)}
+
+    def _split_generators(self, dl_manager):
+        return _write_splits(self)
+
+    def _generate_examples(self, *args) -> Iterator[tuple[str, dict]]:
+        return _examples(*args)
+
+
+class DeepfashionInshop(_Deepfashion):
     """In-shop Clothes Retrieval: 52,712 photos of 7,982 items in 23 categories.
 
     A tenth of the official train items are ``validation``, since the official partition has none;
@@ -59,54 +102,20 @@ class DeepfashionInshop(tfds.core.GeneratorBasedBuilder):
     category is the folder, such as ``WOMEN/Dresses``; ``series`` is the shoot of one colour.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = _RESOLUTIONS
 
-    def __init__(
-        self, *, manual_dir: str | None = None, on_bad_image: str = "fail", **kwargs
-    ) -> None:
-        super().__init__(**kwargs)
-        self.manual_dir = manual_dir
-        self.on_bad_image = on_bad_image
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _make_info(self, {"source": tfds.features.ClassLabel(names=files.SOURCES)})
-
-    def _split_generators(self, dl_manager):
-        return _write_splits(self)
-
-    def _generate_examples(self, *args) -> Iterator[tuple[str, dict]]:
-        return _examples(*args)
-
-
-class DeepfashionConsumer2shop(tfds.core.GeneratorBasedBuilder):
+class DeepfashionConsumer2shop(_Deepfashion):
     """Consumer-to-shop Clothes Retrieval: 239,557 photos of 33,881 items.
 
     Pairs are taken apart: each image is there once in a split. As the official protocol has it, the
     gallery of ``validation`` and that of ``test`` are the shops' photos of both.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = _RESOLUTIONS
 
-    def __init__(
-        self, *, manual_dir: str | None = None, on_bad_image: str = "fail", **kwargs
-    ) -> None:
-        super().__init__(**kwargs)
-        self.manual_dir = manual_dir
-        self.on_bad_image = on_bad_image
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _make_info(self, {"source": tfds.features.ClassLabel(names=files.SOURCES)})
-
-    def _split_generators(self, dl_manager):
-        return _write_splits(self)
-
-    def _generate_examples(self, *args) -> Iterator[tuple[str, dict]]:
-        return _examples(*args)
-
-
-class DeepfashionCategory(tfds.core.GeneratorBasedBuilder):
+class DeepfashionCategory(_Deepfashion):
     """Category and Attribute Prediction: 289,222 photos, 50 categories, 1,000 attributes.
 
     ``item_id`` is the number of the folder, which holds what one search of a shop found.
@@ -119,7 +128,6 @@ class DeepfashionCategory(tfds.core.GeneratorBasedBuilder):
     records, its checksum in ``manifest.csv.sha256``.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = (
         DeepfashionConfig(name="full", description="All images, the official partition."),
         DeepfashionConfig(name="full_highres", description="full in img_highres.", highres=True),
@@ -135,46 +143,8 @@ class DeepfashionCategory(tfds.core.GeneratorBasedBuilder):
         ),
     )  # fmt: skip
 
-    def __init__(
-        self, *, manual_dir: str | None = None, on_bad_image: str = "fail", **kwargs
-    ) -> None:
-        super().__init__(**kwargs)
-        self.manual_dir = manual_dir
-        self.on_bad_image = on_bad_image
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        attributes = tfds.features.Sequence(tfds.features.ClassLabel())
-        return _make_info(self, {"attributes": attributes})
-
-    def _split_generators(self, dl_manager):
-        return _write_splits(self)
-
-    def _generate_examples(self, *args) -> Iterator[tuple[str, dict]]:
-        return _examples(*args)
-
-
-def _make_info(builder: tfds.core.DatasetBuilder, more: dict) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-        builder=builder,
-        description=type(builder).__doc__,
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                "bbox": tfds.features.Tensor(shape=(4,), dtype=np.float32),
-                # x, y in pixels and visibility: 0 visible, 1 occluded, 2 cut off.
-                "landmarks": tfds.features.Tensor(shape=(None, 3), dtype=np.float32),
-                "label": tfds.features.ClassLabel(),  # its names are read from the lists
-                "item_id": np.int64,
-                "series": np.int64,
-                "is_query": np.bool_,
-                "is_gallery": np.bool_,
-                "id": tfds.features.Text(),
-                **more,
-            }
-        ),
-        homepage=files.BENCHMARKS[builder.name].page,
-        license="non-commercial research only, by agreement with the authors",
-    )
+    def _own_columns(self) -> dict[str, Any]:
+        return {"attributes": tfds.features.Sequence(tfds.features.ClassLabel())}
 
 
 def config_of(builder: tfds.core.DatasetBuilder) -> DeepfashionConfig:
@@ -182,32 +152,39 @@ def config_of(builder: tfds.core.DatasetBuilder) -> DeepfashionConfig:
     return cast(DeepfashionConfig, builder.builder_config)
 
 
-def read_splits(
-    builder: tfds.core.DatasetBuilder,
-) -> tuple[Layout, Annotations, Splits, str]:
-    """Reads the lists of a copy: where it is, what they say, the splits, and the manifest.
+class Copy(NamedTuple):
+    """A copy as its lists have it; ``manifest`` is empty but for the paper's configs."""
 
-    The manifest is empty but for the paper's configs. Takes some seconds; no image is opened.
+    layout: Layout
+    annotations: Annotations
+    splits: Splits
+    manifest: str
+
+
+def read_copy(builder: BuilderFromFiles) -> Copy:
+    """Reads the lists of a copy. Takes some seconds; no image is opened.
 
     Raises:
         InputError: the layout is another one, a list cannot be read or does not suffice.
     """
     config = config_of(builder)
-    manual_dir = cast(Any, builder).manual_dir
-    layout = files.find_layout(builder.name, manual_dir, highres=config.highres)
+    layout = find_layout(builder.name, builder.manual_dir, highres=config.highres)
     print(f"reading the lists in {layout.root}", file=sys.stderr)
-    annotations = files.READERS[builder.name](layout)
+    annotations = READERS[builder.name](layout)
     manifest = ""
     if config.paper:
         _check_lists(layout, annotations.problems)  # what is drawn from other lists is another draw
         annotations, manifest = _draw(annotations, config.by_folder)
-    photos = annotations.photos
-    splits = {split: [photo for photo in photos if photo.split == split] for split in files.SPLITS}
-    if builder.name == "deepfashion_consumer2shop":
+    return Copy(layout, annotations, _splits(builder.name, annotations.photos), manifest)
+
+
+def _splits(name: str, photos: list[Photo]) -> Splits:
+    splits = {split: [photo for photo in photos if photo.split == split] for split in SPLITS}
+    if name == "deepfashion_consumer2shop":
         shops = [photo for photo in photos if photo.split != "train" and photo.is_gallery]
         for split in ("validation", "test"):
             splits[split] = [photo for photo in splits[split] if photo.is_query] + shops
-    return layout, annotations, splits, manifest
+    return splits
 
 
 def _draw(annotations: Annotations, by_folder: bool) -> tuple[Annotations, str]:
@@ -225,44 +202,49 @@ def _draw(annotations: Annotations, by_folder: bool) -> tuple[Annotations, str]:
     return annotations, manifest_text(drawn, names)
 
 
-def _write_splits(builder: tfds.core.DatasetBuilder) -> dict[str, Iterator[tuple[str, dict]]]:
-    layout, annotations, splits, manifest = read_splits(builder)
-    features = cast(Any, builder.info.features)
-    features["label"].names = annotations.categories
-    attributes: dict[str, np.ndarray] = {}
-    if "attributes" in features:
-        names, attributes = files.read_attributes(layout, annotations.problems)
-        features["attributes"].feature.names = names
+def _write_splits(builder: BuilderFromFiles) -> dict[str, Iterator[tuple[str, dict]]]:
+    layout, annotations, splits, manifest = copy = read_copy(builder)
+    attributes = _name_labels(builder, layout, annotations)
     _check_lists(layout, annotations.problems)
     _tell_absent(layout)
-    on_bad_image = cast(Any, builder).on_bad_image
-    sizes, skipped = _measure(layout, annotations.photos, on_bad_image)
-    # data_dir is TFDS's temporary folder here, which is renamed when all is written.
-    folder = Path(builder.data_dir)
-    (folder / SKIPPED_LIST).write_text("".join(f"{line}\n" for line in skipped))
+    sizes, skipped = _measure(layout, annotations.photos, builder.on_bad_image)
+    builder._write_skipped(skipped)
     if manifest:
-        print(f"manifest.csv has SHA-256 {write_manifest(folder, manifest)}", file=sys.stderr)
+        checksum = write_manifest(Path(builder.data_dir), manifest)
+        print(f"manifest.csv has SHA-256 {checksum}", file=sys.stderr)
     examples = {}
     for split, listed in splits.items():
         photos = [photo for photo in listed if photo.path in sizes]
         if not photos:
             raise InputError(f"{layout.root} has no images for {split}: unpack it again")
-        arguments = split, photos, layout, annotations, sizes, attributes
+        arguments = split, photos, copy, sizes, attributes
         examples[split] = cast(Any, builder)._generate_examples(*arguments)
     return examples
 
 
+def _name_labels(
+    builder: BuilderFromFiles, layout: Layout, annotations: Annotations
+) -> dict[str, np.ndarray]:
+    """Gives the features their classes; returns the attributes of each image, where there are."""
+    features = cast(Any, builder.info.features)
+    features["label"].names = annotations.categories
+    if "attributes" not in features:
+        return {}
+    names, attributes = read_attributes(layout, annotations.problems)
+    features["attributes"].feature.names = names
+    return attributes
+
+
 def _check_lists(layout: Layout, problems: list[str]) -> None:
     if problems:
-        few = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         raise InputError(
-            f"{len(problems)} mistakes in the lists of {layout.root}: {few}: unpack them again; "
-            f"python -m cbam_jax.datasets verify {layout.benchmark} shows all"
+            f"{len(problems)} mistakes in the lists of {layout.root}: {few(problems)}: unpack them "
+            f"again; python -m cbam_jax.datasets verify {layout.benchmark} shows all"
         )
 
 
 def _tell_absent(layout: Layout) -> None:
-    for purpose, names in files.BENCHMARKS[layout.benchmark].optional.items():
+    for purpose, names in BENCHMARKS[layout.benchmark].optional.items():
         if purpose not in layout.lists and purpose != "items":
             print(f"{layout.root} has no {names[0]}: there are no {purpose}", file=sys.stderr)
 
@@ -271,7 +253,7 @@ def _measure(
     layout: Layout, photos: list[Photo], on_bad_image: str
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """The size of every image that can be used, and a line for each that cannot."""
-    looks = files.look_at([layout.file(photo.path) for photo in photos])
+    looks = look_at([layout.file(photo.path) for photo in photos])
     sizes, bad = {}, []
     checked = progress(looks, "checking images", total=len(photos))
     for photo, look in zip(photos, checked, strict=True):
@@ -281,8 +263,7 @@ def _measure(
             sizes[photo.path] = look.size
     if not bad:
         return sizes, bad
-    few = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
-    report = f"{len(bad)} of {len(photos)} images in {layout.images} cannot be used: {few}"
+    report = f"{len(bad)} of {len(photos)} images in {layout.images} cannot be used: {few(bad)}"
     if on_bad_image == "fail" or not sizes:
         raise InputError(
             f"{report}: unpack them again, or go on with on_bad_image='skip'; "
@@ -295,29 +276,14 @@ def _measure(
 def _examples(
     split: str,
     photos: list[Photo],
-    layout: Layout,
-    annotations: Annotations,
+    copy: Copy,
     sizes: dict[str, tuple[int, int]],
     attributes: dict[str, np.ndarray],
 ) -> Iterator[tuple[str, dict]]:
     problems = Counter()
     for photo in progress(photos, f"writing {split}", total=len(photos)):
-        size = sizes[photo.path]
-        low = files.low_size(layout, photo.path, size)
-        listed = annotations.boxes.get(photo.path)
-        box, problem = files.pixel_box(listed, low, size, padded=layout.padded)
+        example, problem = _example(photo, copy, sizes[photo.path])
         problems[problem] += 1
-        example = {
-            "image": layout.file(photo.path).read_bytes(),
-            "bbox": box,
-            "landmarks": _landmarks(annotations.landmarks.get(photo.path), layout, low, size),
-            "label": photo.category,
-            "item_id": photo.item,
-            "series": photo.series,
-            "is_query": photo.is_query,
-            "is_gallery": photo.is_gallery,
-            "id": photo.path,
-        }
         if photo.source:
             example["source"] = photo.source
         else:
@@ -332,6 +298,25 @@ def _examples(
         )
 
 
+def _example(photo: Photo, copy: Copy, size: tuple[int, int]) -> tuple[dict[str, Any], str]:
+    """The columns that every benchmark has, and what is wrong with the box (``pixel_box``)."""
+    layout, annotations = copy.layout, copy.annotations
+    low = low_size(layout, photo.path, size)
+    listed = annotations.boxes.get(photo.path)
+    box, problem = pixel_box(listed, low, size, padded=layout.padded)
+    return {
+        "image": layout.file(photo.path).read_bytes(),
+        "bbox": box,
+        "landmarks": _landmarks(annotations.landmarks.get(photo.path), layout, low, size),
+        "label": photo.category,
+        "item_id": photo.item,
+        "series": photo.series,
+        "is_query": photo.is_query,
+        "is_gallery": photo.is_gallery,
+        "id": photo.path,
+    }, problem
+
+
 def _landmarks(
     listed: np.ndarray | None,
     layout: Layout,
@@ -340,5 +325,5 @@ def _landmarks(
 ) -> np.ndarray:
     if listed is None:
         return np.zeros((0, 3), np.float32)
-    points = files.to_pixels(listed[:, 1:], low, size, padded=layout.padded)
+    points = to_pixels(listed[:, 1:], low, size, padded=layout.padded)
     return np.concatenate([points, listed[:, :1].astype(np.float32)], axis=1)

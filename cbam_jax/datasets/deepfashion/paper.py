@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cbam_jax import InputError
-from cbam_jax.datasets.deepfashion_files import draw_key
+from cbam_jax.datasets.deepfashion.lists import draw_key
 
 SIZES = {"train": 40_000, "validation": 10_000, "test": 10_000}
 NUM_CATEGORIES = 30
