@@ -30,6 +30,17 @@ def _gate_scale(init: str) -> float:
     return GATE_INITS[init]
 
 
+def _squeezing_layers(
+    features: int, reduction: int, *, use_bias: bool, init: str, dtype: DTypeLike, rngs: nnx.Rngs
+) -> tuple[nnx.Linear, nnx.Linear]:
+    """W_0 and W_1, from c channels to c // r and back."""
+    hidden = max(features // reduction, 1)
+    last_init = _zeros if init == "identity" else _he_normal
+    options = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
+    first = nnx.Linear(features, hidden, kernel_init=_he_normal, **options)
+    return first, nnx.Linear(hidden, features, kernel_init=last_init, **options)
+
+
 class ChannelGate(nnx.Module):
     """M_c(F) = sigmoid(MLP(AvgPool(F)) + MLP(MaxPool(F))), MLP = W_1 relu(W_0 .), shared, no bias.
 
@@ -60,13 +71,8 @@ class ChannelGate(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.scale = _gate_scale(init)
-        hidden = max(features // reduction, 1)
-        last_init = _zeros if init == "identity" else _he_normal
-        self.fc1 = nnx.Linear(
-            features, hidden, use_bias=use_bias, kernel_init=_he_normal, dtype=dtype, rngs=rngs
-        )
-        self.fc2 = nnx.Linear(
-            hidden, features, use_bias=use_bias, kernel_init=last_init, dtype=dtype, rngs=rngs
+        self.fc1, self.fc2 = _squeezing_layers(
+            features, reduction, use_bias=use_bias, init=init, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -211,10 +217,9 @@ class SqueezeExcite(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.scale = _gate_scale(init)
-        hidden = max(features // reduction, 1)
-        last_init = _zeros if init == "identity" else _he_normal
-        self.fc1 = nnx.Linear(features, hidden, kernel_init=_he_normal, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, features, kernel_init=last_init, dtype=dtype, rngs=rngs)
+        self.fc1, self.fc2 = _squeezing_layers(
+            features, reduction, use_bias=True, init=init, dtype=dtype, rngs=rngs
+        )
 
     def gate(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to the gate [b, 1, 1, c]."""
