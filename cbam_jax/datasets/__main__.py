@@ -13,6 +13,19 @@ from cbam_jax.datasets import check_options, is_folder
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0, 1 where ``verify`` finds something wrong, 2 after a user's mistake."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.command == "verify":
+            return _verify(options.name, options.manual_dir, options.all)
+        arguments = {key: value for key, value in vars(options).items() if key != "command"}
+        {"prepare": _prepare, "resize": _resize}[options.command](**arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cbam_jax.datasets", description=(__doc__ or "").split("\n")[0]
     )
@@ -36,16 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("name", help="deepfashion_inshop[/highres], ..., as for prepare")
     verify.add_argument("--manual_dir", required=True, help="the folder of what was fetched")
     verify.add_argument("--all", action="store_true", help="print every finding, not ten of a kind")
-    options = parser.parse_args(argv)
-    try:
-        if options.command == "verify":
-            return _verify(options.name, options.manual_dir, options.all)
-        arguments = {key: value for key, value in vars(options).items() if key != "command"}
-        {"prepare": _prepare, "resize": _resize}[options.command](**arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 def _verify(name: str, manual_dir: str, show_all: bool) -> int:

@@ -50,18 +50,7 @@ def open_class_folders(
     root = Path(folder).expanduser()
     if label != "label":
         raise InputError(f"label='{label}': {folder} has classes only; set it to 'label'")
-    if _has_splits(root):
-        name = _split_folder(root, split)
-        splits = split_names(root)
-        classes = sorted({path.name for other in splits for path in _folders(root / other)})
-        files = _files(root, name)
-        here = np.ones(len(files), bool)
-        listed = root / name
-    else:
-        classes = [path.name for path in _folders(root)]
-        files = _files(root, ".")
-        here = _hashed_split(root, files, split)
-        listed = root
+    listed, classes, files, here = _listing(root, split)
     _check(listed, classes, files)
     here &= good_images(listed, [f"{root}/{file}" for file in files], on_bad_image=on_bad_image)
     files = [file for file, usable in zip(files, here, strict=True) if usable]
@@ -80,6 +69,22 @@ def open_class_folders(
         bbox=None,
         images=ImageFiles(tuple(f"{root}/{file}" for file in files)),
     )
+
+
+def _listing(root: Path, split: str) -> tuple[Path, list[str], list[str], np.ndarray]:
+    """The folder that holds a split, all classes, the folder's images, and which are in the split.
+
+    Images are paths inside ``root``, those of the split a bool [n].
+    """
+    if _has_splits(root):
+        name = _split_folder(root, split)
+        splits = split_names(root)
+        classes = sorted({path.name for other in splits for path in _folders(root / other)})
+        files = _files(root, name)
+        return root / name, classes, files, np.ones(len(files), bool)
+    classes = [path.name for path in _folders(root)]
+    files = _files(root, ".")
+    return root, classes, files, _hashed_split(root, files, split)
 
 
 def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> int:

@@ -64,19 +64,16 @@ def resize_dataset(
         raise InputError(f"short_side={short_side}: give at least 8 pixels")
     if folder.exists():
         raise InputError(f"{folder} exists already: give a new folder, or remove it")
-    options = {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
     if str(name).lower().endswith(".csv"):
         rows = _rows_of_manifest(Path(name), on_bad_image)
     else:
+        options = {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
         rows = _rows_of_splits(name, data_dir=data_dir, **options)
     _check_paths(rows)
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         _start(partial, {"name": str(name), "short_side": short_side})
-        copy = functools.partial(_copy, folder=partial, short_side=short_side)
-        with ThreadPoolExecutor() as pool:
-            done = progress(pool.map(copy, rows), "resizing images", total=len(rows))
-            _write_manifest(partial / MANIFEST, list(done))
+        _copy_all(rows, partial, short_side)
         (partial / _SETTINGS).unlink()
         partial.rename(folder)
     except OSError as error:
@@ -205,6 +202,13 @@ def _start(partial: Path, settings: dict) -> None:
             f"{partial} holds an unfinished copy of something else ({found}): remove it, or give "
             "another folder"
         )
+
+
+def _copy_all(rows: list[Row], folder: Path, short_side: int) -> None:
+    copy = functools.partial(_copy, folder=folder, short_side=short_side)
+    with ThreadPoolExecutor() as pool:
+        done = progress(pool.map(copy, rows), "resizing images", total=len(rows))
+        _write_manifest(folder / MANIFEST, list(done))
 
 
 def _copy(row: Row, *, folder: Path, short_side: int) -> dict[str, str]:

@@ -162,42 +162,40 @@ def _hem_band(width: float, top: float, depth: float, paint: str) -> list[Shape]
     return _band(left, right, np.array((0, depth)), paint)
 
 
-def _sleeves(
-    torso: Torso, pose, *, length: float, cuff: float, angle: float, paint="main", band="", rib=0.22
-) -> list[Shape]:
-    """Two sleeves, each at its own angle from the vertical; ``band`` is the paint of the cuffs."""
-    shapes = []
+def _sleeves(torso: Torso, pose: Rng, **form) -> list[Shape]:
+    """Two sleeves, each at its own angle from the vertical; ``form`` is :func:`_sleeve`'s."""
+    return _sleeve(torso, pose, -1, **form) + _sleeve(torso, pose, 1, **form)
+
+
+def _sleeve(
+    torso: Torso, pose: Rng, side: int, *,
+    length: float, cuff: float, angle: float, paint="main", band="", rib=0.22,
+) -> list[Shape]:  # fmt: skip
+    """The sleeve of one side, -1 or 1; ``band`` is the paint of its cuff, if any."""
     start = (torso.shoulder + torso.armpit) / 2
     reach = np.hypot(*(torso.shoulder - torso.armpit)) / 2
-    for side in (-1, 1):
-        upper = angle + pose.uniform(-0.16, 0.2)
-        lower = upper + (pose.uniform(-0.3, 0.25) if length > 1.2 else 0.0)
-        down, out = _directions(upper)
-        down2, out2 = _directions(lower)
-        elbow = start + down * length * 0.5
-        wrist = elbow + down2 * length * 0.5
-        wide = 0.52 * reach + 0.5 * cuff
-        outer = curve(torso.shoulder, elbow + out * wide, wrist + out2 * cuff)
-        inner = curve(wrist - out2 * cuff, elbow - out * wide, torso.armpit)
-        inside = [(0.7 * torso.armpit[0], torso.armpit[1]), (0.7 * torso.shoulder[0], 0.3)]
-        flip, grain = np.array((side, 1.0)), -side * (upper + lower) / 2
-        shapes.append(Shape(np.concatenate([outer, inner, inside]) * flip, paint, grain))
-        if length > 1.2:
-            for at in pose.uniform(0.25, 0.9, 3):
-                fold = start + down * length * at
-                ends = curve(
-                    fold - out * wide,
-                    fold + down * 0.06,
-                    fold + out * wide * pose.uniform(-0.3, 0.8),
-                )
-                shapes.append(Shape(ends * flip, "fold", tone=0.74, stroke=0.08))
-        if band:
-            corner = (wrist + out2 * cuff * 1.06) * flip, (wrist - out2 * cuff * 1.06) * flip
-            shapes += _band(*corner, depth=-down2 * rib * flip, paint=band, angle=grain)
-        else:
-            hem = np.stack([wrist + out2 * cuff, wrist - out2 * cuff]) - down2 * 0.1
-            shapes.append(Shape(hem * flip, "seam", stroke=0.025))
-    return shapes
+    upper = angle + pose.uniform(-0.16, 0.2)
+    lower = upper + (pose.uniform(-0.3, 0.25) if length > 1.2 else 0.0)
+    down, out = _directions(upper)
+    down2, out2 = _directions(lower)
+    elbow = start + down * length * 0.5
+    wrist = elbow + down2 * length * 0.5
+    wide = 0.52 * reach + 0.5 * cuff
+    outer = curve(torso.shoulder, elbow + out * wide, wrist + out2 * cuff)
+    inner = curve(wrist - out2 * cuff, elbow - out * wide, torso.armpit)
+    inside = [(0.7 * torso.armpit[0], torso.armpit[1]), (0.7 * torso.shoulder[0], 0.3)]
+    flip, grain = np.array((side, 1.0)), -side * (upper + lower) / 2
+    shapes = [Shape(np.concatenate([outer, inner, inside]) * flip, paint, grain)]
+    for at in pose.uniform(0.25, 0.9, 3) if length > 1.2 else ():
+        fold = start + down * length * at
+        end = fold + out * wide * pose.uniform(-0.3, 0.8)
+        line = curve(fold - out * wide, fold + down * 0.06, end)
+        shapes.append(Shape(line * flip, "fold", tone=0.74, stroke=0.08))
+    if band:
+        corner = (wrist + out2 * cuff * 1.06) * flip, (wrist - out2 * cuff * 1.06) * flip
+        return shapes + _band(*corner, depth=-down2 * rib * flip, paint=band, angle=grain)
+    hem = np.stack([wrist + out2 * cuff, wrist - out2 * cuff]) - down2 * 0.1
+    return [*shapes, Shape(hem * flip, "seam", stroke=0.025)]
 
 
 def _directions(angle: float) -> tuple[np.ndarray, np.ndarray]:
@@ -206,37 +204,39 @@ def _directions(angle: float) -> tuple[np.ndarray, np.ndarray]:
     return along, np.array((along[1], -along[0]))
 
 
-def _legs(
-    pose, *, top=0.0, waist=0.8, hip=1.0, rise=1.1, length=3.4, knee=0.42, ankle=0.34, spread=0.08
-) -> list[Shape]:
-    """Two legs from the waist down, spread by the pose, with creases at crotch and knee."""
-    shapes = []
-    for side in (-1, 1):
-        along, across = _directions(spread + pose.uniform(-0.05, 0.12))
-        start = np.array((hip * 0.52, top + rise))
-        middle, end = start + along * length * 0.45, start + along * length
-        outer = curve(
-            (waist, top), (hip, top + 0.6 * rise), middle + across * knee, end + across * ankle
-        )
-        inner = curve(end - across * ankle, middle - across * knee, (0.03, top + rise))
-        outline = np.concatenate([outer, inner, [(-0.04, top + rise - 0.1), (-0.04, top)]])
-        flip, grain = np.array((side, 1.0)), -side * np.arctan2(along[0], along[1])
-        shapes.append(Shape(outline * flip, "main", grain))
-        crotch = curve((0.02, top + rise), (0.2, top + rise + 0.12), (hip * 0.6, top + rise + 0.05))
-        shapes.append(Shape(crotch * flip, "fold", tone=0.7, stroke=0.09))
-        for at in pose.uniform(0.3, 0.95, 3):
-            fold = start + along * length * at
-            line = curve(fold - across * knee, fold + along * 0.1, fold + across * knee * 0.4)
-            shapes.append(Shape(line * flip, "fold", tone=pose.choice((0.75, 1.15)), stroke=0.08))
-        if length > 2:
-            crease = np.stack([start + along * 0.4, end - along * 0.1])
-            shapes.append(Shape(crease * flip, "fold", tone=1.15, stroke=0.14))
-        hem = np.stack([end + across * ankle, end - across * ankle]) - along * 0.1
-        shapes.append(Shape(hem * flip, "seam", stroke=0.025))
-    return [
-        *shapes,
-        Shape(curve((0, top), (0.02, top + rise * 0.6), (0, top + rise)), "seam", stroke=0.03),
-    ]
+def _legs(pose: Rng, *, top=0.0, rise=1.1, **form) -> list[Shape]:
+    """Two legs from the waist down, and the seam between them; ``form`` is :func:`_leg`'s."""
+    legs = [shape for side in (-1, 1) for shape in _leg(pose, side, top=top, rise=rise, **form)]
+    middle = curve((0, top), (0.02, top + rise * 0.6), (0, top + rise))
+    return [*legs, Shape(middle, "seam", stroke=0.03)]
+
+
+def _leg(
+    pose: Rng, side: int, *, top: float, rise: float,
+    waist=0.8, hip=1.0, length=3.4, knee=0.42, ankle=0.34, spread=0.08,
+) -> list[Shape]:  # fmt: skip
+    """The leg of one side, -1 or 1, spread by the pose, with creases at crotch and knee."""
+    along, across = _directions(spread + pose.uniform(-0.05, 0.12))
+    start = np.array((hip * 0.52, top + rise))
+    middle, end = start + along * length * 0.45, start + along * length
+    outer = curve(
+        (waist, top), (hip, top + 0.6 * rise), middle + across * knee, end + across * ankle
+    )
+    inner = curve(end - across * ankle, middle - across * knee, (0.03, top + rise))
+    outline = np.concatenate([outer, inner, [(-0.04, top + rise - 0.1), (-0.04, top)]])
+    flip, grain = np.array((side, 1.0)), -side * np.arctan2(along[0], along[1])
+    crotch = curve((0.02, top + rise), (0.2, top + rise + 0.12), (hip * 0.6, top + rise + 0.05))
+    shapes = [Shape(outline * flip, "main", grain)]
+    shapes += [Shape(crotch * flip, "fold", tone=0.7, stroke=0.09)]
+    for at in pose.uniform(0.3, 0.95, 3):
+        fold = start + along * length * at
+        line = curve(fold - across * knee, fold + along * 0.1, fold + across * knee * 0.4)
+        shapes.append(Shape(line * flip, "fold", tone=pose.choice((0.75, 1.15)), stroke=0.08))
+    if length > 2:
+        crease = np.stack([start + along * 0.4, end - along * 0.1])
+        shapes.append(Shape(crease * flip, "fold", tone=1.15, stroke=0.14))
+    hem = np.stack([end + across * ankle, end - across * ankle]) - along * 0.1
+    return [*shapes, Shape(hem * flip, "seam", stroke=0.025)]
 
 
 def _waistband(width: float, top: float, depth: float, paint: str) -> list[Shape]:
@@ -433,20 +433,7 @@ def hoodie(cut: Rng, pose: Rng) -> list[Shape]:
         band=rib, paint=cut.choice(("main", "main", "second")),
     )  # fmt: skip
     height, width = cut.uniform(0.75, 1.0), cut.uniform(0.66, 0.8)
-    hood = curve(
-        (0, -height), (width * 0.62, -height * 0.88), (width, -height * 0.3), (width * 0.92, 0.2),
-        (0.3, 0.5),
-    )  # fmt: skip
-    face = curve(
-        (0, -height * 0.72), (width * 0.46, -height * 0.55), (width * 0.6, -0.1), (0.36, 0.3),
-        (0, 0.46),
-    )  # fmt: skip
-    shapes += [Shape(mirrored(hood)), *_seamed(mirrored(face), "lining", stroke=0.04)]
-    collar = curve((width * 0.92, 0.18), (0.5, 0.42), (0.02, 0.66))
-    shapes += both_sides(
-        np.concatenate([collar, curve((0, 0.46), (0.36, 0.3), (width * 0.6, -0.1))]), paint="main"
-    )
-    shapes += both_sides(collar, paint="seam", stroke=0.035)
+    shapes += _hood(height, width)
     shapes += _hem_band(0.98, length - 0.18, 0.28, rib)
     pouch = np.concatenate(
         [
@@ -463,7 +450,27 @@ def hoodie(cut: Rng, pose: Rng) -> list[Shape]:
     )
 
 
-def _open_front(length: float, neck: float, gap: float, hem: float, flare: float) -> Shape:
+def _hood(height: float, width: float) -> list[Shape]:
+    """A hood that hangs behind the neck, its inside, and where it is sewn on in front."""
+    hood = curve(
+        (0, -height), (width * 0.62, -height * 0.88), (width, -height * 0.3), (width * 0.92, 0.2),
+        (0.3, 0.5),
+    )  # fmt: skip
+    face = curve(
+        (0, -height * 0.72), (width * 0.46, -height * 0.55), (width * 0.6, -0.1), (0.36, 0.3),
+        (0, 0.46),
+    )  # fmt: skip
+    collar = curve((width * 0.92, 0.18), (0.5, 0.42), (0.02, 0.66))
+    front = np.concatenate([collar, curve((0, 0.46), (0.36, 0.3), (width * 0.6, -0.1))])
+    return [
+        Shape(mirrored(hood)),
+        *_seamed(mirrored(face), "lining", stroke=0.04),
+        *both_sides(front, paint="main"),
+        *both_sides(collar, paint="seam", stroke=0.035),
+    ]
+
+
+def _open_front(length: float, neck: float, gap: float, flare: float) -> Shape:
     """What shows between two fronts that are not closed: the lining."""
     half = curve(
         (neck * 0.8, 0.1), (gap * 0.7, 1.0), (gap, length * 0.6), (gap + flare, length + 0.02)
@@ -484,7 +491,7 @@ def jacket(cut: Rng, pose: Rng) -> list[Shape]:
     )  # fmt: skip
     shapes += _hem_band(0.99, length - 0.16, 0.32, rib)
     gap = cut.uniform(0.16, 0.34)
-    opening = _open_front(length + 0.16, 0.44, gap, 0.98, 0.04)
+    opening = _open_front(length + 0.16, 0.44, gap, 0.04)
     edge = opening.points[: len(opening.points) // 2]
     shapes += [opening, *both_sides(edge, paint="metal", stroke=0.07)]
     collar = np.concatenate(
@@ -523,8 +530,19 @@ def coat(cut: Rng, pose: Rng) -> list[Shape]:
             stroke=0.05,
         )
     ]
+    shapes += _lapels(depth, cut.choice(("main", "main", "trim")))
+    for x in (-overlap, overlap) if double else (0.0,):
+        shapes += _buttons(x, depth + 0.12, 2.9, 3)
+    shapes += _slit((0.5, 2.55), (0.62, 2.8), (0.74, 3.05))
+    if cut.random() < 0.5:
+        at = 1.1 + 0.34 * (length - 1.1) - 0.1
+        shapes += _belt(waist * 1.01, at, cut.choice(("trim", "main")))
+    return shapes
+
+
+def _lapels(depth: float, paint: str) -> list[Shape]:
+    """Two lapels that meet at ``depth``, and what shows between them: the lining."""
     inside = np.array([(-0.42, -0.1), (0.42, -0.1), (0, depth)])
-    shapes += [Shape(inside, "lining")]
     lapel = np.concatenate(
         [
             curve((0.42, -0.16), (0.28, 0.35), (0.0, depth)),
@@ -533,15 +551,7 @@ def coat(cut: Rng, pose: Rng) -> list[Shape]:
             curve((0.78, 0.42), (0.64, 0.1), (0.42, -0.16)),
         ]
     )
-    paint = cut.choice(("main", "main", "trim"))
-    shapes += _sewn_on(lapel, paint, tone=1.06, stroke=0.035)
-    for x in (-overlap, overlap) if double else (0.0,):
-        shapes += _buttons(x, depth + 0.12, 2.9, 3)
-    shapes += _slit((0.5, 2.55), (0.62, 2.8), (0.74, 3.05))
-    if cut.random() < 0.5:
-        at = 1.1 + 0.34 * (length - 1.1) - 0.1
-        shapes += _belt(waist * 1.01, at, cut.choice(("trim", "main")))
-    return shapes
+    return [Shape(inside, "lining"), *_sewn_on(lapel, paint, tone=1.06, stroke=0.035)]
 
 
 def _belt(width: float, y: float, paint: str) -> list[Shape]:
