@@ -1,12 +1,13 @@
 """A run's config from the command line: ``--config`` by name or by path, and its overrides."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from cbam_jax import InputError
 
@@ -44,33 +45,33 @@ def read_config_file(config: str, overrides: Sequence[str]) -> Config:
     Raises:
         InputError: for a missing file, an unknown field or argument, or a value of another type.
     """
-    values = flags.FlagValues()
-    parsed = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    with _told_in_one_line():
-        rest = values(["train", f"--config={find_config(config)}", *overrides])
-    _refuse(rest[1:])
-    return parsed.value
+    arguments = ["train", f"--config={find_config(config)}", *overrides]
+    return _parsed(config_flags.DEFINE_config_file, arguments)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Return a copy of a config with ``--config.FIELD=VALUE`` flags applied; raises likewise.
 
+    >>> from ml_collections import ConfigDict
     >>> config = ConfigDict({"eval": {"ks": (5, 10)}})
     >>> override(config, ["--config.eval.ks=(1,2)"]).eval.ks
     (1, 2)
     """
+    arguments = ["evaluate", *overrides]
+    return _parsed(config_flags.DEFINE_config_dict, arguments, config=copy.deepcopy(config))
+
+
+def _parsed(define: Callable, arguments: list[str], **options: Any) -> Config:
+    """The config that a flag holds once the arguments are read, locked."""
     values = flags.FlagValues()
-    copy = ConfigDict(config.to_dict())
-    parsed = config_flags.DEFINE_config_dict("config", copy, lock_config=True, flag_values=values)
     with _told_in_one_line():
-        rest = values(["evaluate", *overrides])
-    _refuse(rest[1:])
-    return parsed.value
-
-
-def _refuse(rest: Sequence[str]) -> None:
-    if rest:
-        raise InputError(f"unknown argument {rest[0]!r}: see --help")
+        holder = define(
+            "config", lock_config=True, flag_values=values, sys_argv=arguments, **options
+        )
+        rest = values(arguments)
+    if rest[1:]:
+        raise InputError(f"unknown argument {rest[1]!r}: see --help")
+    return holder.value
 
 
 @contextlib.contextmanager

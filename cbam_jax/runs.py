@@ -6,7 +6,6 @@ does both and writes what was found; ``run_figures`` draws it.
 
 import argparse
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from cbam_jax import (
     InputError,
@@ -30,6 +28,7 @@ from cbam_jax import (
     steps,
 )
 from cbam_jax.config_files import Config
+from cbam_jax.configs import default
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
@@ -57,7 +56,7 @@ def read_config(workdir: Path) -> Config:
         raise InputError(f"no run in {workdir}: {path} is missing; train first, or check --workdir")
     try:
         return _with_defaults(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         with _checkpoints(workdir) as checkpoints:
             kept = checkpoints.read_config()
         if kept is None:
@@ -69,31 +68,16 @@ def read_config(workdir: Path) -> Config:
 
 
 def _with_defaults(document: Any) -> Config:
-    """A config of JSON, checked against the default one; ValueError where it does not fit it."""
-    from cbam_jax.configs import default
-
-    config = default.get_config().to_dict()
-    if not isinstance(document, dict) or not document.get("data"):
+    """The default config with a saved one's fields; an error where they are none of its kind."""
+    config: Config = default.get_config()
+    if not document.get("data"):
         raise ValueError("not the config of a run")
-    for section, fields in config.items():
-        given = document.get(section, fields)
-        if isinstance(fields, dict):
-            if not isinstance(given, dict):
-                raise ValueError(f"{section} is {given!r}, not an object")
-            given = {name: _typed(f"{section}.{name}", given.get(name, value), value)
-                     for name, value in fields.items()}  # fmt: skip
-        config[section] = given
-    return ConfigDict(config)
-
-
-def _typed(name: str, given: Any, default: Any) -> Any:
-    """A field's value, whose type is that of the default's; None and what may be None pass."""
-    if isinstance(default, tuple) and isinstance(given, list):
-        return tuple(given)
-    wanted = (int, float) if isinstance(default, float) else type(default)
-    if default is not None and given is not None and not isinstance(given, wanted):
-        raise ValueError(f"{name} is {given!r}, not of the kind of {default!r}")
-    return given
+    config.seed = document.get("seed", config.seed)
+    for section in {*config} & document.keys() - {"seed"}:
+        for name in {*config[section]} & document[section].keys():
+            value = document[section][name]
+            config[section][name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def _checkpoints(workdir: Path) -> checkpoint.Checkpoints:
@@ -120,14 +104,25 @@ def locked(workdir: Path) -> Iterator[None]:
             f"--workdir={workdir} cannot be written ({error.strerror}): choose another"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take_lock(file):
             raise InputError(
                 f"--workdir={workdir} is in use by another training: wait for it to end, stop it, "
                 "or choose another"
-            ) from None
+            )
         yield
+
+
+def _take_lock(file: Any) -> bool:
+    """Lock an open file unless another process has; True too where no lock is to be had."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows; a file system without locks, as some clusters have.
+        return True
+    return True
 
 
 def restore_model(

@@ -6,6 +6,8 @@ step computes in ``steps``, what is minimised in ``losses``.
 
 import argparse
 import contextlib
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,8 +296,10 @@ def tell(summary: dict[str, Any]) -> str:
     if before and after:
         lines[0] += f"; {summary['split']}, untrained -> best (step {summary['best_step']}):"
         lines += [f"  {name:14}{before[name]:.4f} -> {after[name]:.4f}" for name in after]
-    workdir = summary["workdir"]
-    lines.append(f"measure it: python evaluate.py --workdir={workdir} --split=test --figures")
+    script = Path(sys.argv[0]).name == "train.py"
+    program = "python evaluate.py" if script else "cbam-jax evaluate"
+    workdir = shlex.quote(summary["workdir"])
+    lines.append(f"measure it: {program} --workdir={workdir} --split=test --figures")
     return "\n".join(lines)
 
 

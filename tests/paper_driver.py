@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cbam_jax import command_line
 from cbam_jax.paper import __main__ as command
-from cbam_jax.paper import processes, tables
+from cbam_jax.paper import tables
 
 
 def main():
@@ -19,8 +19,6 @@ def main():
     tables.ROWS |= {row: tables.Row(row, (0.5, 0.25, 0.125)) for row in options["rows"]}
     tables.TABLES.clear()
     tables.TABLES[1] = tuple(options["rows"])
-    if "checkout" in options:
-        processes.CHECKOUT = Path(options["checkout"])
     return command_line.run(command.main)
 
 

@@ -96,7 +96,9 @@ def test_mistakes_are_told_in_one_line(tmp_path, rng):
 def test_unknown_split_and_a_split_without_images(tmp_path, rng):
     write_images(tmp_path, ("train/a/1.png", "train/b/1.png"), rng)
     (tmp_path / "val" / "a").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"has no split 'test': choose one of \['train', 'val'\]"):
+    with pytest.raises(
+        InputError, match=r"has no split 'test': choose one of \['train', 'val', 'all'\]"
+    ):
         open_dataset(str(tmp_path), "test")
     with pytest.raises(InputError, match="no images in .*val"):
         open_dataset(str(tmp_path), "val")

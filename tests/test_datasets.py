@@ -313,7 +313,7 @@ def test_manifest_unknown_file_split_label_option(tmp_path, rng):
     path = str(write_csv(tmp_path / "photos.csv", full_rows(photos(tmp_path, rng, 6))))
     with pytest.raises(InputError, match=r"there is no manifest .*nope\.csv"):
         open_dataset(str(tmp_path / "nope.csv"), "test")
-    with pytest.raises(InputError, match=r"split 'val' .*\['test', 'train'\]"):
+    with pytest.raises(InputError, match=r"split 'val' .*\['test', 'train', 'all'\]"):
         open_dataset(path, "val")
     with pytest.raises(InputError, match=r"label='domain' .*\['label', 'item_id', 'series'\]"):
         open_dataset(path, "test", label="domain")

@@ -44,10 +44,11 @@ MAY_IMPORT = {
         "torch_files",
         "whole_files",
     },
+    "__main__": {"command_line"},
     "configs": set(),
     "config_files": set(),
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
-    "paper": {"command_line", "datasets", "figures", "metrics"},
+    "paper": {"config_files", "command_line", "datasets", "figures", "metrics"},
     "focus": {"data", "datasets", "gradcam", "steps"},
     # What a config means, then what a run does and is; the commands stand on top.
     "experiment": {

@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import pytest
 
-from cbam_jax import InputError, command_line, datasets
+from cbam_jax import InputError, command_line, config_files, datasets
 from cbam_jax.metrics import METRIC_DEFINITIONS
-from cbam_jax.paper import ROWS, TABLES, processes
+from cbam_jax.paper import ROWS, TABLES, processes, settings
 from cbam_jax.paper import rows as running
 from cbam_jax.paper.__main__ import main
 
@@ -96,6 +96,12 @@ if "figures" in flags:
 print("measured")
 print(json.dumps({"split": split}))
 """
+# Stands in for ``-m cbam_jax``: runs the script beside it that its first argument names.
+PROGRAM = """\
+import pathlib, runpy, sys
+script = pathlib.Path(__file__).with_name(sys.argv.pop(1) + ".py")
+runpy.run_path(str(script), run_name="__main__")
+"""
 COST = {
     "parameters": 10, "flops": 20.0, "images_per_second": 30.0,
     "device": "abacus", "cores": 2, "jax": "1", "numpy": "2", "python": "3",
@@ -115,8 +121,9 @@ def checkout(tmp_path, monkeypatch):
         (folder / "configs" / f"{row}.py").write_text(
             "def get_config():\n    return {'data': {'name': 'x', 'label': 'label'}}\n"
         )
-    monkeypatch.setattr(processes, "CHECKOUT", folder)
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # The command puts the checkout in front.
+    (folder / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(processes, "PROGRAM", [str(folder / "program.py")])
+    monkeypatch.setattr(config_files, "CONFIGS", folder / "configs")
     monkeypatch.setattr(datasets, "open_dataset", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         running,
@@ -317,11 +324,11 @@ def test_a_split_that_is_not_there_is_told_first(checkout, run, monkeypatch):
     assert calls(checkout) == []
 
 
-def test_without_a_checkout(checkout, run):
-    (checkout / "train.py").unlink()
-    status, _, stderr = run("--table=1")
-    assert status == 2
-    assert re.fullmatch(r"error: \S+/train.py is missing: rows are trained by .*\n", stderr)
+def test_rows_are_trained_by_the_package():
+    assert processes.script("train") == ["-m", "cbam_jax", "train"]
+    assert settings.row_config("resnet50_se", {}).endswith("configs/resnet50_se.py")
+    with pytest.raises(InputError, match="--config=mine.py: no such file; give one, or one of"):
+        settings.row_config("resnet50_se", {"config": "mine.py"})
 
 
 # --- figures ---

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.manifest import ImageFiles, assign_splits, good_images
+from cbam_jax.datasets.manifest import ALL, ImageFiles, assign_splits, good_images
 from cbam_jax.datasets.retrieval import RetrievalDataset
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -40,7 +40,7 @@ def open_class_folders(
     Args:
         folder: the folder; ``~`` is one's home.
         split: a split's folder, where ``validation``, ``val`` and ``valid`` mean the same; or one
-            of ``train``, ``validation`` and ``test``.
+            of ``train``, ``validation`` and ``test``; or ``all``.
         label: ``"label"``, the class; a folder has no other column.
         on_bad_image: ``"fail"`` or ``"skip"``.
 
@@ -77,11 +77,13 @@ def _listing(root: Path, split: str) -> tuple[Path, list[str], list[str], np.nda
     Images are paths inside ``root``, those of the split a bool [n].
     """
     if _has_splits(root):
-        name = _split_folder(root, split)
         splits = split_names(root)
         classes = sorted({path.name for other in splits for path in _folders(root / other)})
-        files = _files(root, name)
-        return root / name, classes, files, np.ones(len(files), bool)
+        everything = split == ALL and ALL not in splits
+        names = splits if everything else [_split_folder(root, split)]
+        files = [file for name in names for file in _files(root, name)]
+        listed = root if everything else root / names[0]
+        return listed, classes, files, np.ones(len(files), bool)
     classes = [path.name for path in _folders(root)]
     files = _files(root, ".")
     return root, classes, files, _hashed_split(root, files, split)
@@ -133,16 +135,18 @@ def _split_folder(root: Path, split: str) -> str:
     for name in names:
         if name in found:
             return name
-    raise InputError(f"{root} has no split '{split}': choose one of {found}")
+    raise InputError(f"{root} has no split '{split}': choose one of {[*found, ALL]}")
 
 
 def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:
     """Bool [n], which images are in a split, where no folder says so."""
+    if split == ALL:
+        return np.ones(len(files), bool)
     split = "validation" if split in VALIDATION else split
     if split not in SPLITS:
         raise InputError(
             f"{root} has no split '{split}': it has no folders for splits, so choose one of "
-            f"{list(SPLITS)}"
+            f"{[*SPLITS, ALL]}"
         )
     splits = assign_splits({"label": [_class(file) for file in files], "id": files})
     counts = {name: splits.count(name) for name in SPLITS}

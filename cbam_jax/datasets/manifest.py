@@ -38,6 +38,7 @@ from cbam_jax.datasets.retrieval import RetrievalDataset, is_decodable
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
 LABELS = ("label", "item_id", "series")
+ALL = "all"  # The split of every row, unless the column has that name.
 _TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
 
 
@@ -76,7 +77,7 @@ def open_manifest(
 
     Args:
         path: the CSV file, UTF-8 with or without BOM.
-        split: a value of the ``split`` column, or one of :func:`assign_splits`.
+        split: a value of the ``split`` column, or one of :func:`assign_splits`; or ``all`` rows.
         label: the column that decides what is similar: ``label``, ``item_id`` or ``series``.
         on_bad_image: ``"fail"`` or ``"skip"``.
 
@@ -84,11 +85,13 @@ def open_manifest(
         InputError: names the file, the row (as a spreadsheet numbers it: the header is row 1) and
             the remedy.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     table = read_table(path)
     if label not in LABELS or label not in table:
         found = [column for column in LABELS if column in table]
         raise InputError(f"label='{label}' is not a column of {path}: choose one of {found}")
+    if split == ALL and ALL not in table.get("split", ()):
+        table["split"] = [ALL] * len(table["path"])
     if "split" not in table:
         table["split"] = assign_splits(table)
         counts = {name: table["split"].count(name) for name in ("train", "validation", "test")}
@@ -97,7 +100,7 @@ def open_manifest(
     if not here.any():
         names = sorted(set(table["split"]))
         raise InputError(
-            f"split '{split}' has no rows in {path}: choose one of {names}, or name it "
+            f"split '{split}' has no rows in {path}: choose one of {[*names, ALL]}, or name it "
             "in the split column"
         )
     here &= good_images(path, table["path"], on_bad_image=on_bad_image)

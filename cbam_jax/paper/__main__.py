@@ -1,7 +1,7 @@
 """The paper's tables and figures on any dataset: ``python -m cbam_jax.paper {tables,figures}``.
 
-Each row is a config of the checkout, trained and measured by its ``train.py`` and ``evaluate.py``
-in processes of their own, once a seed. The same command again goes on where it was interrupted,
+Each row is a config of the package, trained and measured as by ``train.py`` and ``evaluate.py`` in
+processes of their own, once a seed. The same command again goes on where it was interrupted,
 however that was: finished rows are kept, and an unfinished one resumes from its checkpoint.
 WORKDIR gets ``table1.md``, ``.csv``, ``.json`` and ``.png``, likewise ``table2``, and the runs
 themselves under ``runs/``; ``figures`` then draws Figures 4 and 5 from these runs.

@@ -14,23 +14,14 @@ from typing import Any
 
 from cbam_jax import InputError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+# Where the processes find this package: a checkout, or what it was installed into.
+_ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ("-m", "cbam_jax")  # What Python is given before a command's name.
 
 
 def script(name: str) -> list[str]:
     """Return what Python is given to run ``"train"`` or ``"evaluate"``, before its flags."""
-    return [in_checkout(f"{name}.py")]
-
-
-def in_checkout(*parts: str) -> str:
-    """Return the path of a script or config of the checkout that this package is part of."""
-    path = CHECKOUT.joinpath(*parts)
-    if not path.exists():
-        raise InputError(
-            f"{path} is missing: rows are trained by the train.py of a checkout; clone the "
-            "repository and run the command in its root"
-        )
-    return str(path)
+    return [*PROGRAM, name]
 
 
 @contextlib.contextmanager
@@ -87,7 +78,7 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _environment() -> dict[str, str]:
     inherited = os.environ.get("PYTHONPATH")
-    path = str(CHECKOUT) if not inherited else f"{CHECKOUT}{os.pathsep}{inherited}"
+    path = str(_ROOT) if not inherited else f"{_ROOT}{os.pathsep}{inherited}"
     return {**os.environ, "PYTHONPATH": path}
 
 

@@ -3,13 +3,11 @@
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError, command_line
-from cbam_jax.paper import processes
 from cbam_jax.paper.tables import READING
 
 # Fields that the command has flags of its own for.
@@ -42,7 +40,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 def row_config(row: str, settings: Mapping[str, str]) -> str:
     """Return the path of the config that a row is trained with."""
-    return settings.get("config") or processes.in_checkout("configs", f"{row}.py")
+    from cbam_jax.config_files import find_config
+
+    return str(find_config(settings.get("config", row)))
 
 
 def check_settings(workdir: Path, settings: Mapping[str, str]) -> None:
@@ -80,7 +80,5 @@ def _load_config(path: str) -> Mapping[str, Any]:
     if spec is None or spec.loader is None or not os.path.exists(path):
         raise InputError(f"--config={path}: no such file")
     module = importlib.util.module_from_spec(spec)
-    if str(processes.CHECKOUT) not in sys.path:  # Configs import one another.
-        sys.path.insert(0, str(processes.CHECKOUT))
     spec.loader.exec_module(module)
     return module.get_config()

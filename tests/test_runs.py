@@ -1,0 +1,281 @@
+"""A run used elsewhere: moved, only readable, on other data, with damaged or missing files."""
+
+import builtins
+import fcntl
+import io
+import json
+import os
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import CLASSES, make_config, patch_tiny_models, write_photos, write_run
+
+from cbam_jax import InputError, command_line, config_files, experiment, runs, steps, training
+from cbam_jax.datasets import open_dataset
+
+# ml_collections loads configs by a method that Python means to remove.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch_tiny_models(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    return write_photos(folder, splits=("train", "test"), count=6)
+
+
+@pytest.fixture(scope="module")
+def run(manifest, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    write_run(workdir, make_config(manifest))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def measured(run):
+    """The report of the test split, and its embeddings."""
+    report = runs.evaluate(run)
+    return report, np.load(run / "eval" / "test" / "embeddings.npz")
+
+
+def evaluate(monkeypatch, capsys, *arguments):
+    """Run the command; its exit status, its last line as JSON or None, and stderr."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    status = command_line.run(runs.main)
+    stdout, stderr = capsys.readouterr()
+    return status, json.loads(stdout.splitlines()[-1]) if status == 0 else None, stderr
+
+
+def test_a_run_that_may_only_be_read_is_measured_elsewhere(
+    run, measured, tmp_path, monkeypatch, capsys
+):
+    def refuse(path):
+        if str(path).startswith(str(run)):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    def opened(file, mode="r", *args, open=builtins.open, **kwargs):
+        if isinstance(file, str | os.PathLike) and set(mode) & set("wax+"):
+            refuse(file)
+        return open(file, mode, *args, **kwargs)
+
+    def made(path, *args, mkdir=os.mkdir, **kwargs):
+        refuse(path)
+        return mkdir(path, *args, **kwargs)
+
+    before = sorted(str(path) for path in run.rglob("*"))
+    monkeypatch.setattr(os, "mkdir", made)
+    monkeypatch.setattr(builtins, "open", opened)
+    monkeypatch.setattr(io, "open", opened)
+    out = tmp_path / "results"
+    flags = (f"--workdir={run}", f"--out={out}")
+    status, line, stderr = evaluate(monkeypatch, capsys, *flags)
+    assert status == 0, stderr
+    assert line["metrics"] == measured[0]["metrics"]
+    assert sorted(str(path) for path in run.rglob("*")) == before
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "embeddings.npz"}
+    status, _, stderr = evaluate(monkeypatch, capsys, f"--workdir={run}", "--split=train")
+    assert status == 2
+    assert f"{run}/eval/train cannot be written" in stderr
+    assert stderr.count("\n") == 1
+    assert "--out=DIR" in stderr
+
+
+def test_other_data_go_to_a_folder_of_their_own(run, measured, tmp_path, monkeypatch, capsys):
+    other = write_photos(tmp_path, splits=("test",), count=4, size=(33, 35))
+    monkeypatch.chdir(tmp_path)
+    flags = (f"--workdir={run}", "--data=photos.csv")
+    status, line, stderr = evaluate(monkeypatch, capsys, *flags)
+    assert status == 0, stderr
+    assert line["dataset"] == "photos.csv"
+    saved = np.load(run / "eval" / "photos-test" / "embeddings.npz")
+    assert saved["id"].tolist() == open_dataset(str(other), "test").id.tolist()
+    again = np.load(run / "eval" / "test" / "embeddings.npz")
+    np.testing.assert_array_equal(again["embedding"], measured[1]["embedding"])
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_all_splits_at_once(folders, run, manifest, measured, tmp_path, monkeypatch, capsys):
+    data = manifest
+    if folders:
+        for file in manifest.parent.glob("*_*.*"):
+            split, name, _ = file.name.split("_")
+            (tmp_path / "photos" / split / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "photos" / split / name / file.name)
+        data = f"{tmp_path}/photos/"
+    flags = (f"--workdir={run}", f"--data={data}", "--split=all", f"--out={tmp_path / 'all'}")
+    status, line, stderr = evaluate(monkeypatch, capsys, *flags)
+    assert status == 0, stderr
+    assert line["metrics"]["num_queries"] == 2 * 3 * 6
+    saved = np.load(tmp_path / "all" / "embeddings.npz")
+    where = {name.split("/")[-1]: row for row, name in enumerate(saved["id"])}
+    rows = [where[name] for name in measured[1]["id"]]
+    np.testing.assert_array_equal(saved["embedding"][rows], measured[1]["embedding"])
+    names = [CLASSES[label] for label in saved["label"]]
+    assert all(f"_{name}_" in file for name, file in zip(names, saved["id"], strict=True))
+
+
+def test_ks_and_batch_size_are_those_of_the_evaluation(
+    run, measured, tmp_path, monkeypatch, capsys
+):
+    fields = ("--config.eval.ks=(1,3)", "--config.eval.batch_size=5")
+    flags = (f"--workdir={run}", f"--out={tmp_path}", "--html", *fields)
+    status, line, stderr = evaluate(monkeypatch, capsys, *flags)
+    assert status == 0, stderr
+    assert line["interval"]["metric"] == "map@3"
+    assert {"map@1", "map@3"} <= line["metrics"].keys()
+    assert "map@10" not in line["metrics"]
+    assert line["metrics"]["mrr"] == pytest.approx(measured[0]["metrics"]["mrr"], abs=1e-6)
+    saved = np.load(tmp_path / "embeddings.npz")
+    np.testing.assert_allclose(saved["embedding"], measured[1]["embedding"], atol=2e-6, rtol=1e-5)
+    assert {"report.html", "training.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_any_number_of_devices_will_do(devices, run, measured, monkeypatch, tmp_path):
+    mesh = steps.data_mesh(jax.devices()[:devices])
+    monkeypatch.setattr(steps, "data_mesh", lambda *_: mesh)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    report = runs.evaluate(run, out=tmp_path)
+    saved = np.load(tmp_path / "embeddings.npz")
+    np.testing.assert_allclose(saved["embedding"], measured[1]["embedding"], atol=2e-6, rtol=1e-5)
+    for name, value in measured[0]["metrics"].items():
+        assert report["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.name=vgg16"], "--config.model.name=vgg16': an evaluation can set"),
+        (["--config.eval.kz=(1,)"], "kz"),
+        (["--config.eval.ks=()"], r"eval.ks=(): give positive ks, such as"),
+        (["--config.eval.ks=(0,5)"], "eval.ks=(0, 5): give positive ks"),
+        (["--config.eval.batch_size=0"], "eval.batch_size=0: give at least 1 image"),
+        (["--config.eval.ks=(5,60)"], "18 queries among 17 gallery images cannot give ks=(5, 60)"),
+        (["--data=absent.csv"], "absent.csv"),
+        (["--split=trian"], "comes from"),
+        (["--splits=train"], "--splits=train"),
+    ],
+)
+def test_mistakes_get_one_line(flags, message, run, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "evaluate_split", None)  # The slow part.
+    status, _, stderr = evaluate(monkeypatch, capsys, f"--workdir={run}", *flags)
+    assert status == 2
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+
+
+def test_a_moved_manifest_is_told_with_the_flag_that_gives_it(manifest, tmp_path):
+    config = make_config("elsewhere/photos.csv")
+    write_run(tmp_path / "run", config)
+    message = "data.name comes from .*run/config.json; or give --data=PATH"
+    with pytest.raises(InputError, match=message):
+        runs.evaluate(tmp_path / "run", out=tmp_path / "out")
+
+
+# --- config.json ---
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"image_size": 32', '"image_size": "32"'),
+        lambda text: text.replace('"model": {', '"model": 3, "other": {'),
+        lambda text: "{}",
+    ],
+)
+def test_a_damaged_config_falls_back_to_the_checkpoints_copy(damage, run, tmp_path, capsys):
+    expected = runs.read_config(run)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("eval"))
+    path = copy / "config.json"
+    path.write_text(damage(path.read_text()))
+    assert runs.read_config(copy) == expected
+    assert f"{path} cannot be read" in capsys.readouterr().out
+    for item in (copy / "checkpoints").rglob("config"):
+        shutil.rmtree(item)
+    with pytest.raises(InputError, match="and no checkpoint has a copy: restore it") as caught:
+        runs.read_config(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_an_older_run_lacks_is_the_defaults(run, tmp_path):
+    document = json.loads((run / "config.json").read_text())
+    del document["data"]["crop_fraction"], document["loss"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    config = runs.read_config(tmp_path)
+    assert config.data.crop_fraction == 0.875
+    assert config.loss.name == "triplet"
+    assert config.data.image_size == 32
+
+
+def test_paths_of_a_config_are_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fields = {"data.data_dir": "~/prepared", "model.pretrained": "weights.pth"}
+    config = experiment.with_whole_paths(make_config("photos.csv", **fields))
+    assert config.data.name == f"{tmp_path}/photos.csv"
+    assert config.data.data_dir == f"{tmp_path}/home/prepared"
+    assert config.model.pretrained == f"{tmp_path}/weights.pth"
+    assert experiment.dataset_name(config) == "photos.csv"
+    folder = experiment.with_whole_paths(make_config("./photos"))
+    assert folder.data.name == f"{tmp_path}/photos"
+    assert experiment.with_whole_paths(make_config("synthetic_garments")).data.name == (
+        "synthetic_garments"
+    )
+
+
+# --- a workdir in use ---
+
+
+def test_a_workdir_is_trained_in_by_one_at_a_time(manifest, tmp_path):
+    workdir = tmp_path / "run"
+    with runs.locked(workdir):
+        config = make_config(manifest, **{"data.classes_per_batch": 2, "data.images_per_class": 4})
+        with pytest.raises(InputError, match=f"--workdir={workdir} is in use by another training"):
+            training.train_and_evaluate(config, str(workdir))
+        assert [path.name for path in workdir.iterdir()] == ["lock"]
+    with open(workdir / "lock") as file:  # Nobody has it now.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_workdir_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/run cannot be written"), runs.locked(
+        tmp_path / "file" / "run"
+    ):  # fmt: skip
+        pass
+
+
+# --- configs by name ---
+
+
+@pytest.mark.parametrize("config", ["quickstart", "configs/quickstart.py"])
+def test_a_config_is_found_by_name_in_any_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = config_files.read_config_file(config, ["--config.seed=7"])
+    assert (found.model.name, found.seed) == ("resnet18_cbam", 7)
+
+
+def test_a_config_of_ones_own_stands_on_the_packages(tmp_path, monkeypatch):
+    text = "from cbam_jax.configs import default\n\n\ndef get_config():\n"
+    text += "    config = default.get_config()\n    config.seed = 5\n    return config\n"
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_files.read_config_file("~/mine.py", []).seed == 5
+    (tmp_path / "old.py").write_text(text.replace("cbam_jax.configs", "no_such_configs"))
+    with pytest.raises(InputError, match="No module named 'no_such_configs'; the package's own"):
+        config_files.read_config_file(str(tmp_path / "old.py"), [])
