@@ -105,15 +105,15 @@ class Checkpoints:
                 get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
             ),
         ]
-        options = ocp.CheckpointManagerOptions(
-            best_fn=metric,
-            best_mode="max",
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            read_only=read_only,
-            create=not read_only,
-        )
         self.directory = os.path.abspath(directory)
         with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                best_fn=metric,
+                best_mode="max",
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                read_only=read_only,
+                create=not read_only,
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":

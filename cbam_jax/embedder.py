@@ -117,7 +117,7 @@ class Embedder:
 
     def embed_files(
         self,
-        paths: Iterable[str | os.PathLike],
+        paths: Iterable[str | os.PathLike | bytes],
         *,
         boxes: ArrayLike | None = None,
         progress: bool = True,
@@ -128,7 +128,7 @@ class Embedder:
         whatever it is embedded with, and the same as ``evaluate.py`` writes with that batch size.
 
         Args:
-            paths: of the files; ``~`` is one's home.
+            paths: of the files, ``~`` is one's home; or a file's bytes, such as an upload's.
             boxes: [n, 4], ``x1, y1, x2, y2`` of the part of each that is used, in pixels of the
                 decoded image; None: all of it.
             progress: show on stderr how far it is.
@@ -139,14 +139,15 @@ class Embedder:
         Raises:
             InputError: ``boxes`` do not fit ``paths``. A file that cannot be read is no error.
         """
-        files = [os.fspath(path) for path in paths]
+        files = [path if isinstance(path, bytes) else os.fspath(path) for path in paths]
         places = [None] * len(files) if boxes is None else list(_checked_boxes(boxes, len(files)))
 
         def cut(row: int) -> np.ndarray:
-            return _cut_file(files[row], self.preprocessing, places[row])
+            encoded, name = _read(files[row], row)
+            return data.cut_file(encoded, self.preprocessing, box=places[row], name=name)
 
         embeddings, failed = self._embed(cut, len(files), self._batch_size, progress)
-        return Embedded(embeddings, [(files[row], reason) for row, reason in failed])
+        return Embedded(embeddings, [(_name(files[row], row), reason) for row, reason in failed])
 
     def embed_images(
         self,
@@ -158,7 +159,9 @@ class Embedder:
         """Embed decoded images of any sizes.
 
         One image alone is embedded by a program of its own, at once, which gives what a batch gives
-        but for rounding; more than one are embedded as files are.
+        but for rounding; more than one are embedded as files are. A JPEG of more than twice the
+        model's size is better given as a file, or its bytes: that decodes it at a fraction of its
+        size, as training did, and its pixels are others then (``data.cut_pixels``).
 
         Args:
             images: uint8 RGB, each [h, w, 3].
@@ -307,12 +310,18 @@ def _try(cut: Callable[[int], np.ndarray], row: int) -> np.ndarray | str:
         return " ".join(str(error).split()) or type(error).__name__
 
 
-def _cut_file(path: str, preprocessing: Preprocessing, box: Any) -> np.ndarray:
-    path = os.path.expanduser(path)
-    if not os.path.isfile(path):  # A pipe would be waited for.
-        raise InputError("no such file" if not os.path.exists(path) else "not a file")
-    encoded = Path(path).read_bytes()
-    return data.cut_file(encoded, preprocessing, box=box, name=os.path.basename(path))
+def _name(file: str | bytes, row: int) -> str:
+    return f"image {row}" if isinstance(file, bytes) else file
+
+
+def _read(file: str | bytes, row: int) -> tuple[bytes, str]:
+    """A file's bytes, and what messages call it."""
+    if isinstance(file, bytes):
+        return file, _name(file, row)
+    path = Path(file).expanduser()
+    if not path.is_file():  # A pipe would be waited for.
+        raise InputError("not a file" if path.exists() else "no such file")
+    return path.read_bytes(), path.name
 
 
 def _checked_boxes(boxes: ArrayLike, count: int) -> np.ndarray:

@@ -64,6 +64,9 @@ def test_a_file_has_the_bits_that_evaluate_writes(run, embedder, files):
     assert found.failed == []
     assert found.readable.all()
     np.testing.assert_array_equal(found.embeddings, saved["embedding"])
+    uploads = [Path(file).read_bytes() for file in files]
+    of_bytes = embedder.embed_files(uploads, progress=False).embeddings
+    np.testing.assert_array_equal(of_bytes, found.embeddings)
     alone = embedder.embed_files(files[4:5], progress=False).embeddings
     np.testing.assert_array_equal(alone[0], saved["embedding"][4])
     # Photos are of less than twice the model's size, so that decoding loses nothing.
@@ -114,15 +117,15 @@ def test_files_that_cannot_be_read_are_rows_with_a_reason(embedder, files, tmp_p
     half.write_bytes(Path(files[0]).read_bytes()[:300])
     os.mkfifo(tmp_path / "pipe.jpg")
     bad = ["note.jpg", "empty.png", "half.png", "pipe.jpg", "absent.jpg", ""]
-    paths = [files[0], *(str(tmp_path / name) for name in bad), files[1]]
+    paths = [files[0], *(str(tmp_path / name) for name in bad), b"GIF89a", files[1]]
     found = embedder.embed_files(paths, progress=False)
     expected = embedder.embed_files(files[:2], progress=False).embeddings
-    assert found.readable.tolist() == [True, *[False] * 6, True]
+    assert found.readable.tolist() == [True, *[False] * 7, True]
     np.testing.assert_array_equal(found.embeddings[[0, -1]], expected)
-    assert [path for path, _ in found.failed] == paths[1:-1]
+    assert [path for path, _ in found.failed] == [*paths[1:-2], "image 7"]
     reasons = [reason for _, reason in found.failed]
-    assert all("cannot be decoded" in reason for reason in reasons[:3])
-    assert reasons[3:] == ["not a file", "no such file", "not a file"]
+    assert all("cannot be decoded" in reason for reason in (*reasons[:3], reasons[6]))
+    assert reasons[3:6] == ["not a file", "no such file", "not a file"]
 
 
 def test_a_strip_costs_what_its_centre_costs(embedder, tmp_path, rng):

@@ -78,7 +78,8 @@ def cut_pixels(
     """As :func:`cut_file`, of a decoded image, uint8 [h, w, 3] or, for a mask, [h, w].
 
     The pixels are those of ``cut_file`` but for a JPEG of more than twice the size, which that
-    decodes at a fraction: the two then differ by about one grey level.
+    decodes at a fraction: of photos of 400 x 533 pixels the two differ by 1.4 to 2.2 grey levels in
+    the mean at 48 to 160 pixels, and not at all at 224.
 
     Example:
         >>> cut_pixels(np.zeros((40, 30, 3), np.uint8), Preprocessing(14)).shape

@@ -139,8 +139,8 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
     image = _decode(encoded, flag)
     if image is None:
         raise InputError(
-            f"{name} cannot be decoded ({len(encoded)} bytes): replace the file, "
-            "or prepare the dataset with on_bad_image='skip'"
+            f"{name} cannot be decoded ({len(encoded)} bytes): replace the file, or leave it out "
+            "(of a dataset with on_bad_image='skip')"
         )
     return _over_white(image) if flag == cv2.IMREAD_UNCHANGED else image
 
