@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +99,12 @@ _RENAMES = [
 ]
 _TRANSFORMERS_BLOCK = re.compile(r"^encoder\.stages\.(\d)\.layers\.(\d+)\.")
 _TRANSFORMERS_LAYER = re.compile(r"\.layer\.(\d)\.(convolution|normalization)\.")
+# No model of images comes near these. A file of a few hundred bytes can hold dicts within dicts
+# with more ways through them than there is time, and any number of views of the same numbers.
+_MOST_PLACES = 100_000
+_LONGEST_NAME = 1_000
+_MOST_TIMES = 8
+_MOST_LISTED = 10_000
 # Ours on the left; a kernel is also laid out differently, see _our_layout.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
@@ -205,7 +211,9 @@ def _mismatch(label: str, problems: list[str]) -> str:
     kinds = [problem.partition(":")[0] for problem in problems]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     first = f"{label} does not fit the model ({counts}): nothing was loaded; choose another model"
-    return "\n  ".join([f"{first} or source", *problems])
+    more = len(problems) - _MOST_LISTED
+    rest = [f"and {more} more"] if more > 0 else []
+    return "\n  ".join([f"{first} or source", *problems[:_MOST_LISTED], *rest])
 
 
 def _may_start_fresh(name: str, theirs: Mapping[str, Any]) -> bool:
@@ -245,7 +253,7 @@ def _our_layout(leaf: Any, array: np.ndarray) -> np.ndarray:
 
 def _named_arrays(source: Mapping[str, Any], label: str) -> tuple[dict[str, np.ndarray], bool]:
     """The source's arrays by torchvision's names, and whether their layout is ours."""
-    flat = _flatten(_unwrap(source))
+    flat = _flatten(_unwrap(source), label)
     if any(name.startswith("ema.") for name in flat):  # A run evaluates its average.
         flat = {name: array for name, array in flat.items() if not name.startswith("params.")}
         flat = {name.removeprefix("ema."): array for name, array in flat.items()}
@@ -269,15 +277,29 @@ def _unwrap(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     return saved
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, np.ndarray]:
+def _flatten(tree: Mapping[Any, Any], label: str) -> dict[str, np.ndarray]:
+    """Each entry by the keys that lead to it. A dict may stand at many places, and so they count.
+
+    >>> _flatten({"a": {"b": np.zeros(3)}, "epoch": 2}, "x.pth")
+    {'a.b': array([0., 0., 0.]), 'epoch': array(0)}
+    """
     flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
+    for count, (name, value) in enumerate(_places(tree)):
+        if count >= _MOST_PLACES:
+            raise InputError(f"{label} has more than {_MOST_PLACES} entries: save one model alone")
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise InputError(f"{label} has an entry named {name[:80]!a}: too long, or no name")
+        if not isinstance(value, Mapping):
             # What is no array (an epoch, a list) is known by its name alone, and refused by it.
-            flat[f"{prefix}{key}"] = np.asarray(value if hasattr(value, "shape") else 0)
+            flat[name] = np.asarray(value if hasattr(value, "shape") else 0)
     return flat
+
+
+def _places(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _places(value, f"{prefix}{key}.")
 
 
 def _from_transformers(name: str) -> str:
@@ -318,6 +340,8 @@ def _read_arrays(source: Source) -> Mapping[str, Any]:
         raise InputError(
             f"no weights at {path}: give a file, a folder, or one of {', '.join(IMAGENET)}"
         )
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file: give a file of weights")
     _check_hash(path)
     saved = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(saved, Mapping):
@@ -434,15 +458,30 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike) -> int:
     Raises:
         InputError: the source can't be read, or the destination is no ``.safetensors``.
     """
+    import safetensors
     import safetensors.numpy
 
     if Path(destination).suffix != ".safetensors":
         raise InputError(f"the destination {destination} must end in .safetensors")
-    saved = _flatten(_unwrap(_read_arrays(source)))
+    saved = _flatten(_unwrap(_read_arrays(source)), str(source))
+    _check_amount(saved, source)
     arrays = {name: np.ascontiguousarray(array) for name, array in saved.items()}
-    with written_whole(destination) as partial:
-        safetensors.numpy.save_file(arrays, partial)
+    try:
+        with written_whole(destination) as partial:
+            safetensors.numpy.save_file(arrays, partial)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{source} can't be written as .safetensors: {error}") from None
     return len(arrays)
+
+
+def _check_amount(arrays: Mapping[str, np.ndarray], source: str | os.PathLike) -> None:
+    # Each array is at most its storage, but any number of them may share one.
+    written = sum(array.nbytes for array in arrays.values())
+    if Path(source).is_file() and written > _MOST_TIMES * Path(source).stat().st_size:
+        raise InputError(
+            f"{source}: its tensors share storages, and apart they would take {written} bytes, "
+            f"more than {_MOST_TIMES} times the file; save a state_dict() alone"
+        )
 
 
 def check(

@@ -1,44 +1,44 @@
 """Tensors from torch's files, without torch and without running what a pickle asks for.
 
 A ``.pth`` is a pickle, and a pickle is a program: whoever wrote it decides what unpickling calls.
-The reader here knows tensors, numbers, strings and containers, and refuses everything else.
+So it is read by a machine of our own, in torch_pickles.py; here are the two containers that torch
+puts pickles and numbers into. What is promised for any file, however it was made:
+
+- Nothing of the file is run, and nothing of it outlasts the call but what the call returns.
+- No array reaches outside its own storage, has more elements than it, or can be written to.
+- Memory stays at a small multiple of the file's size, and time at a few seconds: archives are
+  uncompressed, as torch writes them, their sizes are compared with the file's before anything is
+  read, and a pickle's instructions are counted.
+- What comes back is made of arrays, dicts, lists, tuples, numbers, strings, bytes and None, is
+  nested at most 100 deep and never holds itself. What was shared in the file is shared in it:
+  whoever walks it by paths should count them.
+- Everything else is an ``InputError`` of one line.
 """
 
 import io
+import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import cache
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.torch_pickles import PickleReader, Storage
 
-_DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-    "ComplexFloatStorage": np.dtype(np.complex64),
-    "ComplexDoubleStorage": np.dtype(np.complex128),
-}
 # What a file from before torch 1.6 begins with, as the first of its pickles.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
+# Of a zip archive; an entry takes about 100 bytes, and ten times that in memory.
+_LONGEST_DIRECTORY = 4 * 2**20
+
 
 def read_torch(path: str | Path) -> Any:
-    """Read what ``torch.save`` wrote, every tensor as a NumPy array.
+    """Read what ``torch.save`` wrote, every tensor as a read-only NumPy array.
 
     Both formats: the zip archive of torch 1.6 and later, and the plain pickles before it, which
     several of torchvision's published files still are. Views of one storage come back as views of
@@ -52,27 +52,34 @@ def read_torch(path: str | Path) -> Any:
 
     Raises:
         InputError: the file is missing, truncated, in another format, or holds anything besides
-            tensors and plain containers.
+            tensors and plain containers. Also for what torch could read but a file of weights has
+            no use for: tensors expanded beyond their storage, bare storages, keys of dicts that
+            are neither strings nor numbers.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise InputError("not a regular file: give the file that torch.save wrote")
         with open(path, "rb") as file:
-            if zipfile.is_zipfile(file):
-                return _plain(_read_zip(file))
+            size = os.fstat(file.fileno()).st_size
+            # As torch decides it, so that both read the same of a file that is both.
+            zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            if file.read(4) == b"PK\x03\x04":
-                raise InputError("the archive's end is missing: the file is truncated; fetch again")
-            file.seek(0)
-            return _plain(_read_legacy(file))
+            return _read_zip(file, size) if zipped else _read_legacy(file, size)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {_one_line(error)}") from None
     except _DAMAGE as error:
         raise InputError(
             f"{path}: not a file of torch.save, or damaged "
-            f"({type(error).__name__}: {error}); fetch it again"
+            f"({type(error).__name__}: {_one_line(error)}); fetch it again"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 # What reading a truncated or overwritten file, or a file of another kind, comes up with.
@@ -87,123 +94,127 @@ _DAMAGE = (
     OverflowError,
     MemoryError,
     RecursionError,
+    RuntimeError,
     NotImplementedError,
     struct.error,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,
 )
 
 
-def _read_zip(file) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        if "data.pkl" not in names:
-            raise InputError("a zip archive without data.pkl: torch.save did not write it")
-        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
-            raise InputError("saved on a big-endian machine: save it again on a common one")
+def _read_zip(file: BinaryIO, size: int) -> Any:
+    members = _members(file, size)
+    if "data.pkl" not in members:
+        raise InputError("a zip archive without data.pkl: torch.save did not write it")
+    if "byteorder" in members and _content(file, members["byteorder"]) != b"little":
+        raise InputError("saved on a big-endian machine: save it again on a common one")
 
-        @cache
-        def storage(key: str, dtype: np.dtype, size: int) -> np.ndarray:
-            return np.frombuffer(archive.read(names[f"data/{key}"]), dtype, size)
+    def content(key: str, length: int) -> bytes:
+        data = _content(file, members[f"data/{key}"])
+        if len(data) < length:
+            raise InputError(f"a storage of {length} bytes has {len(data)}: the file is damaged")
+        return data
 
-        return _TensorUnpickler(io.BytesIO(archive.read(names["data.pkl"])), storage).load()
+    pickled = _content(file, members["data.pkl"])
+    reader = PickleReader(io.BytesIO(pickled), len(pickled), content)
+    saved = reader.load()
+    _check_booleans(reader.storages.values())
+    return saved
 
 
-def _read_legacy(file) -> Any:
+class _Directory:
+    """The file as zipfile opens it: the list of members is read at once, so that is bounded."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _LONGEST_DIRECTORY:
+            raise InputError(f"a zip archive whose list of members takes {size} bytes")
+        return self._file.read(size)
+
+
+def _members(file: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]:
+    """What an archive holds, by the names below its one root; only what torch would write."""
+    directory: Any = _Directory(file)
+    if not zipfile.is_zipfile(directory):
+        raise InputError("the archive's end is missing: the file is truncated; fetch it again")
+    with zipfile.ZipFile(directory) as archive:
+        infos = archive.infolist()
+    if any(info.flag_bits & 1 for info in infos):
+        raise InputError("an encrypted zip archive: torch.save never writes one")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise InputError("a compressed zip archive: torch.save never compresses; save it again")
+    if sum(info.file_size for info in infos) > size:
+        raise InputError("a zip archive whose members are larger than itself: it is damaged")
+    if len({info.filename.partition("/")[0] for info in infos}) > 1:
+        raise InputError("a zip archive of several folders: torch.save writes one; save it again")
+    members = {info.filename.partition("/")[2]: info for info in infos}
+    if len(members) < len(infos):
+        raise InputError("a zip archive with two members of one name: torch.save never writes one")
+    return members
+
+
+def _content(file: BinaryIO, member: zipfile.ZipInfo) -> bytes:
+    """A member's bytes: zipfile itself would copy them once more."""
+    file.seek(member.header_offset)
+    signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+    if signature != b"PK\x03\x04":
+        raise zipfile.BadZipFile("no member where the archive lists one")
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    data = file.read(member.file_size)
+    if len(data) < member.file_size:
+        raise EOFError("the archive ends within a member")
+    if zlib.crc32(data) != member.CRC:
+        raise zipfile.BadZipFile(f"bad CRC-32 of {member.filename[:80]!a}")
+    return data
+
+
+def _read_legacy(file: BinaryIO, size: int) -> Any:
     # Pickles one after another: magic number, protocol, machine, the object, storage keys; then
     # each storage's length and bytes. So the object's arrays exist before their contents.
-    storages: dict[str, np.ndarray] = {}
-    remaining = Path(file.name).stat().st_size
+    left = size
 
-    def storage(key: str, dtype: np.dtype, size: int) -> np.ndarray:
-        if key not in storages:
-            if not 0 <= size * dtype.itemsize <= remaining:
-                raise InputError("a storage longer than the file: it is truncated; fetch it again")
-            storages[key] = np.zeros(size, dtype)
-        return storages[key]
+    def content(key: str, length: int) -> np.ndarray:
+        nonlocal left
+        left -= length
+        if left < 0:
+            raise InputError("storages longer than the file: it is truncated; fetch it again")
+        return np.zeros(length, np.uint8)
 
-    magic, protocol, machine = (_TensorUnpickler(file, storage).load() for _ in range(3))
+    magic, protocol, machine = (PickleReader(file, size).load(most=100) for _ in range(3))
     if magic != _LEGACY_MAGIC or protocol != 1001 or not machine["little_endian"]:
         raise InputError("not a format that torch.save wrote since 2017 on a common machine")
-    saved = _TensorUnpickler(file, storage).load()
-    for key in _TensorUnpickler(file, storage).load():
-        (size,) = struct.unpack("<q", file.read(8))
-        data = file.read(size * storages[key].itemsize)
-        storages[key][:] = np.frombuffer(data, storages[key].dtype, size)
+    reader = PickleReader(file, size, content)
+    saved = reader.load()
+    # Two instructions a key, and a few for each thousand.
+    keys = PickleReader(file, size).load(most=3 * len(reader.storages) + 100)
+    # Only strings are compared: comparing nested lists can take for ever.
+    if type(keys) is not list or any(type(key) is not str for key in keys):
+        raise InputError("storages without a name: the file is damaged")
+    if sorted(keys) != sorted(reader.storages):
+        raise InputError("the file's list of storages is not of those that its tensors stand on")
+    for key in keys:
+        _fill(reader.storages[key], file)
+    _check_booleans(reader.storages.values())
     return saved
 
 
-class _Parameter:
-    """What torch before 0.4 saved in place of a parameter's tensor: (tensor, gradient, ...)."""
-
-    def __setstate__(self, state):
-        self.data = state[0]
-
-
-def _plain(saved: Any) -> Any:
-    """Replace the parameters by their arrays. Methods are the types' own, never the pickle's."""
-    if isinstance(saved, _Parameter):
-        return saved.data
-    if isinstance(saved, dict):
-        return {key: _plain(value) for key, value in dict.items(saved)}
-    if isinstance(saved, list | tuple):
-        return type(saved)(map(_plain, saved))
-    return saved
+def _fill(storage: Storage, file: BinaryIO) -> None:
+    content: Any = storage.content
+    (size,) = struct.unpack("<q", file.read(8))
+    if size != storage.size:
+        raise InputError(f"a storage of {storage.size} has {size} entries: the file is damaged")
+    if file.readinto(content) < len(content):  # pyright: ignore[reportAttributeAccessIssue]
+        raise EOFError("the file ends within a storage")
+    content.setflags(write=False)
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows the few globals that tensors need.
-
-    They are bound methods, strings and a class made for the occasion: a pickle can set attributes
-    on what it is handed, and nothing of it must outlast the file.
-    """
-
-    def __init__(self, file, storage: Callable[[str, np.dtype, int], np.ndarray]):
-        super().__init__(file, encoding="utf-8")
-        self._storage = storage
-        self._known = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor"): self._rebuild_tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): self._rebuild_parameter,
-            ("torch.nn.parameter", "Parameter"): type("Parameter", (_Parameter,), {}),
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a known global, or refuse."""
-        if (module, name) in self._known:
-            return self._known[module, name]
-        if module in ("torch", "torch.cuda") and name in _DTYPES:
-            return name
-        raise InputError(
-            f"refused: the pickle asks for {module}.{name}, which is neither a tensor nor a plain "
-            "container and could run code; save the model's state_dict() alone"
-        )
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        """Return the storage that a tensor stands on."""
-        kind, storage_type, key, _, size = pid[:5]
-        if kind != "storage" or storage_type not in _DTYPES:
-            raise InputError(f"an unknown kind of storage: {kind!r}, {storage_type!r}")
-        array = self._storage(key, _DTYPES[storage_type], size)
-        if len(pid) > 5 and pid[5] is not None:  # Before torch 0.4 a storage could be a view.
-            _, start, length = pid[5]
-            array = array[start : start + length]
-        return array
-
-    def _rebuild_tensor(self, storage, offset, shape, strides, *_) -> np.ndarray:
-        # as_strided checks nothing: a wrong stride would read outside the array.
-        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if min((offset, *shape, *strides)) < 0 or (0 not in shape and last >= storage.size):
-            raise InputError(
-                f"a tensor of shape {shape}, strides {strides} and offset {offset} reaches beyond "
-                f"its storage of {storage.size}: the file is damaged"
-            )
-        if 0 in shape:
-            return np.zeros(shape, storage.dtype)
-        byte_strides = [stride * storage.itemsize for stride in strides]
-        return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides)
-
-    def _rebuild_parameter(self, data, *_) -> np.ndarray:
-        return data
+def _check_booleans(storages: Iterable[Storage]) -> None:
+    """A byte other than 0 and 1 is no boolean: NumPy counts and selects wrongly by it."""
+    for storage in storages:
+        numbers = np.frombuffer(storage.content, np.uint8)
+        if storage.dtype == np.bool_ and numbers.max(initial=0) > 1:
+            raise InputError("a boolean that is neither 0 nor 1: the file is damaged")
