@@ -7,9 +7,8 @@ from flax import nnx
 from golden.make_backbones import seeded_array
 
 from cbam_jax.backbones.layers import BatchNorm, Conv
-from cbam_jax.classifier import create_classifier
 from cbam_jax.models import create_model
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.pretrained import create_classifier, load_pretrained
 
 
 def torch_arrays(model):

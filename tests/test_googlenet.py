@@ -10,9 +10,8 @@ from test_vgg import slow_max_pool
 from cbam_jax import InputError
 from cbam_jax.backbones import googlenet
 from cbam_jax.backbones.googlenet import GoogLeNet
-from cbam_jax.classifier import create_classifier
 from cbam_jax.models import create_model
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.pretrained import create_classifier, load_pretrained
 
 
 def test_features_and_logits_are_torchvisions():

@@ -24,8 +24,6 @@ MAY_IMPORT = {
     "report": set(),
     "runlog": {"whole_files"},
     "steps": {"compiler_options"},
-    "torch_pickles": set(),
-    "torch_files": {"torch_pickles"},
     "datasets": {"whole_files"},
     "preprocessing": set(),
     "data": {"datasets", "preprocessing"},
@@ -34,15 +32,13 @@ MAY_IMPORT = {
     "evaluation": {"metrics", "search"},
     "backbones": {"attention"},
     "models": {"attention", "backbones", "distances", "preprocessing"},
-    # Of the datasets, the progress display and the download alone.
-    "classifier": {"backbones", "datasets", "models"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
     "pretrained": {
+        "backbones",
         "checkpoint",
-        "classifier",
         "command_line",
         "datasets",
-        "torch_files",
+        "models",
         "whole_files",
     },
     "__main__": {"command_line"},

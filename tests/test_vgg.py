@@ -10,9 +10,8 @@ from seeded import jitted, seeded_model, torch_arrays
 
 from cbam_jax.backbones.layers import max_pool
 from cbam_jax.backbones.vgg import VGG16, VGG16BN
-from cbam_jax.classifier import Classifier
 from cbam_jax.models import create_model
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.pretrained import Classifier, load_pretrained
 
 
 def slow_max_pool(x, size, strides, padding, ceil_mode):

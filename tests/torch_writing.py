@@ -66,3 +66,28 @@ def legacy(code, contents=None, *, keys=None, itemsize=4):
     pickles += [b"\x80\x02" + code + b".", b"\x80\x02" + push(keys or list(contents)) + b"."]
     data = [struct.pack("<q", len(c) // itemsize) + c for c in contents.values()]
     return b"".join(pickles + data)
+
+
+BASE = storage()
+
+
+def doubled(make, times):
+    """A container that holds the one before it twice, and so on: 2**times ways to the bottom."""
+    code = push(make("bottom", 0))
+    for time in range(times):
+        code += b"r" + struct.pack("<I", time) + b"0"
+        get = b"j" + struct.pack("<I", time)
+        code += push(make(get, time + 1))
+    return code
+
+
+def shared_lists(item, _):
+    return [item, item]
+
+
+def shared_dicts(item, _):
+    return {"a": item, "b": item}
+
+
+def shared_tuples(item, _):
+    return (item, item)

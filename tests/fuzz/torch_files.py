@@ -5,8 +5,8 @@ Not a test: it runs as long as it is told to, and needs atheris (``pip install a
     python tests/fuzz/torch_files.py CORPUS -max_total_time=1800
 
 An input's first byte says what the rest is: an archive's pickle, a whole archive, or a file from
-before torch 1.6. It ends with what broke a promise of cbam_jax.torch_files: an exception that is
-no InputError, an array outside its storage, or too much memory or time.
+before torch 1.6. It ends with what broke a promise of cbam_jax.pretrained.torch_files: an exception
+that is no InputError, an array outside its storage, or too much memory or time.
 """
 
 import os
@@ -16,15 +16,16 @@ from pathlib import Path
 import atheris
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "pretrained"), str(HERE.parent), str(HERE.parent.parent)]
 
 # What is imported in this block tells atheris which lines an input reaches.
 with atheris.instrument_imports(include=["cbam_jax", "zipfile"]):
     from cbam_jax import InputError
-    from cbam_jax.torch_files import read_torch
+    from cbam_jax.pretrained import read_torch
 
 # ruff: noqa: E402
-from test_torch_files import HOSTILE, SNIPPETS, check_inside, golden_pickle
+from test_hostile_torch_files import HOSTILE
+from test_random_torch_files import SNIPPETS, check_inside, golden_pickle
 from torch_writing import FOUR, zipped
 
 GOLDEN = HERE.parent / "golden"

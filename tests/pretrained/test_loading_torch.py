@@ -18,9 +18,7 @@ from seeded import jitted, torch_names
 from benchmarks.torchvision_stubs import import_torchvision
 from cbam_jax.attention import CBAM, SqueezeExcite
 from cbam_jax.backbones.googlenet import GoogLeNet
-from cbam_jax.classifier import create_classifier, read_central_square
-from cbam_jax.pretrained import load_pretrained
-from cbam_jax.torch_files import read_torch
+from cbam_jax.pretrained import create_classifier, load_pretrained, read_central_square, read_torch
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.torch_pickles import PickleReader, Storage
+from cbam_jax.pretrained.torch_pickles import PickleReader, Storage
 
 # What a file from before torch 1.6 begins with, as the first of its pickles.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

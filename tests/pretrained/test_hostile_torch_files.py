@@ -1,37 +1,33 @@
-"""Files that no torch wrote: each is refused in one line, and no array reaches outside the file."""
+"""Files that no torch wrote: each is refused in one line, and takes little memory."""
 
-import math
 import os
-import pickle
 import struct
 import subprocess
 import sys
 import zipfile
-from itertools import product
 
 import numpy as np
 import pytest
-from flax import nnx
-from golden.make_backbones import FOLDER
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch_writing import (
+    BASE,
     FOUR,
     ORDERED,
     PARAMETER,
     call,
+    doubled,
     legacy,
     name,
     push,
+    shared_lists,
+    shared_tuples,
     storage,
     tensor,
     zipped,
 )
 
-from cbam_jax import InputError, pretrained
-from cbam_jax.torch_files import read_torch
+from cbam_jax import InputError
+from cbam_jax.pretrained import read_torch
 
-BASE = storage()
 SHORT = storage(4, "ShortStorage")
 # 256 * 256 is 0 in 16 bits.
 SMALL = {"0": np.array([0, 1, 256, 257], np.int16).tobytes()}
@@ -45,28 +41,6 @@ def number(place):
 def on_a_tensor(shape, strides):
     """A tensor on a tensor of stride 0, which would have 2**40 entries of four."""
     return tensor(tensor(BASE, 0, (2**40,), (0,)), 0, shape, strides)
-
-
-def doubled(make, times):
-    """A container that holds the one before it twice, and so on: 2**times ways to the bottom."""
-    code = push(make("bottom", 0))
-    for time in range(times):
-        code += b"r" + struct.pack("<I", time) + b"0"
-        get = b"j" + struct.pack("<I", time)
-        code += push(make(get, time + 1))
-    return code
-
-
-def shared_lists(item, _):
-    return [item, item]
-
-
-def shared_dicts(item, _):
-    return {"a": item, "b": item}
-
-
-def shared_tuples(item, _):
-    return (item, item)
 
 
 def flagged(data, flag=1):
@@ -94,6 +68,7 @@ def with_a_byte_changed(data, place):
 
 COMPRESSED = zipped(tensor(BASE, 0, (4,), (1,)), compression=zipfile.ZIP_DEFLATED)
 MANY = 1_000_001
+
 
 # What is in each file, and a part of the line that refuses it.
 HOSTILE = {
@@ -304,11 +279,13 @@ def test_refused_in_one_line(what, tmp_path):
 LIMITED = """
 import resource, sys
 from cbam_jax import InputError
-from cbam_jax.torch_files import read_torch
+from cbam_jax.pretrained import read_torch
+
 
 def peak():
     with open("/proc/self/status") as file:
         return int(file.read().split("VmHWM:")[1].split()[0])
+
 
 resource.setrlimit(resource.RLIMIT_CPU, (240, 240))  # A file that never ends ends here.
 before = peak()
@@ -329,238 +306,3 @@ def test_refusing_takes_little_memory(tmp_path):
     command = [sys.executable, "-c", LIMITED, *files]
     kilobytes = int(subprocess.run(command, capture_output=True, check=True).stdout)
     assert kilobytes < 200_000
-
-
-def test_no_regular_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe.pth")
-    for path in (tmp_path / "pipe.pth", tmp_path, os.devnull):
-        with pytest.raises(InputError, match="not a regular file"):
-            read_torch(path)
-    with pytest.raises(InputError, match="pipe.pth is not a regular file"):
-        pretrained.convert(tmp_path / "pipe.pth", tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="no such file"):
-        read_torch(tmp_path / "nothing.pth")
-
-
-def read(data, folder):
-    (folder / "x.pth").write_bytes(data)
-    return read_torch(folder / "x.pth")
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_plain_values_of_every_protocol(protocol, tmp_path):
-    shared = ["a", "ü" * 300, b"bytes"]
-    saved = {"x": shared, 3: (shared, ()), None: [1, 2**40, -(2**70), 0.5, True, False, {}]}
-    if protocol == 2:
-        shared.pop()  # There bytes are a global's doing.
-    pickled = pickle.dumps(saved, protocol)
-    found = read(zipped(pickled.removesuffix(b".")), tmp_path)
-    assert found == saved
-    assert found["x"] is found[3][0]
-
-
-def test_what_python_2_wrote(tmp_path):
-    code = call(ORDERED, [[b"U\x06weight", tensor(BASE, 0, (2, 2), (1, 2))], [b"T\1\0\0\0b", 2]])
-    found = read(legacy(code), tmp_path)
-    np.testing.assert_array_equal(found["weight"], [[0, 2], [1, 3]])
-    assert found["b"] == 2
-
-
-def test_shared_containers_come_back_shared(tmp_path):
-    for make, first in ((shared_lists, 0), (shared_dicts, "a"), (shared_tuples, 0)):
-        found = read(zipped(doubled(make, 60)), tmp_path)
-        for _ in range(60):
-            left, right = found.values() if isinstance(found, dict) else found
-            assert left is right
-            found = found[first]
-
-
-def test_a_shared_parameter_is_one_array(tmp_path):
-    parameter = PARAMETER + b"q\x00" + push((tensor(BASE, 1, (2,), (1,)), None, False)) + b"b"
-    found = read(zipped(push({"a": parameter, "b": b"h\x00"})), tmp_path)
-    np.testing.assert_array_equal(found["a"], [1, 2])
-    assert found["a"] is found["b"]
-
-
-@pytest.mark.parametrize("write", [zipped, legacy])
-def test_arrays_can_not_be_written_to(write, tmp_path):
-    code = push(
-        [tensor(BASE, 0, (4,), (1,)), tensor(BASE, 0, (0, 3), (3, 1)), tensor(BASE, 2, (), ())]
-    )
-    for array in read(write(code), tmp_path):
-        with pytest.raises(ValueError, match="read-only"):
-            array[...] = 1
-
-
-def test_a_stride_means_nothing_along_an_axis_of_one(tmp_path):
-    found = read(zipped(tensor(BASE, 1, (1, 3), (2**80, 1))), tmp_path)
-    np.testing.assert_array_equal(found, [[1, 2, 3]])
-
-
-def test_dicts_of_more_places_than_time_are_not_walked(tmp_path):
-    for bottom in (b"N", b"}"):
-        code = doubled(shared_dicts, 60).replace(push("bottom"), bottom)
-        (tmp_path / "x.pth").write_bytes(zipped(code))
-        with pytest.raises(InputError, match="x.pth has more than 100000 entries"):
-            pretrained.convert(tmp_path / "x.pth", tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("key", ["a" * 1_001, "a\nb", "\x1b[2J"])
-def test_names_that_are_none(key, tmp_path):
-    with pytest.raises(InputError, match="given arrays has an entry named 'a*") as caught:
-        pretrained.load_pretrained(nnx.Module(), {key: np.zeros(3)})
-    assert str(caught.value).isprintable()
-    deep = {}
-    for _ in range(30):
-        deep = {"a" * 40: deep}
-    with pytest.raises(InputError, match="too long"):
-        pretrained.load_pretrained(nnx.Module(), deep)
-
-
-def test_views_of_one_storage_are_not_written_apart_without_end(tmp_path):
-    (tmp_path / "x.pth").write_bytes(
-        zipped(
-            push({str(i): tensor(storage(25_000), 0, (25_000,), (1,)) for i in range(100)}),
-            {"0": bytes(100_000)},
-        )
-    )
-    with pytest.raises(InputError, match="would take 10000000 bytes, more than 8 times the file"):
-        pretrained.convert(tmp_path / "x.pth", tmp_path / "x.safetensors")
-    assert not (tmp_path / "x.safetensors").exists()
-
-
-def test_numbers_that_safetensors_lacks(tmp_path):
-    code = push({"a": tensor(storage(2, "ComplexDoubleStorage"), 0, (2,), (1,))})
-    (tmp_path / "x.pth").write_bytes(zipped(code, {"0": bytes(32)}))
-    with pytest.raises(InputError, match="x.pth can't be written as .safetensors: .*complex128"):
-        pretrained.convert(tmp_path / "x.pth", tmp_path / "x.safetensors")
-
-
-def check_inside(saved):
-    """Every array lies in what it stands on, has no more elements, and can't be written to."""
-    seen, rest = set(), [saved]
-    while rest:
-        item = rest.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, np.ndarray):
-            check_array(item)
-        elif isinstance(item, dict):
-            rest += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):
-            rest += item
-        else:
-            assert isinstance(item, str | int | float | bytes | None), type(item)
-
-
-def check_array(array):
-    assert not array.flags.writeable
-    root = array
-    while isinstance(root, np.ndarray) and root.base is not None:
-        root = root.base
-    if not array.size:
-        return
-    root = np.frombuffer(root, np.uint8) if isinstance(root, bytes) else root
-    low, high = np.lib.array_utils.byte_bounds(array)
-    first, last = np.lib.array_utils.byte_bounds(root)
-    assert first <= low < high <= last
-    assert array.nbytes <= root.nbytes
-    array.copy()  # Reads all of it.
-
-
-# The same cases each time, and none kept in a folder.
-quickly = settings(derandomize=True, deadline=None, database=None, max_examples=200)
-WRITERS = st.sampled_from([zipped, legacy])
-PLACES = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**61, 2**62, 2**63, 2**64 + 1]))
-
-
-@quickly
-@given(data=st.data(), write=WRITERS, offset=PLACES, size=st.integers(0, 12))
-def test_views_are_taken_exactly_where_they_lie_inside(data, write, offset, size, tmp_path_factory):
-    axes = data.draw(st.integers(0, 3))
-    shape, strides = (
-        tuple(data.draw(st.lists(PLACES, min_size=axes, max_size=axes))) for _ in range(2)
-    )
-    contents = np.arange(size, dtype=np.float32)
-    code = tensor(storage(size), offset, shape, strides)
-    path = tmp_path_factory.mktemp("views") / "x.pth"
-    path.write_bytes(write(code, {"0": contents.tobytes()}))
-    expected = gathered(contents, offset, shape, strides)
-    if expected is None:
-        with pytest.raises(InputError):
-            read_torch(path)
-    else:
-        found = read_torch(path)
-        check_array(found)
-        np.testing.assert_array_equal(found, expected, strict=True)
-
-
-def gathered(contents, offset, shape, strides):
-    """The view, element by element by its index in the storage; None where there is none."""
-    if min((offset, *shape, *strides)) < 0:
-        return None
-    if 0 in shape:
-        nearly = math.prod(n for n in shape if n)  # NumPy has no empty array beside too large axes.
-        return np.zeros(shape, contents.dtype) if nearly < 2**61 else None
-    if math.prod(shape) > len(contents):
-        return None
-    view = np.zeros(shape, contents.dtype)
-    for index in product(*map(range, shape)):
-        place = offset + sum(i * stride for i, stride in zip(index, strides, strict=True))
-        if place >= len(contents):
-            return None
-        view[index] = contents[place]
-    return view
-
-
-SNIPPETS = [
-    *(bytes([code]) for code in b"N\x88\x89}])(01t\x85\x86\x87aesuRb\x81Q\x94\x93"),
-    *(push(value) for value in (0, 1, 4, 2**40, 2.5, "a", "0", "storage", "cpu")),
-    *(code + bytes([place]) for code in (b"q", b"h") for place in range(3)),
-    *(name("torch", kind) for kind in ("FloatStorage", "BoolStorage", "Size")),
-    *(name("torch._utils", kind) for kind in ("_rebuild_tensor", "_rebuild_parameter")),
-    *(BASE, ORDERED, PARAMETER, tensor(BASE, 0, (4,), (1,)), tensor(BASE, 0, (2, 2), (1, 2))),
-    *(call(ORDERED), push(()), push({"a": 1}), push([]), push((1,))),
-]
-
-
-@quickly
-@given(code=st.lists(st.sampled_from(SNIPPETS) | st.binary(max_size=2), max_size=40), write=WRITERS)
-def test_random_instructions(code, write, tmp_path_factory):
-    read_or_refuse(write(b"".join(code)), tmp_path_factory)
-
-
-def read_or_refuse(data, folders):
-    path = folders.mktemp("random") / "x.pth"
-    path.write_bytes(data)
-    try:
-        check_inside(read_torch(path))
-    except InputError as error:
-        line = str(error)
-        assert line.isprintable(), line
-
-
-def golden_pickle():
-    with zipfile.ZipFile(FOLDER / "torch_zip.pth") as archive:
-        inside = {path.partition("/")[2]: archive.read(path) for path in archive.namelist()}
-    contents = {path[5:]: data for path, data in inside.items() if path.startswith("data/")}
-    return inside["data.pkl"], contents
-
-
-EDITS = st.tuples(st.integers(0, 2**16), st.integers(0, 3), st.binary(min_size=1, max_size=4))
-
-
-@quickly
-@given(
-    edits=st.lists(EDITS, min_size=1, max_size=4), kind=st.sampled_from(["pickle", "zip", "old"])
-)
-def test_damaged_files(tmp_path_factory, edits, kind):
-    pickled, contents = golden_pickle()
-    files = {"zip": FOLDER / "torch_zip.pth", "old": FOLDER / "torch_legacy.pth"}
-    data = bytearray(pickled[:-1] if kind == "pickle" else files[kind].read_bytes())
-    for place, removed, inserted in edits:
-        place %= len(data)
-        data[place : place + removed] = inserted
-    whole = zipped(bytes(data), contents) if kind == "pickle" else bytes(data)
-    read_or_refuse(whole, tmp_path_factory)

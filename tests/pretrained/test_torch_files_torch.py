@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch_writing import zipped
 
 from cbam_jax import InputError
-from cbam_jax.torch_files import read_torch
+from cbam_jax.pretrained import read_torch
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

@@ -4,7 +4,9 @@ Submodules carry torchvision's names (``fc``, or VGG's ``classifier.0``, ``.3`` 
 """
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from cbam_jax import InputError
 from cbam_jax.backbones.layers import adaptive_average_pool
 from cbam_jax.backbones.vgg import VGG
 from cbam_jax.models import BACKBONES, normalize_images
+from cbam_jax.pretrained.loading import load_pretrained
+from cbam_jax.pretrained.published import IMAGENET
+from cbam_jax.pretrained.sources import Source
 
 
 class Classifier(nnx.Module):
@@ -72,6 +77,35 @@ def create_classifier(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs) -> 
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     return Classifier(BACKBONES[name](rngs=rngs), num_classes, rngs=rngs)
+
+
+def check(
+    name: str, images: str | os.PathLike, *, version: str = "imagenet", source: Source | None = None
+) -> dict[str, Any]:
+    """Measure a backbone with published weights on ImageNet images, beside the published figures.
+
+    Args:
+        name: a backbone, one of ``IMAGENET[version]``.
+        images: folder with one folder a class, named so that sorting gives the classes' numbers,
+            as ImageNet's synset names do.
+        version: which published figures, and which weights unless ``source`` is given.
+        source: weights, as for ``load_pretrained``, with their classifier.
+
+    Returns:
+        Top-1 and top-5 accuracy in %, measured and published, and the number of images.
+    """
+    if name not in IMAGENET[version]:
+        raise InputError(
+            f"no {version} weights for {name!r}: choose one of {', '.join(IMAGENET[version])}"
+        )
+    class_folders(Path(images))  # Its error belongs before the download.
+    published = IMAGENET[version][name]
+    model = nnx.eval_shape(lambda: create_classifier(name, rngs=nnx.Rngs(0)))
+    report = load_pretrained(model, version if source is None else source)
+    print(report.summary(), file=sys.stderr)
+    measured = image_accuracy(model, images, resize=published.resize)
+    figures = {"published_top1": published.top1, "published_top5": published.top5}
+    return {"model": name, "weights": report.source, **measured, **figures}
 
 
 def image_accuracy(

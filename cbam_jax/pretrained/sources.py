@@ -1,0 +1,158 @@
+"""Where weights are read from: files, folders of runs and of models, mappings of arrays."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.pretrained.published import IMAGENET, check_hash
+from cbam_jax.pretrained.torch_files import read_torch
+from cbam_jax.whole_files import written_whole
+
+Source = str | os.PathLike | Mapping[str, Any]
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+# No model of images comes near these. A file of a few hundred bytes can hold dicts within dicts
+# with more ways through them than there is time, and any number of views of the same numbers.
+_MOST_PLACES = 100_000
+_LONGEST_NAME = 1_000
+_MOST_TIMES = 8
+
+
+def read_arrays(source: Source) -> Mapping[str, Any]:
+    """Read what a source holds, arrays by name or nested dicts of them, as it was saved.
+
+    Raises:
+        InputError: there is nothing, or nothing that can be read or is meant by a name.
+    """
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise InputError(
+            f"no weights at {path}: give a file, a folder, or one of {', '.join(IMAGENET)}"
+        )
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file: give a file of weights")
+    check_hash(path)
+    saved = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    if not isinstance(saved, Mapping):
+        raise InputError(f"{path} holds a {type(saved).__name__}: save a model's state_dict()")
+    return saved
+
+
+def _read_folder(folder: Path) -> Mapping[str, Any]:
+    if (folder / "model.safetensors").exists():
+        return _read_safetensors(folder / "model.safetensors")
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder} has neither model.safetensors nor checkpoints: give a file")
+    # Imported late: Orbax takes a second, and only a run needs it.
+    from cbam_jax.checkpoint import Checkpoints
+
+    with Checkpoints(folder / "checkpoints", best_metric="") as checkpoints:
+        return checkpoints.restore("last", optimizer=False).model
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # Not safetensors.numpy: it has no bfloat16.
+    import safetensors
+
+    try:
+        tensors = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+    unknown = sorted({tensor["dtype"] for _, tensor in tensors} - _SAFETENSORS_DTYPES.keys())
+    if unknown:
+        raise InputError(
+            f"{path} has tensors of dtype {', '.join(unknown)}: save it in float32, "
+            "float16 or bfloat16"
+        )
+    return {
+        name: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(
+            tensor["shape"]
+        )
+        for name, tensor in tensors
+    }
+
+
+def unwrap(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in a training script's checkpoint, by the usual keys."""
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(saved.get(wrapper), Mapping):
+            return saved[wrapper]
+    return saved
+
+
+def flatten(tree: Mapping[Any, Any], label: str) -> dict[str, np.ndarray]:
+    """Each entry by the keys that lead to it. A dict may stand at many places, and so they count.
+
+    >>> flatten({"a": {"b": np.zeros(3)}, "epoch": 2}, "x.pth")
+    {'a.b': array([0., 0., 0.]), 'epoch': array(0)}
+    """
+    flat = {}
+    for count, (name, value) in enumerate(_places(tree)):
+        if count >= _MOST_PLACES:
+            raise InputError(f"{label} has more than {_MOST_PLACES} entries: save one model alone")
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise InputError(f"{label} has an entry named {name[:80]!a}: too long, or no name")
+        if not isinstance(value, Mapping):
+            # What is no array (an epoch, a list) is known by its name alone, and refused by it.
+            flat[name] = np.asarray(value if hasattr(value, "shape") else 0)
+    return flat
+
+
+def _places(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _places(value, f"{prefix}{key}.")
+
+
+def convert(source: str | os.PathLike, destination: str | os.PathLike) -> int:
+    """Write a torch file's tensors as ``.safetensors``, under the names they have.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        InputError: the source can't be read, or the destination is no ``.safetensors``.
+    """
+    import safetensors
+    import safetensors.numpy
+
+    if Path(destination).suffix != ".safetensors":
+        raise InputError(f"the destination {destination} must end in .safetensors")
+    saved = flatten(unwrap(read_arrays(source)), str(source))
+    _check_amount(saved, source)
+    arrays = {name: np.ascontiguousarray(array) for name, array in saved.items()}
+    try:
+        with written_whole(destination) as partial:
+            safetensors.numpy.save_file(arrays, partial)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{source} can't be written as .safetensors: {error}") from None
+    return len(arrays)
+
+
+def _check_amount(arrays: Mapping[str, np.ndarray], source: str | os.PathLike) -> None:
+    # Each array is at most its storage, but any number of them may share one.
+    written = sum(array.nbytes for array in arrays.values())
+    if Path(source).is_file() and written > _MOST_TIMES * Path(source).stat().st_size:
+        raise InputError(
+            f"{source}: its tensors share storages, and apart they would take {written} bytes, "
+            f"more than {_MOST_TIMES} times the file; save a state_dict() alone"
+        )
