@@ -121,7 +121,7 @@ class PickleReader:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stack under each mark
         self._memo: dict[int, Any] = {}
-        self._copied = 0
+        self._handled = 0
 
     def load(self, most: int = _MOST_INSTRUCTIONS) -> Any:
         """Return what the pickle makes, having followed at most ``most`` instructions.
@@ -260,15 +260,22 @@ class PickleReader:
         arguments, called = self._stack.pop(), self._stack.pop()
         if type(arguments) is not tuple or type(called) is not _Global:
             raise InputError("the pickle calls what is no function: the file is damaged")
+        self._count(len(arguments))
         self._stack.append(_CALLS[called.name](self, *arguments))
 
+    def _count(self, items: int) -> None:
+        # One instruction, on what is in the memo, can handle all that came before it.
+        self._handled += items
+        if self._handled > _MOST_INSTRUCTIONS:
+            raise InputError(f"calls with over {_MOST_INSTRUCTIONS} items: the file is damaged")
+
     def _ordered_dict(self, pairs: Any = ()) -> dict[Any, Any]:
-        # Python 2 gave the items in a list of lists. Each call copies them, so they are counted.
-        if type(pairs) not in (list, tuple) or any(type(p) not in (list, tuple) for p in pairs):
+        # Python 2 gave the items in a list of lists.
+        if type(pairs) not in (list, tuple):
             raise InputError("an ordered dict of something else than pairs: the file is damaged")
-        self._copied += len(pairs)
-        if self._copied > _MOST_INSTRUCTIONS:
-            raise InputError(f"ordered dicts of more than {_MOST_INSTRUCTIONS} items")
+        self._count(len(pairs))
+        if any(type(pair) not in (list, tuple) for pair in pairs):
+            raise InputError("an ordered dict of something else than pairs: the file is damaged")
         return {_checked_key(key): value for key, value in pairs}
 
     def _size(self, numbers: Any = ()) -> tuple[Any, ...]:
@@ -277,7 +284,9 @@ class PickleReader:
         return numbers
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
-        return _view(storage, offset, shape, strides)
+        view = _view(storage, offset, shape, strides)
+        self._count(view.ndim)
+        return view
 
     def _parameter(self, tensor: Any = None, *_: Any) -> np.ndarray:
         if type(tensor) is not np.ndarray:
@@ -294,6 +303,7 @@ class PickleReader:
         """An object's attributes: of a parameter its tensor, which replaces it; else dropped."""
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is _Parameter and type(state) is tuple:
+            self._count(len(state))
             target.tensor = self._stack[-1] = self._parameter(*state)
         elif type(target) is not dict:
             raise InputError("the pickle sets attributes of what has none: the file is damaged")

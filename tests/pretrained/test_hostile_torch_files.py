@@ -43,6 +43,12 @@ def on_a_tensor(shape, strides):
     return tensor(tensor(BASE, 0, (2**40,), (0,)), 0, shape, strides)
 
 
+def again(arguments):
+    """One tensor, made again and again from what is in the memo."""
+    rebuild = name("torch._utils", "_rebuild_tensor_v2")
+    return zipped(push(arguments) + b"q\x01" + rebuild + b"q\x02" + b"h\x02h\x01R0" * 20_000)
+
+
 def flagged(data, flag=1):
     """An archive whose members all carry a flag, as encrypted ones do."""
     data = bytearray(data)
@@ -219,7 +225,17 @@ HOSTILE = {
     "pairs of a string": (zipped(call(ORDERED, ["ab"])), "else than pairs"),
     "many copies": (
         zipped(push([(0, 1)] * 2_000) + b"q\x000(" + (ORDERED + b"h\x00\x85R") * 1_000 + b"t"),
-        "more than 1000000 items",
+        "over 1000000 items",
+    ),
+    "many arguments": (again((BASE, 0, (4,), (1,), *range(10_000))), "over 1000000 items"),
+    "many times many axes": (again((BASE, 0, (1,) * 64, (1,) * 64)), "over 1000000 items"),
+    "a long state": (
+        zipped(
+            push((tensor(BASE, 0, (), ()), *range(10_000)))
+            + b"q\x01"
+            + (PARAMETER + b"h\x01b0") * 10_000
+        ),
+        "over 1000000 items",
     ),
     # Lengths and counts.
     "a place far off in the memo": (zipped(b"}r\xff\xff\xff\xffj\x00\x00\x00\x01"), "damaged"),
