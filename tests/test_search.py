@@ -3,8 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cbam_jax.search
-from cbam_jax.search import FIRST_PASSES, METRICS, search
+from cbam_jax.search import (
+    FIRST_PASSES,
+    METRICS,
+    bounds,
+    exhaustive,
+    groups,
+    passes,
+    search,
+    shards,
+)
 
 
 def brute_force(queries, gallery, k, metric="euclidean", ignored=None):
@@ -128,7 +136,7 @@ def test_batching_of_queries_changes_no_bit(rng):
 
 @pytest.mark.parametrize("double_block", [(64, 4096), (3, 100)])
 def test_more_duplicates_than_candidates(rng, monkeypatch, double_block):
-    monkeypatch.setattr(cbam_jax.search, "_DOUBLE_BLOCK", double_block)
+    monkeypatch.setattr(exhaustive, "_DOUBLE_BLOCK", double_block)
     gallery = np.repeat(rng.normal(size=(3, 12)), 401, axis=0).astype(np.float32)
     gallery = gallery[rng.permutation(1203)]
     queries = np.concatenate([gallery[:2], rng.normal(size=(2, 12)).astype(np.float32)])
@@ -155,8 +163,8 @@ def test_near_duplicates_are_ordered_as_in_float64(rng):
 @pytest.mark.parametrize("metric", METRICS)
 def test_float64_search_alone(rng, monkeypatch, metric):
     """As if no query were proven, in blocks that overlap."""
-    monkeypatch.setattr(cbam_jax.search, "_DOUBLE_BLOCK", (3, 101))
-    monkeypatch.setattr(cbam_jax.search, "_proven", lambda kth, *_: np.zeros(len(kth), bool))
+    monkeypatch.setattr(exhaustive, "_DOUBLE_BLOCK", (3, 101))
+    monkeypatch.setattr(passes, "_proven", lambda kth, *_: np.zeros(len(kth), bool))
     queries = rng.normal(size=(7, 12)).astype(np.float32)
     gallery = rng.normal(size=(451, 12)).astype(np.float32)
     gallery[[5, 440]] = 0.0
@@ -177,19 +185,19 @@ def test_float64_search_alone(rng, monkeypatch, metric):
         np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kept", [cbam_jax.search._KEPT, 1])
+@pytest.mark.parametrize("kept", [groups._KEPT, 1])
 def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
     """Bounds are kept of the lowest two of each group of 8: rows i, i + groups, ..."""
-    assert cbam_jax.search._group_size(4, 1130) == 8
-    monkeypatch.setattr(cbam_jax.search, "_KEPT", kept)
+    assert passes._group_size(4, 1130) == 8
+    monkeypatch.setattr(groups, "_KEPT", kept)
     queries = rng.normal(size=(5, 24)).astype(np.float32)
     gallery = rng.normal(size=(1130, 24)).astype(np.float32)
     for rows, block in ((1130, 2000), (384, 384)):  # One block; three, the last one overlapping.
-        groups = -(-rows // 8)
+        stride = -(-rows // 8)
         near = gallery.copy()
         for i, query in enumerate(queries):
             for first in (0, 1130 - rows):  # The first block's group and the last block's.
-                members = np.arange(first + 3 * i, first + rows, groups)
+                members = np.arange(first + 3 * i, first + rows, stride)
                 noise = rng.normal(0, 0.1, (len(members), 24))
                 near[members] = (query + noise).astype(np.float32)
         assert_same(search(queries, near, 4, gallery_block=block), brute_force(queries, near, 4))
@@ -269,7 +277,7 @@ def test_memory_mapped_and_large_host_galleries(rng, tmp_path, monkeypatch):
     mapped.flush()
     read_only = np.memmap(tmp_path / "gallery", np.float32, "r", shape=gallery.shape)
     assert_same(search(gallery[:5], read_only, 12, gallery_block=256), expected)
-    monkeypatch.setattr(cbam_jax.search, "_RESIDENT", 0)
+    monkeypatch.setattr(shards, "_RESIDENT", 0)
     assert_same(search(gallery[:5], gallery, 12, gallery_block=256), expected)
 
 
@@ -292,41 +300,41 @@ def test_bounds_are_below_every_distance(rng, metric, dtype):
     for values in (x, worst, worst * rng.choice([-1, 1], x.shape)):
         values = values.astype(np.float32)
         squares = np.sum(np.square(values, dtype=np.float64), axis=1).astype(np.float32)
-        settings = {"center": None, "scale": np.float32(1), "metric": metric, "dtype": dtype}
-        products, share = cbam_jax.search._prepare(values, squares, **settings)
+        settings = bounds.Preparation(None, np.float32(1), metric, dtype)
+        products, share = bounds.prepared(values, squares, settings)
         products, share = (np.asarray(a).astype(np.float64) for a in (products, share))
         exact = np.stack([all_distances(v, values.astype(np.float64), metric) for v in values])
         if metric == "euclidean":
             exact = exact**2
         factor = -2 if "euclidean" in metric else -1
-        bounds = factor * products @ products.T + share[:, None] + share
-        assert (bounds < exact).all()
+        lowest = factor * products @ products.T + share[:, None] + share
+        assert (lowest < exact).all()
         # And not far below: what is lost has the size of the numbers' last bits.
         lengths = np.ones(60) if metric == "cosine" else squares.astype(np.float64)
         last_bit = 2.0**-9 if dtype == "bfloat16" else 3e-5
-        assert (exact - bounds < 4 * last_bit * (lengths[:, None] + lengths)).all()
+        assert (exact - lowest < 4 * last_bit * (lengths[:, None] + lengths)).all()
 
 
 def test_what_bfloat16_cannot_prove_is_searched_by_float32(rng, monkeypatch):
     """Near ties that bfloat16 cannot tell apart, around every second query."""
-    passes = []
-    one_pass = cbam_jax.search._pass
+    done = []
+    one_pass = passes._pass
 
     def counted(queries, *rest):
         found = one_pass(queries, *rest)
-        passes.append((rest[3].keywords["dtype"], len(queries), int(np.sum(found[2]))))
+        done.append((rest[2].dtype, len(queries.rows), int(np.sum(found[2]))))
         return found
 
-    monkeypatch.setattr(cbam_jax.search, "_pass", counted)
+    monkeypatch.setattr(passes, "_pass", counted)
     queries = rng.normal(size=(10, 32)).astype(np.float32)
     gallery = rng.normal(size=(3000, 32)).astype(np.float32)
     gallery[:1000] = queries[::2].repeat(200, axis=0) + rng.normal(0, 0.03, (1000, 32))
     found = search(queries, gallery, 5, first_pass="bfloat16")
     assert_same(found, brute_force(queries, gallery, 5))
-    assert passes == [("bfloat16", 10, 5), ("float32", 5, 5)]
-    passes.clear()
+    assert done == [("bfloat16", 10, 5), ("float32", 5, 5)]
+    done.clear()
     assert_same(search(queries, gallery, 5, first_pass="float32"), found)
-    assert passes == [("float32", 10, 10)]
+    assert done == [("float32", 10, 10)]
 
 
 def test_first_pass_suits_the_device(monkeypatch):
@@ -334,10 +342,10 @@ def test_first_pass_suits_the_device(monkeypatch):
         platform = "cpu"
 
     for flags, expected in (("avx2", "float32"), ("avx2 avx512_bf16", "bfloat16")):
-        monkeypatch.setattr(cbam_jax.search.pathlib.Path, "read_text", lambda _, f=flags: f)
-        assert cbam_jax.search._fastest_pass(Device) == expected
+        monkeypatch.setattr(passes.pathlib.Path, "read_text", lambda _, f=flags: f)
+        assert passes._fastest_pass(Device) == expected
     Device.platform = "gpu"
-    assert cbam_jax.search._fastest_pass(Device) == "bfloat16"
+    assert passes._fastest_pass(Device) == "bfloat16"
 
 
 def test_wrong_arguments_are_named(rng):

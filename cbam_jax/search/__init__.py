@@ -1,0 +1,23 @@
+"""Exact nearest neighbours, streamed over blocks of the gallery.
+
+A search has two steps. The first computes, by one product a block, a *lower bound* of each distance
+(the product less its largest possible error), and of each group of gallery items (16, or fewer
+where k is large beside n) keeps the lowest, whose it is, and the second lowest; then, of each
+query, the few groups with the lowest. The second step computes those few distances from x - y in
+float64, and those of a group's other items where its second lowest bound asks for it. Where the
+k-th distance is below every bound that was not kept, the answer is proven. Products of embeddings
+rounded to bfloat16 take half the time, and the rounding errors, whose norms are known, widen the
+bounds little: they prove nearly all queries. The others are searched by float32 products, and those
+with many near ties once more in float64. So neither the first pass, nor block sizes, nor devices,
+nor the batching of queries show in the result: the k lowest by (float32 distance, gallery index).
+
+The rooms, in the order to read them: `passes` (`search`: bounds, candidates, proof, and again what
+is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
+block), `candidates` and `pairs` (distances in float64), `exhaustive` (the float64 search); and what
+they stand on: `types`, `order` (of ties), `shards` (the gallery in memory), `sums`, `arguments`.
+"""
+
+from cbam_jax.search.arguments import FIRST_PASSES, METRICS
+from cbam_jax.search.passes import search
+
+__all__ = ["FIRST_PASSES", "METRICS", "search"]

@@ -1,0 +1,129 @@
+"""Lower bounds of distances: a product, less the largest error that it may have."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbam_jax.distances import l2_normalize
+from cbam_jax.search.order import INFINITE, reordered
+from cbam_jax.search.shards import largest_magnitude, view_of
+from cbam_jax.search.sums import lane_sum
+from cbam_jax.search.types import Queries, Shard
+
+_BALANCE = 512.0  # About the norm of an embedding over that of its rounding error in bfloat16.
+_ROUNDING = float(np.finfo(np.float32).eps) / 2
+_SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
+
+
+class Preparation(NamedTuple):
+    """How embeddings are made ready for the product: less ``center``, times ``scale``."""
+
+    center: np.ndarray | None
+    scale: np.float32
+    metric: str
+    dtype: str
+
+
+def preparation_of(
+    queries: Queries, shards: Sequence[Shard], metric: str, dtype: str
+) -> Preparation:
+    """A centre near the gallery's mean, and a scale that leaves no number above 2.
+
+    The centre shortens the norms, and the rounding errors with them; any would be right. Where it
+    would shorten them little and no square leaves float32's range, embeddings stay as they are.
+    """
+    center, scale = None, np.float32(1)
+    largest = max(float(np.max(s)) for s in (queries.squares, *(s.squares for s in shards)))
+    if metric in ("euclidean", "squared_euclidean"):
+        sample = _sample(shards)
+        mean = sample.mean(axis=0)
+        if np.sum(mean**2) > 0.25 * np.mean(np.sum(sample**2, axis=1)):
+            center = mean.astype(np.float32)
+    if not _SMALLEST < largest < _LARGEST:
+        peak = max(largest_magnitude(x) for x in (queries.rows, *(s.rows for s in shards)))
+        # A power of two scales exactly.
+        scale = np.float32(2.0 ** -float(np.clip(np.frexp(peak)[1], -100, 127)))
+        center = np.zeros(queries.rows.shape[1], np.float32) if center is None else center
+    return Preparation(center, scale, metric, dtype)
+
+
+def _sample(shards: Sequence[Shard]) -> np.ndarray:
+    """Runs of rows from all over, float64: single rows would bring a whole file into memory."""
+    starts = [(s, i) for s in shards for i in range(0, len(s.rows), -(-len(s.rows) // 16))]
+    return np.concatenate([np.asarray(view_of(s)[i : i + 16], np.float64) for s, i in starts])
+
+
+def prepared(
+    x: np.ndarray | jax.Array, squares: np.ndarray, preparation: Preparation
+) -> tuple[Any, Any]:
+    """Embeddings as the product takes them, [m, d], and their share of the lower bounds, [m].
+
+    A bound is the product, times -2 or -1, plus the shares of both sides. A float32 dot product of
+    width d is off by at most (d u) |x| |y| with u = 2^-24, in whatever order it is summed (Higham
+    2002, section 3.1), and |x| |y| <= (|x|^2 + |y|^2) / 2 splits that between both sides. Squares
+    are off by as much again; 32 u more cover the roundings of centring and adding up. Products of
+    bfloat16 are off by more, see `_rounded`, and accelerators add them up less strictly.
+    """
+    center, scale, metric, dtype = preparation
+    error = (2 * x.shape[1] + 32) * (1 if dtype == "float32" else 2) * _ROUNDING
+    if metric == "cosine":
+        # Normalising is off by up to (d / 2) u in itself, on both sides.
+        x, squares = _normalized(x), np.ones(len(x), np.float32)
+        share = np.float32(0.5 - error) * squares
+    else:
+        if center is not None:
+            x, squares = _moved(x, center, scale)
+        share = squares * np.float32(-error / 2 if metric == "inner_product" else 1 - error)
+    if dtype == "bfloat16":
+        x, lost = _rounded(x, squares)
+        share = share - lost * np.float32(2 if metric.endswith("euclidean") else 1)
+    return x, share
+
+
+@jax.jit
+def _rounded(x: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x as bfloat16, and its share of what the inner products with others may lose by that.
+
+    <x, y> - <x', y'> = <x - x', y> + <x', y - y'>, at most |x - x'| |y| + |x'| |y - y'|. And
+    |x - x'| |y| <= (b |x - x'|^2 + |y|^2 / b) / 2, tight where b is |y| / |x - x'|, holds for any b
+    and splits it between both sides. 0.505 in place of 1/2 covers roundings, that of x' included.
+    """
+    x = x.astype(jnp.float32)
+    near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+    # The barrier keeps XLA from leaving out the conversion to bfloat16 and back, and on a CPU from
+    # writing the differences to memory.
+    near = jax.lax.optimization_barrier(near)
+    lost = _BALANCE * lane_sum(jnp.square(x - near.astype(jnp.float32))) + squares / _BALANCE
+    return near, 0.505 * lost
+
+
+@jax.jit
+def _normalized(x: jax.Array) -> jax.Array:
+    return l2_normalize(x, eps=float(np.finfo(np.float32).tiny))
+
+
+@jax.jit
+def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Scaled first: a difference of two numbers near float32's end would overflow.
+    x = x.astype(jnp.float32) * scale - (center * scale)[None, :]
+    return x, lane_sum(x * x)
+
+
+def bound_distances(
+    bounds: np.ndarray, own_share: np.ndarray, preparation: Preparation
+) -> np.ndarray:
+    """Lower bounds [q, m], from integers, in the unit of the distances, as float32."""
+    metric, scale = preparation.metric, float(preparation.scale)
+    values = reordered(bounds).view(np.float32).astype(np.float64)
+    values[bounds >= INFINITE] = np.inf
+    # The last term covers what underflows once the scale is applied.
+    values = values + own_share[:, None] - 1e-30
+    if metric != "cosine":
+        values /= scale**2
+    if metric == "euclidean":
+        values = np.sqrt(np.maximum(values, 0.0))
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)

@@ -1,0 +1,186 @@
+"""The first pass over the gallery: of each group of items the lowest bounds, the lowest kept."""
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+from numpy.typing import ArrayLike
+
+from cbam_jax.compiler_options import compiler_options
+from cbam_jax.search.bounds import Preparation, prepared
+from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
+from cbam_jax.search.shards import block_rows, blocks_of
+from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
+
+_KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
+
+
+def lowest_bounds(
+    queries: Queries,
+    shards: Sequence[Shard],
+    count: int,
+    preparation: Preparation,
+    items: Labels,
+    blocks: tuple[int, int],
+    size: int,
+) -> tuple[list[Lowest], np.ndarray]:
+    """Of each shard, for each query the ``count`` groups with the lowest bounds.
+
+    And the queries' own share of them.
+    """
+    q = len(queries.rows)
+    tile = block_rows(q, blocks[0])  # Multiples of 16: rows of products begin cache lines.
+    starts = [min(i, q - tile) for i in range(0, q, tile)]
+    tiles, shares = _tiles([queries.taken(slice(t, t + tile)) for t in starts], preparation)
+    sides = [jax.device_put(tiles, s.device) for s in shards]
+    nothing = _nothing(tile, count)
+    best = [[jax.device_put(nothing, s.device) for _ in starts] for s in shards]
+    kept = [[[] for _ in starts] for _ in shards]
+    minima = _minima_program(preparation.dtype)
+    most = max(1, min(_KEPT * size // (tile * blocks[1]), 64 // len(starts)))
+    # Devices run at the same time: each is given its next block before any result is waited for.
+    waiting = []
+    for number, step in enumerate(zip_longest(*(blocks_of(s, blocks[1]) for s in shards)), 1):
+        # No more than two blocks wait in line, or all of the gallery would soon be in memory.
+        jax.block_until_ready(waiting)
+        waiting = [[list(states) for states in best], [t[-1:] for states in kept for t in states]]
+        for i, block in enumerate(step):
+            if block is None:
+                continue
+            first, block = _on_device(block, items, preparation, shards[i].device)
+            for t, side in enumerate(sides[i]):
+                kept[i][t].append((first, *minima(*side, *block, size=size)))
+        if number % most == 0:
+            best = _selected(best, kept, size)
+            kept = [[[] for _ in starts] for _ in shards]
+    best = _selected(best, kept, size)
+    lowest = [Lowest(*(_untiled(part, starts, q) for part in zip(*s, strict=True))) for s in best]
+    return lowest, _untiled(shares, starts, q)
+
+
+def _tiles(parts: list[Queries], preparation: Preparation) -> tuple[list, list]:
+    """Queries as the products take them, with their labels; and their shares of the bounds."""
+    sides = [prepared(part.rows, part.squares, preparation) for part in parts]
+    factor = -2 if preparation.metric.endswith("euclidean") else -1
+    tiles = [(factor * x, part.labels) for (x, _), part in zip(sides, parts, strict=True)]
+    return tiles, [share for _, share in sides]
+
+
+def _on_device(
+    block: tuple, items: Labels, preparation: Preparation, device: Any
+) -> tuple[np.int32, tuple]:
+    """A block's first gallery index, and the block as `_group_minima` takes it."""
+    first, fresh, rows, squares = block
+    labels = items.taken(slice(first, first + len(rows)))
+    block = (*prepared(rows, squares, preparation), np.int32(fresh), labels)
+    return np.int32(first), jax.device_put(block, device)
+
+
+def _nothing(q: int, count: int) -> Lowest:
+    none = np.full((q, count), NO_BOUND, np.int32)
+    return Lowest(none, np.full((q, count), -1, np.int32), none.copy())
+
+
+def _untiled(parts: Sequence[ArrayLike], starts: list[int], q: int) -> np.ndarray:
+    """What all tiles have, as one array of all queries; the last overlaps the one before."""
+    parts = [np.asarray(part) for part in parts]
+    whole = np.empty((q, *parts[0].shape[1:]), parts[0].dtype)
+    for start, part in zip(starts, parts, strict=True):
+        whole[start : start + len(part)] = part
+    return whole
+
+
+@functools.cache
+def _minima_program(dtype: str) -> Callable:
+    """`_group_minima`, jitted; late, since its options depend on the backend."""
+    # On a CPU, products of bfloat16 are faster without the options, those of float32 with them.
+    options = compiler_options() if dtype == "float32" else {}
+    return jax.jit(_group_minima, static_argnames="size", compiler_options=options)
+
+
+def _group_minima(x, query, y, share, fresh, items, size):
+    """Lowest and second lowest bound of each group of ``size`` items of a block, [groups, t].
+
+    ``x`` [t, d], ``y`` [m, d] and ``share`` [m] are prepared; the labels are [t] and [m]. Group i
+    has the rows i, i + groups, i + 2 groups, ...: the minimum is taken over contiguous slabs, with
+    full vectors. Bounds are integers of their order, whose last bits are the slab: rounded down,
+    so that they stay lower bounds.
+    """
+    # Gallery items are the rows: XLA's CPU backend takes up to twice as long for x y^T.
+    # Not jnp.matmul, which would convert bfloat16 to float32 before the product.
+    product = jax.lax.dot_general(
+        y.astype(x.dtype),
+        x,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    # Rows before ``fresh`` were in the block before.
+    share = jnp.where(jnp.arange(len(y), dtype=jnp.int32) < fresh, jnp.inf, share)
+    groups = -(-len(y) // size)
+    lowest = second = jnp.full((groups, len(x)), NO_BOUND, jnp.int32)
+    for slab in range(size):
+        rows = slice(slab * groups, (slab + 1) * groups)
+        bound = product[rows] + share[rows, None]
+        if any(label is not None for label in query):
+            ignored = ignores(query.row(), items.taken(rows).column())
+            bound = jnp.where(ignored, jnp.inf, bound)
+        missing = (0, groups - len(bound)), (0, 0)
+        bound = jnp.pad((ordered(bound) & -size) | slab, missing, constant_values=NO_BOUND)
+        second = jnp.minimum(second, jnp.maximum(lowest, bound))
+        lowest = jnp.minimum(lowest, bound)
+    return lowest, second
+
+
+def _selected(best: list, kept: list, size: int) -> list:
+    """`_select` of each shard and tile; in threads, since on a CPU a top_k keeps one core busy."""
+    select = functools.partial(_select, size=size)
+    with ThreadPoolExecutor() as pool:
+        rows = [pool.map(select, *both) for both in zip(best, kept, strict=True)]
+        return [list(row) for row in rows]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _select(best: Lowest, kept: list, size: int) -> Lowest:
+    """The lowest of ``best`` and of the groups of some blocks.
+
+    ``kept`` are (first row, lowest, second) of `_group_minima`.
+    """
+    if not kept:
+        return best
+    count, (groups, t) = best.bound.shape[1], kept[0][1].shape
+    # The lowest bounds are in the rows whose minimum over the blocks is among the lowest.
+    minima = _by_rows(functools.reduce(jnp.minimum, [lowest for _, lowest, _ in kept]))
+    row = _lowest_places(minima.T, min(count, groups))
+    column = jnp.arange(t, dtype=jnp.int32)[:, None]
+
+    def of_block(first, *bounds):
+        bound, second = (b.at[row, column].get(mode="promise_in_bounds") for b in bounds)
+        return Lowest(bound, first + row + (bound & (size - 1)) * groups, second)
+
+    parts = zip(best, *(of_block(*block) for block in kept), strict=True)
+    every = Lowest(*(jnp.concatenate(part, axis=1) for part in parts))
+    place = _lowest_places(every.bound, count)
+    return Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in every))
+
+
+def _by_rows(x: jax.Array) -> jax.Array:
+    """Keep a matrix in memory by rows.
+
+    To save its transposition, XLA would make it by columns, in large steps over memory: ten times
+    as slow.
+    """
+    return with_layout_constraint(x, Layout((0, 1)))
+
+
+def _lowest_places(x: jax.Array, count: int) -> jax.Array:
+    """Where the ``count`` lowest of each row of [t, n] int32 are; by floats, the faster top_k."""
+    finite = jnp.minimum(x, INFINITE - 1)
+    floats = jax.lax.bitcast_convert_type(reordered(finite), jnp.float32)
+    return jax.lax.top_k(-floats, count)[1]

@@ -1,0 +1,67 @@
+"""Distances of chosen pairs, computed in float64 from x - y and rounded to float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbam_jax.search.shards import gathered_rows
+from cbam_jax.search.sums import halved, lane_sum
+from cbam_jax.search.types import Shard
+
+_CHUNK, _STEPS = 2**20, 16  # Numbers in a step of the second pass, 4 MiB; steps in a call.
+
+
+def pair_distances(
+    queries: np.ndarray | jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+) -> np.ndarray:
+    """Distances of queries[rows[i]] and the gallery items found[i, :], [r, c] float32."""
+    if not found.size:
+        return np.zeros(found.shape, np.float32)
+    wide = max(1, _CHUNK // queries.shape[1])
+    if found.shape[1] > wide:
+        halves = np.array_split(found, 2, axis=1)
+        parts = [pair_distances(queries, shard, rows, half, metric) for half in halves]
+        return np.concatenate(parts, axis=1)
+    # Always in calls of one shape, [calls, steps, rows, c]: the last one is padded.
+    shape = (-1, _STEPS, min(max(16, 1024 // found.shape[1]), wide // found.shape[1]))
+    padding = -len(rows) % (shape[1] * shape[2])
+    items = np.pad(np.maximum(found - shard.first, 0), ((0, padding), (0, 0)))
+    items = items.reshape(*shape, found.shape[1])
+    x = jax.device_put(queries, shard.device)
+    results = []
+    with jax.enable_x64(True):
+        for i, j in zip(np.pad(rows, (0, padding)).reshape(shape), items, strict=True):
+            y = shard.rows
+            if not isinstance(y, jax.Array):
+                y = jax.device_put(gathered_rows(y, j.reshape(-1)), shard.device)
+                j = np.arange(j.size, dtype=np.int32).reshape(j.shape)
+            results.append(_distances(x, y, i, j, metric=metric))
+    return np.concatenate([np.asarray(a) for a in results])[: len(rows)]
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _distances(x, y, rows, items, metric):
+    """Distances, [steps * rows, c], of ``rows`` [steps, rows] and ``items`` [steps, rows, c]."""
+
+    def step(indices):
+        near = y.at[indices[1]].get(mode="promise_in_bounds")
+        return _pair_distance(x[indices[0]][:, None, :], near, metric)
+
+    return jax.lax.map(step, (rows, items)).reshape(-1, items.shape[-1])
+
+
+def _pair_distance(x, y, metric):
+    x, y = x.astype(jnp.float64), y.astype(jnp.float32).astype(jnp.float64)
+    if metric == "inner_product":
+        return (-lane_sum(x * y)).astype(jnp.float32)
+    if metric == "cosine":
+        xx, yy = lane_sum(x * x), lane_sum(y * y)
+        x, y = (a / jnp.sqrt(jnp.where(s > 0, s, 1.0))[..., None] for a, s in ((x, xx), (y, yy)))
+        # |x - y|^2 / 2 = 1 - cos for unit vectors. Those of equal vectors differ by roundings.
+        half = lane_sum(jnp.square(x - y)) / 2
+        half = jnp.where(half > 1e-30, half, 0.0)
+        return jnp.where((xx > 0) & (yy > 0), half, 1.0).astype(jnp.float32)
+    squares = lane_sum(halved(jnp.square(x - y)))
+    return (squares if metric == "squared_euclidean" else jnp.sqrt(squares)).astype(jnp.float32)

@@ -1,0 +1,187 @@
+"""`search`, pass by pass: lower bounds, candidates, proof, and again what was not proven."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbam_jax.search import arguments
+from cbam_jax.search.arguments import FIRST_PASSES
+from cbam_jax.search.bounds import Preparation, bound_distances, preparation_of
+from cbam_jax.search.candidates import candidate_keys
+from cbam_jax.search.exhaustive import exhaustive_search
+from cbam_jax.search.groups import lowest_bounds
+from cbam_jax.search.order import INFINITE, unpacked
+from cbam_jax.search.shards import GROUP, split_gallery, squared_norms
+from cbam_jax.search.types import Labels, Lowest, Queries, Shard
+
+_SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
+# Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
+_ON_ACCELERATOR = 2**28, 4096, 2**18
+
+
+def search(
+    queries: ArrayLike,
+    gallery: ArrayLike,
+    k: int,
+    *,
+    metric: str = "euclidean",
+    exclude_self: bool | ArrayLike = False,
+    query_group: ArrayLike | None = None,
+    gallery_group: ArrayLike | None = None,
+    query_category: ArrayLike | None = None,
+    gallery_category: ArrayLike | None = None,
+    first_pass: str | None = None,
+    devices: Sequence[Any] | None = None,
+    query_block: int | None = None,
+    gallery_block: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest gallery items of each query, exactly.
+
+    Memory beyond the arguments is O(q (k + d) + query_block gallery_block). A gallery that does not
+    fit the device, or the memory, is given as a NumPy array or ``np.memmap``: arrays of at most
+    1 GiB are copied to the device, others read block by block, twice, the first time to check them.
+    A ``jax.Array`` is searched where it is, on all devices that hold a part of it.
+
+    Args:
+      queries: ``[q, d]``, any float dtype; rounded to float32 first.
+      gallery: ``[n, d]``, likewise.
+      k: From 1 to n.
+      metric: One of `METRICS`, smaller is nearer: the Euclidean distance or its square, the cosine
+        distance 1 - cos (1 for a zero vector), or the negative inner product.
+      exclude_self: True where query i is gallery item i and is to be ignored; or ``[q]`` integers,
+        the gallery index of each query, -1 for none.
+      query_group: ``[q]`` integers; gallery items with the query's group are ignored (for example
+        the photos of the same item and series).
+      gallery_group: ``[n]`` integers, given with ``query_group``.
+      query_category: ``[q]`` integers; gallery items of other categories are ignored.
+      gallery_category: ``[n]`` integers, given with ``query_category``.
+      first_pass: The dtype of the first products, ``"bfloat16"`` or ``"float32"``, which decides
+        the speed, never the result; None: bfloat16 where the device has instructions for it.
+        float32 is the faster where many more than k items are nearly as near as the k-th.
+      devices: Devices to split the gallery over; by default one, or those that hold the gallery.
+      query_block: Queries at a time; None: what suits the device.
+      gallery_block: Gallery items at a time; None: likewise.
+
+    Returns:
+      Distances ``[q, k]`` float32, ascending, and indices ``[q, k]`` int32. Ties are broken by the
+      gallery index. Where fewer than k items are left the row ends in distance inf, index -1. The
+      distances are those of float64, rounded; a query that is in the gallery has distance 0 to
+      itself (not as inner product).
+
+    Raises:
+      ValueError: Before the search begins: for k out of range, NaN or infinite embeddings, other
+        shapes or dtypes, or an unknown metric.
+
+    Example:
+      >>> gallery = np.array([[0.0], [2.0], [3.0]], np.float32)
+      >>> distances, indices = search(gallery, gallery, k=2, exclude_self=True)
+      >>> indices.tolist(), distances.tolist()
+      ([[1, 2], [2, 0], [1, 0]], [[2.0, 3.0], [1.0, 2.0], [1.0, 3.0]])
+    """
+    queries = arguments.matrix(queries, "queries")
+    gallery = arguments.matrix(gallery, "gallery")
+    arguments.check(queries, gallery, k, metric, first_pass, query_block, gallery_block)
+    q, n = len(queries), len(gallery)
+    group = arguments.label_pair(query_group, gallery_group, q, n, "group")
+    category = arguments.label_pair(query_category, gallery_category, q, n, "category")
+    query = Labels(arguments.own_indices(exclude_self, q, n), group[0], category[0])
+    items = Labels(np.arange(n, dtype=np.int32), group[1], category[1])
+
+    shards = split_gallery(gallery, devices)
+    rows = np.asarray(queries).astype(np.float32, copy=False)
+    prepared = Queries(rows, squared_norms(rows, "queries"), query)
+    blocks = _block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
+    first_pass = first_pass or _fastest_pass(shards[0].device)
+    return _passes(prepared, shards, k, metric, items, blocks, first_pass)
+
+
+def _passes(
+    queries: Queries,
+    shards: Sequence[Shard],
+    k: int,
+    metric: str,
+    items: Labels,
+    blocks: tuple[int, int],
+    first_pass: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The passes from ``first_pass`` on, each for the queries that the one before left unproven."""
+    q = len(queries.rows)
+    distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
+    preparation = preparation_of(queries, shards, metric, first_pass)
+    rest = np.arange(q)
+    for dtype in FIRST_PASSES[FIRST_PASSES.index(first_pass) :]:
+        part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
+        some, preparation = queries.taken(part), preparation._replace(dtype=dtype)
+        distances[part], indices[part], proven = _pass(some, shards, k, preparation, items, blocks)
+        rest = rest[~proven]
+        if not len(rest):
+            return distances, indices
+    left = queries.taken(rest)
+    distances[rest], indices[rest] = exhaustive_search(left, shards, k, metric, items)
+    return distances, indices
+
+
+def _pass(
+    queries: Queries,
+    shards: Sequence[Shard],
+    k: int,
+    preparation: Preparation,
+    items: Labels,
+    blocks: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distances and indices of the k nearest among the candidates, and whether that is proven."""
+    metric, dtype = preparation.metric, preparation.dtype
+    # bfloat16's bounds are wider: normally distributed embeddings of 2,048 dimensions have half as
+    # many candidates more where k is 20, a quarter where k is 350.
+    count = k + (_SLACK if dtype == "float32" else int(_SLACK * np.sqrt(k)))
+    size = _group_size(k, sum(len(shard.rows) for shard in shards))
+    lowest, own_share = lowest_bounds(queries, shards, count, preparation, items, blocks, size)
+    keys, unseen, complete = [], [], []
+    for shard, (bound, index, second) in zip(shards, lowest, strict=True):
+        bounds = [bound_distances(b & -size, own_share, preparation) for b in (bound, second)]
+        found = Lowest(bounds[0], index, bounds[1])
+        keys.append(candidate_keys(queries, shard, found, k, metric, items, blocks[1], size))
+        unseen.append(found.bound[:, -1])
+        complete.append(bound[:, -1] >= INFINITE)
+    distances, indices = unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
+    return distances, indices, _proven(distances[:, -1], np.array(unseen), np.array(complete))
+
+
+def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.ndarray:
+    """Whether every item that is no candidate is farther than the k-th distance, [q].
+
+    ``unseen`` [shards, q] is the bound up to which a shard has seen all, ``complete`` whether it
+    has no more. Rounding to float32 keeps the order, so bounds hold for rounded distances as well.
+    """
+    return np.all(complete | (unseen > kth), axis=0)
+
+
+def _fastest_pass(device: Any) -> str:
+    """bfloat16 where the device has instructions for it: accelerators, some CPUs under Linux."""
+    if device.platform != "cpu":
+        return "bfloat16"
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def _block_sizes(
+    device: Any, shape: tuple[int, ...], query_block: int | None, gallery_block: int | None
+) -> tuple[int, int]:
+    """Queries and gallery items at a time: 16 MiB of products, which stay in a CPU's cache."""
+    products, most_queries, most_items = _ON_ACCELERATOR
+    if device.platform == "cpu":
+        products, most_queries, most_items = 2**22, 512 if shape[1] < 1024 else 1024, 2**15
+    query_block = query_block or min(most_queries, shape[0])
+    return query_block, gallery_block or min(products // query_block, most_items)
+
+
+def _group_size(k: int, n: int) -> int:
+    """Items in a group: a power of two, so few that seldom two of the k nearest share one."""
+    # Two where k is larger: then sorting half as many is worth looking at more.
+    return min(GROUP, 2 ** max(int(n >= 8 * k), int(np.log2(n / (32 * k)))))

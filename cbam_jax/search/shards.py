@@ -1,0 +1,128 @@
+"""The gallery in memory: parts on devices, blocks of rows, files of which little is read."""
+
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbam_jax.search.sums import lane_sum
+from cbam_jax.search.types import Shard
+
+GROUP = 16  # Gallery items whose lowest bound stands for them, at most; a power of two.
+_RESIDENT = 2**30  # Bytes up to which a NumPy gallery is copied to the device once.
+
+
+def split_gallery(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> list[Shard]:
+    """The gallery in contiguous parts, one a device."""
+    n = len(gallery)
+    if isinstance(gallery, jax.Array) and devices is None:
+        parts = {s.index[0].start or 0: s for s in gallery.addressable_shards}
+        if sum(len(s.data) for s in parts.values()) != n or any(
+            s.data.shape[1] != gallery.shape[1] for s in parts.values()
+        ):
+            raise ValueError("the gallery is to be sharded over its rows only, on local devices")
+        return [_shard(parts[i].device, i, parts[i].data) for i in sorted(parts)]
+    if devices is None:
+        devices = jax.local_devices()[:1]
+    # Copying once is faster than twice block by block, where there is room.
+    resident = isinstance(gallery, jax.Array) or (
+        not isinstance(gallery, np.memmap) and gallery.nbytes <= _RESIDENT
+    )
+    edges = np.linspace(0, n, len(devices) + 1).astype(int)
+    return [
+        _shard(d, int(i), jax.device_put(gallery[i:j], d) if resident else gallery[i:j])
+        for d, i, j in zip(devices, edges[:-1], edges[1:], strict=True)
+        if j > i
+    ]
+
+
+def _shard(device: Any, first: int, rows: np.ndarray | jax.Array) -> Shard:
+    return Shard(device, first, rows, squared_norms(rows, "gallery", first))
+
+
+def blocks_of(shard: Shard, size: int) -> Iterator[tuple[int, int, Any, Any]]:
+    """Blocks of one size: gallery index of the first row, rows that the last block had, rows.
+
+    And the squares of the rows.
+    """
+    n = len(shard.rows)
+    rows = block_rows(n, size)
+    source = view_of(shard)
+    for start in range(0, n, rows):
+        begin = min(start, n - rows)
+        block = source[begin : begin + rows]
+        if source is not shard.rows:
+            block = jax.device_put(block, shard.device)
+        elif isinstance(block, np.ndarray):
+            block = jax.block_until_ready(jax.device_put(np.array(block), shard.device))
+            _release(shard.rows)
+        yield shard.first + begin, start - begin, block, shard.squares[begin : begin + rows]
+
+
+def view_of(shard: Shard) -> np.ndarray | jax.Array:
+    """The rows to take blocks from: NumPy's view on a CPU, since slices of jnp are copies."""
+    on_cpu = isinstance(shard.rows, jax.Array) and shard.device.platform == "cpu"
+    return np.asarray(shard.rows) if on_cpu else shard.rows
+
+
+def block_rows(n: int, size: int) -> int:
+    """Rows of each block: about equally many, whole groups where there are several blocks."""
+    rows = -(-n // -(-n // size))
+    return rows if rows == n else min(n, -(-rows // GROUP) * GROUP)
+
+
+def gathered_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """x[rows] as float32; of a file a few at a time, since each brings its neighbours along."""
+    result = np.empty((len(rows), x.shape[1]), np.float32)
+    for i in range(0, len(rows), 32):
+        result[i : i + 32] = x[rows[i : i + 32]]
+        _release(x)
+    return result
+
+
+def _release(x: np.ndarray | jax.Array) -> None:
+    """Lets go of the pages read from a file, which would count as memory of the process."""
+    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        x._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def squared_norms(x: np.ndarray | jax.Array, name: str, first: int = 0) -> np.ndarray:
+    """Squared norms, [m] float32, infinite if too large; raises where there is NaN or infinity."""
+    if isinstance(x, jax.Array):
+        squares = np.asarray(_square_sums(x))
+    else:
+        squares = np.empty(len(x), np.float32)
+        for block in _host_blocks(x):
+            rows = np.asarray(x[block], np.float32)
+            with np.errstate(over="ignore"):
+                squares[block] = np.einsum("ij,ij->i", rows, rows)
+    if not np.isfinite(np.sum(squares, dtype=np.float64)):
+        _refuse_not_finite(x, name, first)
+    return squares
+
+
+@jax.jit
+def _square_sums(x: jax.Array) -> jax.Array:
+    return lane_sum(jnp.square(x.astype(jnp.float32)))
+
+
+def _refuse_not_finite(x: np.ndarray | jax.Array, name: str, first: int) -> None:
+    wrong = np.concatenate([~np.isfinite(np.asarray(x[b])).all(axis=1) for b in _host_blocks(x)])
+    if wrong.any():
+        row = first + int(np.argmax(wrong))
+        raise ValueError(f"{name}: NaN or infinity in {wrong.sum()} rows, the first is row {row}")
+
+
+def largest_magnitude(x: np.ndarray | jax.Array) -> float:
+    """The largest magnitude."""
+    return float(max(np.max(np.abs(np.asarray(x[block]))) for block in _host_blocks(x)))
+
+
+def _host_blocks(x: np.ndarray | jax.Array) -> Iterator[slice]:
+    """Blocks of rows to look at one after another; of a file, not kept in memory."""
+    for i in range(0, len(x), 4096):
+        yield slice(i, i + 4096)
+        _release(x)
