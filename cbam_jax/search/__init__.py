@@ -15,9 +15,14 @@ The rooms, in the order to read them: `passes` (`search`: bounds, candidates, pr
 is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
 block), `candidates` and `pairs` (distances in float64), `exhaustive` (the float64 search); and what
 they stand on: `types`, `order` (of ties), `shards` (the gallery in memory), `sums`, `arguments`.
+
+`top_k` finds the same inside other JAX programs: `traced` (the function, its gradient, shards),
+`streamed` (bounds, candidates, proof under `jax.jit`), `compensated` (distances as exact as
+float64's without float64).
 """
 
 from cbam_jax.search.arguments import FIRST_PASSES, METRICS
 from cbam_jax.search.passes import search
+from cbam_jax.search.traced import top_k
 
-__all__ = ["FIRST_PASSES", "METRICS", "search"]
+__all__ = ["FIRST_PASSES", "METRICS", "search", "top_k"]

@@ -1,8 +1,11 @@
-"""What `search` is given, checked before it begins."""
+"""What `search` and `top_k` are given, checked before they begin; of tracers the shapes alone."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 METRICS = ("euclidean", "squared_euclidean", "cosine", "inner_product")
@@ -22,21 +25,25 @@ def matrix(x: ArrayLike, name: str) -> np.ndarray | jax.Array:
 def check(
     queries: np.ndarray | jax.Array,
     gallery: np.ndarray | jax.Array,
+    items: int,
     k: int,
     metric: str,
-    first_pass: str | None,
-    query_block: int | None,
-    gallery_block: int | None,
 ) -> None:
-    """Raises a ValueError for what does not fit together or is not known."""
+    """Raises a ValueError for what does not fit together or is not known; of ``items`` in all."""
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"queries are {queries.shape[1]} wide, the gallery {gallery.shape[1]}")
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"k is {k}, but the gallery has {len(gallery)} items; k is from 1 to that")
-    if len(gallery) >= 2**31:
-        raise ValueError(f"the gallery has {len(gallery)} items, indices are int32")
+    if not 1 <= k <= items:
+        raise ValueError(f"k is {k}, but the gallery has {items} items; k is from 1 to that")
+    if items >= 2**31:
+        raise ValueError(f"the gallery has {items} items, indices are int32")
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
+
+
+def check_passes(
+    first_pass: str | None, query_block: int | None, gallery_block: int | None
+) -> None:
+    """Raises a ValueError for a pass that is not known, or blocks of nothing."""
     if first_pass is not None and first_pass not in FIRST_PASSES:
         raise ValueError(f"unknown first_pass {first_pass!r}; choose {' or '.join(FIRST_PASSES)}")
     if min(query_block or 1, gallery_block or 1) < 1:
@@ -57,7 +64,7 @@ def own_indices(exclude_self: bool | ArrayLike, q: int, n: int) -> np.ndarray | 
 
 def label_pair(
     query: ArrayLike | None, gallery: ArrayLike | None, q: int, n: int, name: str
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+) -> tuple[Any, Any]:
     """Labels of queries [q] and gallery [n], int32, or None of both."""
     if query is None and gallery is None:
         return None, None
@@ -66,10 +73,11 @@ def label_pair(
     return _integers(query, q, f"query_{name}"), _integers(gallery, n, f"gallery_{name}")
 
 
-def _integers(x: ArrayLike, count: int, name: str) -> np.ndarray:
-    x = np.asarray(x)
+def _integers(x: Any, count: int, name: str) -> Any:
+    traced = isinstance(x, Tracer)
+    x = x if traced else np.asarray(x)
     if x.shape != (count,) or not np.issubdtype(x.dtype, np.integer):
         raise ValueError(f"{name} has shape {x.shape} and dtype {x.dtype}, expected [{count}] ints")
-    if x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
+    if not traced and x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
         raise ValueError(f"{name} has values from {x.min()} to {x.max()}, expected int32")
     return x.astype(np.int32)

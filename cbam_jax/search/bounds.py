@@ -21,8 +21,8 @@ _SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
 class Preparation(NamedTuple):
     """How embeddings are made ready for the product: less ``center``, times ``scale``."""
 
-    center: np.ndarray | None
-    scale: np.float32
+    center: np.ndarray | jax.Array | None
+    scale: np.float32 | jax.Array
     metric: str
     dtype: str
 

@@ -83,8 +83,9 @@ def search(
     """
     queries = arguments.matrix(queries, "queries")
     gallery = arguments.matrix(gallery, "gallery")
-    arguments.check(queries, gallery, k, metric, first_pass, query_block, gallery_block)
     q, n = len(queries), len(gallery)
+    arguments.check(queries, gallery, n, k, metric)
+    arguments.check_passes(first_pass, query_block, gallery_block)
     group = arguments.label_pair(query_group, gallery_group, q, n, "group")
     category = arguments.label_pair(query_category, gallery_category, q, n, "category")
     query = Labels(arguments.own_indices(exclude_self, q, n), group[0], category[0])

@@ -30,11 +30,11 @@ class Lowest(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What decides who is ignored, of queries or of items."""
+    """What decides who is ignored, of queries or of items, in NumPy's or JAX's arrays."""
 
-    index: np.ndarray | None  # Of an item; of a query: the item that it is.
-    group: np.ndarray | None
-    category: np.ndarray | None
+    index: Any  # [m] int32 or None; of an item, -1 for none; of a query: the item that it is.
+    group: Any
+    category: Any
 
     def taken(self, rows: slice | np.ndarray) -> Self:
         """The labels of some rows."""
