@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from cbam_jax.distances import pairwise_distances
 
@@ -21,7 +22,7 @@ _ENTRIES = 2**26
 def triplet_loss(
     embeddings: jax.Array,
     labels: jax.Array,
-    margin: float = 0.2,
+    margin: float | jax.Array = 0.2,
     mining: str = "batch_hard",
     soft: bool = False,
     memory: tuple[jax.Array, jax.Array, jax.Array] | None = None,
@@ -57,7 +58,8 @@ def triplet_loss(
     Args:
       embeddings: ``[b, d]``, any float dtype; L2-normalised where the margin is meant so.
       labels: ``[b]``, integers.
-      margin: In the unit of the distances, not negative. Unused if ``soft``.
+      margin: In the unit of the distances, not negative. Unused if ``soft``. A number, or a scalar
+        that may be traced, such as a schedule's: its sign is then not checked.
       mining: One of the above.
       soft: Whether to use the soft margin.
       memory: Embeddings ``[n, d]``, their labels ``[n]`` and a mask ``[n]``, False where the place
@@ -87,7 +89,8 @@ def triplet_loss(
       >>> round(float(loss), 3)  # (0.1 + 1.1 + 1.7 + 0.1) / 4
       0.75
     """
-    _check(embeddings, labels, margin, mining)
+    margin = _checked_number(margin, "margin", "a number of at least 0", lambda m: m >= 0)
+    _check(embeddings, labels, mining)
     labels = jnp.asarray(labels)
     distances = pairwise_distances(embeddings, embeddings)
     same = labels[:, None] == labels[None, :]
@@ -109,7 +112,7 @@ def triplet_loss(
 
 
 def cross_entropy_loss(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+    logits: jax.Array, labels: jax.Array, label_smoothing: float | jax.Array = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of a classifier, in nats.
 
@@ -119,7 +122,7 @@ def cross_entropy_loss(
     Args:
       logits: ``[b, n]``, any float dtype; computed in float32.
       labels: ``[b]``, integers in [0, n).
-      label_smoothing: s, in [0, 1).
+      label_smoothing: s, in [0, 1); traced, it is not checked.
 
     Returns:
       The loss, a float32 scalar, and a dict of float32 scalars: ``accuracy``, the fraction of the
@@ -134,8 +137,9 @@ def cross_entropy_loss(
       (1.127, 0.5)
     """
     _check_rows(logits, labels, "logits", "[b, n]")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1)")
+    label_smoothing = _checked_number(
+        label_smoothing, "label_smoothing", "a number in [0, 1)", lambda s: 0 <= s < 1
+    )
     log_probability = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
     correct = jnp.take_along_axis(log_probability, labels[:, None], axis=1)[:, 0]
     per_row = (1 - label_smoothing) * correct + label_smoothing * jnp.mean(log_probability, axis=1)
@@ -146,8 +150,8 @@ def cross_entropy_loss(
 def deep_cross_entropy_loss(
     logits: Sequence[jax.Array],
     labels: jax.Array,
-    label_smoothing: float = 0.0,
-    auxiliary_weight: float = 0.3,
+    label_smoothing: float | jax.Array = 0.0,
+    auxiliary_weight: float | jax.Array = 0.3,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy of a classifier, and a share of that of its auxiliary classifiers.
 
@@ -158,7 +162,8 @@ def deep_cross_entropy_loss(
       logits: At least one array ``[b, n]``: the classifier's, then each auxiliary classifier's.
       labels: ``[b]``, integers in [0, n).
       label_smoothing: Of all of them, as in `cross_entropy_loss`.
-      auxiliary_weight: What each auxiliary loss is multiplied by, not negative.
+      auxiliary_weight: What each auxiliary loss is multiplied by, not negative; traced, it is not
+        checked.
 
     Returns:
       The loss, a float32 scalar, and what `cross_entropy_loss` says of the classifier itself.
@@ -172,8 +177,9 @@ def deep_cross_entropy_loss(
       >>> round(float(loss), 3)  # 1.6 log 2
       1.109
     """
-    if not auxiliary_weight >= 0:
-        raise ValueError(f"auxiliary_weight is {auxiliary_weight}, expected at least 0")
+    auxiliary_weight = _checked_number(
+        auxiliary_weight, "auxiliary_weight", "at least 0", lambda weight: weight >= 0
+    )
     loss, stats = cross_entropy_loss(logits[0], labels, label_smoothing)
     for other in logits[1:]:
         loss += auxiliary_weight * cross_entropy_loss(other, labels, label_smoothing)[0]
@@ -294,12 +300,21 @@ def _spread(embeddings):
     return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(centered), axis=1)))
 
 
-def _check(embeddings, labels, margin, mining):
+def _check(embeddings, labels, mining):
     if mining not in MININGS:
         raise ValueError(f"unknown mining {mining!r}; choose one of {', '.join(MININGS)}")
-    if not margin >= 0:
-        raise ValueError(f"margin is {margin}, expected a number of at least 0")
     _check_rows(embeddings, labels, "embeddings", "[b, d]")
+
+
+def _checked_number(x, name, expected, holds):
+    """The number, float32 if traced; raises where it is not as expected. A tracer has no value."""
+    if jnp.ndim(x):
+        raise ValueError(f"{name} has shape {jnp.shape(x)}, expected {expected}")
+    if isinstance(x, Tracer):
+        return x.astype(jnp.float32)
+    if not holds(x):
+        raise ValueError(f"{name} is {x}, expected {expected}")
+    return x
 
 
 def _check_rows(rows, labels, name, expected):

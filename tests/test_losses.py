@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbam_jax.losses import MININGS, collapse_warning, cross_entropy_loss, triplet_loss
+from cbam_jax.losses import (
+    MININGS,
+    collapse_warning,
+    cross_entropy_loss,
+    deep_cross_entropy_loss,
+    triplet_loss,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
 LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive
@@ -257,12 +263,68 @@ def test_sharded_batch_equals_one_device(rng, mining):
     np.testing.assert_allclose(many[1], one[1], atol=1e-7)
 
 
+@pytest.mark.parametrize("mining", MININGS)
+def test_traced_margin(rng, mining):
+    """Equal to the number's, with a gradient; its value cannot be checked."""
+    embeddings = rng.normal(size=(9, 4)).astype(np.float32)
+
+    def loss(margin):
+        return triplet_loss(embeddings, LABELS, margin, mining)[0]
+
+    both = jax.jit(jax.value_and_grad(loss))
+    for margin in (0.1, 0.7):
+        value, slope = both(margin)
+        np.testing.assert_allclose(value, loss(margin), rtol=1e-6)
+        active = triplet_loss(embeddings, LABELS, margin, mining)[1]["active_fraction"]
+        # A cost above 0 grows with the margin; batch_all's mean is over these alone.
+        np.testing.assert_allclose(slope, 1.0 if mining == "batch_all" else active, rtol=1e-6)
+        if mining != "batch_all":
+            difference = (loss(margin + 1e-3) - loss(margin - 1e-3)) / 2e-3
+            np.testing.assert_allclose(slope, difference, rtol=1e-2)
+    jitted = jax.jit(functools.partial(triplet_loss, mining=mining))
+    assert float(jitted(embeddings, LABELS, 1)[0]) == pytest.approx(float(loss(1.0)), rel=1e-6)
+
+
+def test_margin_annealed_inside_a_program(rng):
+    embeddings = rng.normal(size=(9, 4)).astype(np.float32)
+    margins = np.linspace(0.0, 1.0, 5, dtype=np.float32)
+
+    def step(x, margin):
+        loss, gradient = jax.value_and_grad(lambda x: triplet_loss(x, LABELS, margin)[0])(x)
+        return x - 0.1 * gradient, loss
+
+    last, losses = jax.jit(lambda x: jax.lax.scan(step, x, margins))(embeddings)
+    x, expected = jnp.asarray(embeddings), []
+    for margin in margins.tolist():
+        x, loss = step(x, margin)
+        expected.append(loss)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(last, x, atol=1e-6)
+
+
+def test_traced_smoothing_and_weight(rng):
+    logits = rng.normal(size=(9, 8)).astype(np.float32)
+
+    def loss(smoothing, weight):
+        return deep_cross_entropy_loss([logits, 2 * logits], LABELS, smoothing, weight)[0]
+
+    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(0.1, 0.3)
+    np.testing.assert_allclose(value, loss(0.1, 0.3), rtol=1e-6)
+    # It is linear in either.
+    np.testing.assert_allclose(slopes[0], (loss(0.5, 0.3) - loss(0.1, 0.3)) / 0.4, rtol=1e-4)
+    np.testing.assert_allclose(slopes[1], (loss(0.1, 1.3) - loss(0.1, 0.3)), rtol=1e-4)
+
+
 def test_wrong_arguments_are_named():
     x, y = jnp.ones((4, 2)), jnp.zeros(4, jnp.int32)
     with pytest.raises(ValueError, match="'hard'; choose one of batch_hard, semi_hard, batch_all"):
         triplet_loss(x, y, mining="hard")
     with pytest.raises(ValueError, match=r"margin is -0\.1"):
         triplet_loss(x, y, margin=-0.1)
+    with pytest.raises(ValueError, match=r"margin is nan"):
+        triplet_loss(x, y, margin=math.nan)
+    with pytest.raises(ValueError, match=r"margin has shape \(4,\), expected a number"):
+        jax.jit(triplet_loss)(x, y, jnp.ones(4))
     with pytest.raises(ValueError, match=r"\(4, 2\) and labels \(3,\)"):
         triplet_loss(x, y[:3])
     with pytest.raises(ValueError, match="float32, expected integers"):
