@@ -11,7 +11,7 @@ COMMANDS = {
     "evaluate": ("cbam_jax.runs", "measure a trained run: metrics, figures, a page"),
     "export": ("cbam_jax.hub", "write a run as a folder that others can load"),
     "datasets": ("cbam_jax.datasets.__main__", "prepare, check or shrink a dataset"),
-    "pretrained": ("cbam_jax.pretrained", "convert and check pretrained weights"),
+    "pretrained": ("cbam_jax.pretrained.__main__", "convert and check pretrained weights"),
     "benchmark": ("cbam_jax.benchmark.__main__", "measure training, embedding, data and search"),
     "paper": ("cbam_jax.paper.__main__", "make the paper's tables and figures"),
 }
