@@ -1,12 +1,19 @@
 """Retrieval metrics from hits alone: NumPy arrays in, floats out, summed in float64.
 
+Inside `jax.jit` they take traced arrays and return such, float32, so that a program can evaluate
+itself; what needs the values to know a result's size or order says that it runs on the host.
+
 ``matches[i, j]`` says whether the item at rank j + 1 of query i is relevant, ``num_relevant[i]``
 how many relevant items the gallery holds for it (R), whatever was retrieved. Three conventions of
 mAP@K are in use and differ a lot, so each has a name of its own; `METRIC_DEFINITIONS` tells them
 apart, and every printed table should quote it.
 """
 
+import functools
+import operator
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,7 +36,7 @@ _ROWS = 1024
 
 def retrieval_metrics(
     matches: ArrayLike, num_relevant: ArrayLike, ks: Sequence[int] = (5, 10, 20)
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Means of all metrics over the queries that have a relevant item.
 
     With hits h_i in {0, 1} at rank i and P_i = (h_1 + ... + h_i) / i, the metrics are those of
@@ -44,23 +51,41 @@ def retrieval_metrics(
       ks: The K to report, at most k each.
 
     Returns:
-      A dict of floats, with ``num_queries`` and ``num_left_out``. A mean over no query is NaN.
+      A dict of floats, with ``num_queries`` and ``num_left_out``. A mean over no query is NaN. Of
+      traced arrays a dict of float32 scalars, in which ``map@R`` and ``r_precision`` are NaN where
+      they would be left out.
 
     Raises:
-      ValueError: For wrong shapes or dtypes, a K out of range, or more hits than relevant items.
+      ValueError: For wrong shapes or dtypes, a K out of range, or more hits than relevant items
+        (of traced arrays the last is not checked).
 
     Example:
       >>> metrics = retrieval_metrics([[True, False, True, False, False]], [3], ks=(5,))
       >>> {name: round(value, 4) for name, value in metrics.items() if name.startswith("map")}
       {'map@5': 0.8333, 'map_min@5': 0.5556, 'map_all@5': 0.5556, 'map@R': 0.5556}
+
+      A program that evaluates itself, leaving each query out of its own neighbours:
+
+      >>> import jax
+      >>> from cbam_jax.search import top_k
+      >>> @jax.jit
+      ... def evaluate(embeddings, labels):
+      ...     _, indices = top_k(embeddings, embeddings, 2, exclude_self=True)
+      ...     relevant = count_relevant(labels, labels, query_in_gallery=True)
+      ...     return retrieval_metrics(label_matches(indices, labels, labels), relevant, ks=(1, 2))
+      >>> metrics = evaluate(np.float32([[0], [1], [3], [7]]), np.array([5, 5, 5, 5]))
+      >>> float(metrics["precision@2"]), float(metrics["num_queries"])
+      (1.0, 4.0)
     """
     per_query = per_query_metrics(matches, num_relevant, ks)
+    if xp := _traced(matches, num_relevant):
+        return _traced_means(per_query, xp.asarray(num_relevant) > 0)
     return _means(per_query, np.asarray(num_relevant) > 0)
 
 
 def per_query_metrics(
     matches: ArrayLike, num_relevant: ArrayLike, ks: Sequence[int] = (5, 10, 20)
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The metrics of `retrieval_metrics` for each query.
 
     Args:
@@ -69,7 +94,8 @@ def per_query_metrics(
       ks: The K to report, at most k each.
 
     Returns:
-      A dict of ``[q]`` float64 arrays, NaN for the queries without a relevant item.
+      A dict of ``[q]`` float64 arrays (float32 of traced ones), NaN for the queries without a
+      relevant item.
 
     Raises:
       ValueError: As `retrieval_metrics` does.
@@ -79,16 +105,18 @@ def per_query_metrics(
       >>> values["map@2"].tolist(), values["precision@2"].tolist()
       ([0.5, nan], [0.5, nan])
     """
-    matches, num_relevant = _checked(matches, num_relevant, ks)
+    hits, relevant = _checked(matches, num_relevant, ks)
+    if _traced(hits, relevant):
+        return _traced_metrics(hits, relevant, ks)
     # Blocks of queries: the cumulative sums of 10,000 full rankings would take gigabytes.
-    starts = range(0, max(len(matches), 1), _ROWS)
-    complete = int(num_relevant.max(initial=0)) <= matches.shape[1]
+    starts = range(0, max(len(hits), 1), _ROWS)
+    complete = int(relevant.max(initial=0)) <= hits.shape[1]
     blocks = [
-        _block(matches[i : i + _ROWS], num_relevant[i : i + _ROWS], ks, complete) for i in starts
+        _block(np, hits[i : i + _ROWS], relevant[i : i + _ROWS], ks, complete) for i in starts
     ]
     values = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     for value in values.values():
-        value[num_relevant == 0] = np.nan
+        value[relevant == 0] = np.nan
     return values
 
 
@@ -98,7 +126,7 @@ def per_category_metrics(
     categories: ArrayLike,
     ks: Sequence[int] = (5, 10, 20),
 ) -> dict:
-    """The metrics of `retrieval_metrics` for the queries of each category.
+    """The metrics of `retrieval_metrics` for the queries of each category; on the host alone.
 
     Args:
       matches: ``[q, k]`` bool.
@@ -111,12 +139,14 @@ def per_category_metrics(
 
     Raises:
       ValueError: As `retrieval_metrics` does, or if ``categories`` has another length.
+      TypeError: For traced arrays.
 
     Example:
       >>> table = per_category_metrics([[True], [False]], [1, 1], ["coat", "dress"], ks=(1,))
       >>> {category: metrics["precision@1"] for category, metrics in table.items()}
       {'coat': 1.0, 'dress': 0.0}
     """
+    _on_host("per_category_metrics", matches, num_relevant, categories)
     per_query = per_query_metrics(matches, num_relevant, ks)
     categories, counted = np.asarray(categories), np.asarray(num_relevant) > 0
     if categories.shape != counted.shape:
@@ -132,7 +162,7 @@ def per_category_metrics(
 def bootstrap_interval(
     values: ArrayLike, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over queries.
+    """Percentile bootstrap interval of a mean over queries; on the host alone.
 
     Queries are drawn with replacement ``resamples`` times (Efron and Tibshirani 1993, chapter 13).
     NaN values, the queries left out, are not drawn. The same seed gives the same interval.
@@ -148,12 +178,14 @@ def bootstrap_interval(
 
     Raises:
       ValueError: If ``values`` is not ``[q]``, or for a confidence or resamples out of range.
+      TypeError: For a traced array.
 
     Example:
       >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
       >>> round(low, 2), round(high, 2)
       (0.4, 0.6)
     """
+    _on_host("bootstrap_interval", values)
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not 0 < confidence < 1 or resamples < 1:
         raise ValueError(
@@ -197,6 +229,7 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, floa
 
     Raises:
       ValueError: If ``values`` is not ``[n]``, or for a confidence out of range.
+      TypeError: For a traced array.
 
     Example:
       >>> low, high = t_interval([0.60, 0.62, 0.67])
@@ -205,6 +238,7 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, floa
     """
     from scipy.special import stdtrit
 
+    _on_host("t_interval", values)
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not 0 < confidence < 1:
         raise ValueError(
@@ -218,14 +252,12 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, floa
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def label_matches(
-    indices: ArrayLike, query_labels: ArrayLike, gallery_labels: ArrayLike
-) -> np.ndarray:
+def label_matches(indices: ArrayLike, query_labels: ArrayLike, gallery_labels: ArrayLike) -> Any:
     """Which retrieved items have the query's label.
 
     Args:
       indices: ``[q, k]`` integers into the gallery, -1 where a row has no item left.
-      query_labels: ``[q]``, integers or strings.
+      query_labels: ``[q]``, integers or strings (traced: integers).
       gallery_labels: ``[n]``, likewise.
 
     Returns:
@@ -235,9 +267,9 @@ def label_matches(
       >>> label_matches([[0, 2, -1]], [7], [7, 8, 8]).tolist()
       [[True, False, False]]
     """
-    indices, query_labels = np.asarray(indices), np.asarray(query_labels)
-    gallery_labels = np.asarray(gallery_labels)
-    return (gallery_labels[indices] == query_labels[:, None]) & (indices >= 0)
+    xp = _traced(indices, query_labels, gallery_labels) or np
+    items, own, labels = (xp.asarray(a) for a in (indices, query_labels, gallery_labels))
+    return (labels[items] == own[:, None]) & (items >= 0)
 
 
 def count_relevant(
@@ -246,13 +278,14 @@ def count_relevant(
     query_in_gallery: ArrayLike = False,
     query_group: ArrayLike | None = None,
     gallery_group: ArrayLike | None = None,
-) -> np.ndarray:
+) -> Any:
     """How many gallery items have each query's label, not counting the ignored ones.
 
-    The counterpart of what `cbam_jax.search.search` ignores: the query itself, or its whole group.
+    The counterpart of what `search` and `top_k` of `cbam_jax.search` ignore: the query itself, or
+    its whole group.
 
     Args:
-      query_labels: ``[q]``, integers or strings.
+      query_labels: ``[q]``, integers or strings (traced: integers).
       gallery_labels: ``[n]``, likewise.
       query_in_gallery: ``[q]`` bool or one bool, whether the query itself is in the gallery and
         ignored; unused with groups, since a query is of its own group.
@@ -260,12 +293,15 @@ def count_relevant(
       gallery_group: ``[n]``, or None; items with the query's group are ignored.
 
     Returns:
-      ``[q]`` int64, R of the metrics.
+      ``[q]`` int64, R of the metrics (int32 of traced arrays).
 
     Example:
       >>> count_relevant([7, 8], [7, 8, 8], query_in_gallery=True).tolist()
       [0, 1]
     """
+    given = query_labels, gallery_labels, query_in_gallery, query_group, gallery_group
+    if _traced(*given):
+        return _traced_count(*given)
     query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
     counts = _count(query_labels[:, None], gallery_labels[:, None])
     if query_group is None or gallery_group is None:
@@ -286,28 +322,32 @@ def _count(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
 
 def _block(
-    matches: np.ndarray, num_relevant: np.ndarray, ks: Sequence[int], complete: bool
-) -> dict[str, np.ndarray]:
-    hits = np.cumsum(matches, axis=1, dtype=np.int32)
-    ranks = np.arange(1, matches.shape[1] + 1)
+    xp: Any, matches: Any, num_relevant: Any, ks: Sequence[int], complete: bool
+) -> dict[str, Any]:
+    """The metrics of some queries, by the functions of ``xp``: NumPy, or jax.numpy."""
+    real = np.float64 if xp is np else np.float32
+    hits = xp.cumsum(matches, axis=1, dtype=np.int32)
+    ranks = xp.arange(1, matches.shape[1] + 1, dtype=real)[None, :]
     # S_k, the sum over the hit ranks up to k of the precision there; the numerator of every mAP.
-    sums = np.cumsum(np.where(matches, hits / ranks, 0.0), axis=1)
-    relevant = np.maximum(num_relevant, 1)
+    sums = xp.cumsum(xp.where(matches, hits.astype(real) / ranks, 0.0), axis=1)
+    relevant = xp.maximum(num_relevant, 1)
+    all_relevant = relevant.astype(real)
 
     values = {}
     for k in ks:
-        retrieved, total = hits[:, k - 1], sums[:, k - 1]
-        values[f"map@{k}"] = total / np.maximum(retrieved, 1)
-        values[f"map_min@{k}"] = total / np.minimum(relevant, k)
-        values[f"map_all@{k}"] = total / relevant
+        retrieved, total = hits[:, k - 1].astype(real), sums[:, k - 1]
+        values[f"map@{k}"] = total / xp.maximum(retrieved, 1)
+        values[f"map_min@{k}"] = total / xp.minimum(all_relevant, k)
+        values[f"map_all@{k}"] = total / all_relevant
         values[f"precision@{k}"] = retrieved / k
-        values[f"recall@{k}"] = (retrieved > 0).astype(np.float64)
+        values[f"recall@{k}"] = (retrieved > 0).astype(real)
     if complete:
-        rows = np.arange(len(matches))
-        values["map@R"] = sums[rows, relevant - 1] / relevant
-        values["r_precision"] = hits[rows, relevant - 1] / relevant
-    first = np.argmax(matches, axis=1)
-    values["mrr"] = np.where(matches.any(axis=1), 1.0 / (first + 1), 0.0)
+        last = xp.minimum(relevant, matches.shape[1])[:, None] - 1
+        values["map@R"] = xp.take_along_axis(sums, last, axis=1)[:, 0] / all_relevant
+        found = xp.take_along_axis(hits, last, axis=1)[:, 0]
+        values["r_precision"] = found.astype(real) / all_relevant
+    first = xp.argmax(matches, axis=1)
+    values["mrr"] = xp.where(matches.any(axis=1), 1.0 / (first + 1).astype(real), 0.0)
     return values
 
 
@@ -320,10 +360,78 @@ def _means(per_query: dict[str, np.ndarray], counted: np.ndarray) -> dict[str, f
     return {**means, "num_queries": float(len(counted)), "num_left_out": float(left_out)}
 
 
-def _checked(
-    matches: ArrayLike, num_relevant: ArrayLike, ks: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    matches, num_relevant = np.asarray(matches), np.asarray(num_relevant)
+def _traced_means(per_query: dict[str, Any], counted: Any) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    count = jnp.sum(counted, dtype=np.float32)
+    means = {
+        name: jnp.sum(jnp.where(counted, values, 0.0)) / count for name, values in per_query.items()
+    }
+    queries = jnp.full((), len(counted), np.float32)
+    return {**means, "num_queries": queries, "num_left_out": queries - count}
+
+
+def _traced(*arrays: Any) -> Any:
+    """jax.numpy where an array is traced, else None. Without jax none is, and it is not loaded."""
+    jax = sys.modules.get("jax")
+    if jax is None or not any(isinstance(a, jax.core.Tracer) for a in arrays):
+        return None
+    return jax.numpy
+
+
+def _on_host(name: str, *arrays: Any) -> None:
+    if _traced(*arrays):
+        raise TypeError(
+            f"{name} runs on the host: its arrays are traced; return them from the jitted function "
+            "and call it there"
+        )
+
+
+def _traced_metrics(matches: Any, num_relevant: Any, ks: Sequence[int]) -> dict[str, Any]:
+    """`per_query_metrics` of traced arrays: a result's names cannot depend on values."""
+    import jax.numpy as jnp
+
+    values = _block(jnp, matches, num_relevant, ks, True)
+    complete = jnp.max(num_relevant, initial=0) <= matches.shape[1]
+    for name in ("map@R", "r_precision"):
+        values[name] = jnp.where(complete, values[name], jnp.nan)
+    return {name: jnp.where(num_relevant > 0, value, jnp.nan) for name, value in values.items()}
+
+
+def _traced_count(
+    query_labels: Any,
+    gallery_labels: Any,
+    query_in_gallery: Any,
+    query_group: Any,
+    gallery_group: Any,
+) -> Any:
+    """`count_relevant` of traced arrays."""
+    import jax.numpy as jnp
+
+    counts = _count_rows([query_labels], [gallery_labels])
+    if query_group is None or gallery_group is None:
+        return counts - jnp.asarray(query_in_gallery).astype(np.int32)
+    return counts - _count_rows([query_labels, query_group], [gallery_labels, gallery_group])
+
+
+def _count_rows(queries: Sequence[Any], gallery: Sequence[Any]) -> Any:
+    """How often each row, given by columns, is in the gallery: equal rows are runs once sorted."""
+    import jax.numpy as jnp
+
+    q = len(queries[0])
+    pairs = zip(queries, gallery, strict=True)
+    rows = [jnp.concatenate([jnp.asarray(a) for a in pair]) for pair in pairs]
+    order = jnp.lexsort(rows)
+    ascending = [column[order] for column in rows]
+    new = functools.reduce(operator.or_, [column[1:] != column[:-1] for column in ascending])
+    run = jnp.concatenate([jnp.zeros(1, np.int32), jnp.cumsum(new, dtype=np.int32)])
+    counts = jnp.zeros(len(order), np.int32).at[run].add((order >= q).astype(np.int32))
+    return jnp.zeros(len(order), np.int32).at[order].set(counts[run])[:q]
+
+
+def _checked(matches: Any, num_relevant: Any, ks: Sequence[int]) -> tuple[Any, Any]:
+    xp = _traced(matches, num_relevant) or np
+    matches, num_relevant = xp.asarray(matches), xp.asarray(num_relevant)
     if matches.ndim != 2 or not matches.shape[1] or num_relevant.shape != matches.shape[:1]:
         raise ValueError(
             f"matches have shape {matches.shape} and num_relevant {num_relevant.shape}, "
@@ -340,6 +448,8 @@ def _checked(
                 f"K is {k}, but matches have {matches.shape[1]} ranks; retrieve more, or pad with "
                 "False where the gallery is smaller than K"
             )
+    if xp is not np:
+        return matches, num_relevant
     wrong = np.flatnonzero(matches.sum(axis=1) > num_relevant)
     if len(wrong):
         i = wrong[0]
