@@ -358,6 +358,15 @@ def test_forward_mode_and_second_derivatives(rng):
     np.testing.assert_allclose(*(jax.jit(jax.hessian(f))(x) for f in (loss, plain)), atol=1e-4)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_nothing_changes_where_float64_is_enabled(tied, metric):
+    queries, gallery = tied[0], tied[1][:200].astype(np.float64)
+    expected = search(queries, gallery, 9, metric=metric, exclude_self=np.arange(11))
+    with jax.enable_x64(True):
+        found = jitted(k=9, metric=metric, exclude_self=np.arange(11))(queries, gallery)
+        assert_same(as_numpy(found), expected)
+
+
 def test_memory_does_not_grow_with_the_gallery():
     def temporary(n):
         shapes = [jax.ShapeDtypeStruct((rows, 64), jnp.float32) for rows in (100, n)]

@@ -33,7 +33,8 @@ def compensated_distances(x: jax.Array, y: jax.Array, metric: str) -> jax.Array:
 def _euclidean(x: jax.Array, y: jax.Array, squared: bool) -> jax.Array:
     # Powers of two scale exactly. Where numbers are tiny, so that what a difference loses to
     # rounding is not below float32's range; and so that no square leaves it.
-    lift = jnp.where(jnp.maximum(exponent_of(x), exponent_of(y)) < -60, 64, 0)
+    tiny = jnp.maximum(exponent_of(x), exponent_of(y)) < -60
+    lift = jnp.where(tiny, jnp.int32(64), jnp.int32(0))
     x, y = (scaled(a, lift[..., None]) for a in (x, y))
     difference, lost = _two_sum(x, -y)
     exponent = exponent_of(difference)

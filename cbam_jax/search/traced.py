@@ -101,7 +101,7 @@ def top_k(
     group = arguments.label_pair(query_group, gallery_group, q, n, "group")
     category = arguments.label_pair(query_category, gallery_category, q, n, "category")
     own = arguments.own_indices(exclude_self, q, n * shards)
-    valid = np.ones(n, bool) if valid is None else _flags(valid, n)
+    valid = jnp.ones(n, bool) if valid is None else _flags(valid, n)
     labels = Labels(own, group[0], category[0]), Labels(valid, group[1], category[1])
     arrays = queries, gallery, *jax.tree.map(jnp.asarray, labels)
     static = {"k": k, "metric": metric, "axis_name": axis_name, "block_size": block_size}
