@@ -32,6 +32,7 @@ LOSSES = ("triplet", "cross_entropy")
 def with_whole_paths(config: Config) -> Config:
     """Return a copy whose paths hold in any folder: absolute, ``~`` expanded.
 
+    >>> from ml_collections import ConfigDict
     >>> fields = {"name": "photos.csv", "data_dir": "~/prepared", "manual_dir": None}
     >>> config = ConfigDict({"data": fields, "model": {"pretrained": "imagenet"}})
     >>> whole = with_whole_paths(config)
