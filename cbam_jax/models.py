@@ -192,8 +192,9 @@ def create_model(
     Raises:
         ValueError: on an unknown name, pooling or init; the message lists the choices.
 
-    >>> model = create_model("resnet18_cbam", embedding_dim=128, rngs=nnx.Rngs(0))
-    >>> model(jnp.ones((2, 64, 64, 3))).shape
+    >>> build = lambda: create_model("resnet18_cbam", embedding_dim=128, rngs=nnx.Rngs(0))
+    >>> model = nnx.eval_shape(build)  # Or build(), which draws the parameters.
+    >>> nnx.eval_shape(lambda model, images: model(images), model, jnp.ones((2, 64, 64, 3))).shape
     (2, 128)
     """
     if name not in MODELS:

@@ -107,6 +107,7 @@ def replicated_operations():
     return cost["flops_per_device"], sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_a_device_of_n_does_an_nth_of_the_work(capsys, small, monkeypatch):
     # Sums over slices repeat what is fused with them, which XLA does or not depending on sizes.
     monkeypatch.setattr(layers, "_SLICES", 1)

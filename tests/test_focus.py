@@ -93,6 +93,7 @@ def garments(rng):
     return make_dataset([0, 1] * 3, [png(image) for image in images], masks=encoded), masks
 
 
+@pytest.mark.slow
 def test_measured_over_a_dataset_as_image_by_image(garments, rng):
     dataset, _ = garments
     rows = np.array([5, 0, 2, 3, 1])

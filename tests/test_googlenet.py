@@ -14,6 +14,7 @@ from cbam_jax.models import create_model
 from cbam_jax.pretrained import create_classifier, load_pretrained
 
 
+@pytest.mark.slow
 def test_features_and_logits_are_torchvisions():
     golden = np.load(FOLDER / "backbones.npz")
     model = nnx.eval_shape(lambda: create_classifier("googlenet", NUM_CLASSES, rngs=nnx.Rngs(0)))
@@ -33,6 +34,7 @@ def test_features_and_logits_are_torchvisions():
         np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_auxiliary_classifiers_are_for_training_alone(monkeypatch):
     # The blocks are cut out: what the heads get is named by their weights' width.
     monkeypatch.setattr(

@@ -35,6 +35,7 @@ def with_statistics(rng):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, pytest.param(4096, marks=pytest.mark.slow)])
 def test_chunks_on_eight_devices_give_the_gradient_of_the_whole_batch_on_one(rng, size):
     model, batch = with_statistics(rng), batch_of(rng, size)
@@ -67,6 +68,7 @@ def two_outputs(model, images):
     return embeddings, -embeddings
 
 
+@pytest.mark.slow
 def test_batch_norm_normalises_chunks_and_updates_its_statistics_in_order(rng):
     model, batch = with_statistics(rng), batch_of(rng, 32)
     summed = lambda outputs, labels: squared(outputs[0] - 2 * outputs[1], labels)  # noqa: E731
@@ -144,6 +146,7 @@ def fresh(memory_size=12):
     return steps.create_train_state(model, GENTLE, mesh, memory_shape=(memory_size, 3))
 
 
+@pytest.mark.slow
 def test_a_batch_enters_the_memory_after_its_loss(rng):
     model, train_step, mesh = memory_run()
     graphdef, _, batch_stats = nnx.split(

@@ -250,6 +250,7 @@ def test_order_of_the_batch_and_dtype_do_not_matter(rng, mining):
     np.testing.assert_allclose(loss, exact, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mining", MININGS)
 def test_sharded_batch_equals_one_device(rng, mining):
     embeddings = rng.normal(size=(32, 12)).astype(np.float32)
@@ -263,6 +264,7 @@ def test_sharded_batch_equals_one_device(rng, mining):
     np.testing.assert_allclose(many[1], one[1], atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mining", MININGS)
 def test_traced_margin(rng, mining):
     """Equal to the number's, with a gradient; its value cannot be checked."""
@@ -285,6 +287,7 @@ def test_traced_margin(rng, mining):
     assert float(jitted(embeddings, LABELS, 1)[0]) == pytest.approx(float(loss(1.0)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_margin_annealed_inside_a_program(rng):
     embeddings = rng.normal(size=(9, 4)).astype(np.float32)
     margins = np.linspace(0.0, 1.0, 5, dtype=np.float32)

@@ -16,6 +16,7 @@ def evaluation(model):
     return nnx.view(model, use_running_average=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["_se", "_cbam"])
 def test_identity_attention_is_the_plain_backbone(suffix, images):
     plain = create_model("resnet18", rngs=nnx.Rngs(0))
@@ -70,6 +71,7 @@ def test_gem_is_the_generalised_mean(rng):
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_with_float32_parameters(images):
     exact = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
     model = create_model("resnet18_cbam", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

@@ -123,6 +123,7 @@ def test_all_splits_at_once(folders, run, manifest, measured, tmp_path, monkeypa
     assert all(f"_{name}_" in file for name, file in zip(names, saved["id"], strict=True))
 
 
+@pytest.mark.slow
 def test_ks_and_batch_size_are_those_of_the_evaluation(
     run, measured, tmp_path, monkeypatch, capsys
 ):

@@ -16,6 +16,7 @@ from cbam_jax.search import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_pass", FIRST_PASSES)
 def test_random_shapes_match_float64(rng, first_pass):
     """Sizes come from short lists: each new combination is compiled."""
@@ -82,6 +83,7 @@ def test_exact_ties_for_any_block_size(tied, blocks):
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_exact_ties_for_any_device_count(tied, count):
     queries, gallery, expected = tied
@@ -95,6 +97,7 @@ def test_exact_ties_for_any_device_count(tied, count):
         assert_same(search(queries, sharded, 20), expected)
 
 
+@pytest.mark.slow
 def test_batching_of_queries_changes_no_bit(rng):
     queries = rng.normal(size=(11, 33)).astype(np.float32)
     gallery = rng.normal(size=(1200, 33)).astype(np.float32)
@@ -106,6 +109,7 @@ def test_batching_of_queries_changes_no_bit(rng):
     assert_same(search(queries, gallery, 7, devices=jax.devices()), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_block", [(64, 4096), (3, 100)])
 def test_more_duplicates_than_candidates(rng, monkeypatch, double_block):
     monkeypatch.setattr(exhaustive, "_DOUBLE_BLOCK", double_block)
@@ -132,6 +136,7 @@ def test_near_duplicates_are_ordered_as_in_float64(rng):
     assert_same(search(query, gallery, 30), brute_force(query, gallery, 30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_float64_search_alone(rng, monkeypatch, metric):
     """As if no query were proven, in blocks that overlap."""

@@ -67,6 +67,7 @@ def flat(tree):
     return {name(path).removesuffix(".value"): np.asarray(leaf) for path, leaf in leaves}
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_same(rng):
     model = seeded_model("resnet18_cbam")
     optimizer = steps.create_optimizer("sgd", 0.02, weight_decay=1e-3)

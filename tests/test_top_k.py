@@ -59,6 +59,7 @@ def test_block_sizes_change_no_bit(tied, block_size):
     assert_same(as_numpy(jitted(k=9, block_size=block_size)(queries, gallery)), expected)
 
 
+@pytest.mark.slow
 def test_wide_embeddings_and_few_rows(rng):
     for q, n, d, k in ((3, 700, 300, 5), (1, 9, 1, 9), (5, 1, 2, 1)):
         queries = rng.normal(1.0, 2.0, (q, d)).astype(np.float32)
@@ -66,6 +67,7 @@ def test_wide_embeddings_and_few_rows(rng):
         assert_same(as_numpy(jitted(k=k)(queries, gallery)), search(queries, gallery, k))
 
 
+@pytest.mark.slow
 def test_more_near_ties_than_candidates(rng, monkeypatch):
     """Duplicates, and near duplicates that no product can tell apart, are searched again."""
     copies = np.repeat(rng.normal(size=(3, 12)), 301, axis=0).astype(np.float32)
@@ -214,6 +216,7 @@ def mesh_of(axis_type, *shape):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_shard_map(tied, axis_type, check_vma):
@@ -253,6 +256,7 @@ def test_shard_map(tied, axis_type, check_vma):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_jit_of_sharded_arrays(tied, axis_type):
     mesh = mesh_of(axis_type, 8)
@@ -367,6 +371,7 @@ def test_nothing_changes_where_float64_is_enabled(tied, metric):
         assert_same(as_numpy(found), expected)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_gallery():
     def temporary(n):
         shapes = [jax.ShapeDtypeStruct((rows, 64), jnp.float32) for rows in (100, n)]
@@ -385,6 +390,7 @@ def test_nothing_is_compiled_anew_for_other_values(tied):
     assert find._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_compensated_distances_are_float64_rounded(rng, metric):
     for d in (1, 3, 130):

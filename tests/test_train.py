@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from tiny_run import patch_tiny_models
 
 import evaluate
 import train
@@ -27,19 +28,27 @@ from cbam_jax.runlog import read_log
 # ml_collections loads configs by a method that Python means to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch_tiny_models(patch)
+        yield
+
+
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = ("coat", "dress", "hat", "skirt")
 SIZES = {"train": 5, "validation": 3, "test": 4}
 
 
 def overrides(manifest):
-    """The config of all runs here: ResNet18 on 8 images of 32 px, six steps."""
+    """The config of all runs here: a ResNet of four blocks on 8 images of 32 px, six steps."""
     fields = {
         "data.name": manifest,
         "data.image_size": 32,
         "data.classes_per_batch": 4,
         "data.images_per_class": 2,
-        "model.name": "resnet18",
+        "model.name": "tiny",
         "model.embedding_dim": 16,
         "optimizer.warmup_steps": 2,
         "train.steps": 6,
@@ -211,7 +220,7 @@ def test_the_workdir_holds_what_is_promised(uninterrupted):
     names = {path.name for path in workdir.iterdir()}
     assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= names
     config = json.loads((workdir / "config.json").read_text())
-    assert config["model"]["name"] == "resnet18"
+    assert config["model"]["name"] == "tiny"
     assert config["eval"]["ks"] == [5, 10]
     assert list(rows) == [1, 2, 3, 4, 5, 6]
     training = SIZES["train"] * len(CLASSES)

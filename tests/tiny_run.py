@@ -18,9 +18,10 @@ CLASSES = ("coat", "dress", "hat")
 
 
 def patch_tiny_models(patch):
-    """Make ``tiny_cbam`` a model's name: four blocks, little to compile."""
+    """Make ``tiny`` and ``tiny_cbam`` names of models: four blocks, little to compile."""
     tiny = functools.partial(ResNet, stage_sizes=(1, 1, 1, 1), block=BasicBlock)
     patch.setitem(models.BACKBONES, "tiny", tiny)
+    patch.setitem(models.MODELS, "tiny", ("tiny", ""))
     patch.setitem(models.MODELS, "tiny_cbam", ("tiny", "_cbam"))
 
 

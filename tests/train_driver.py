@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import numpy as np
+import pytest
+from tiny_run import patch_tiny_models
 
 import train
 from cbam_jax import command_line, steps
@@ -65,6 +67,7 @@ def poison_parameters(at):
 
 def main():
     options = json.loads(sys.argv.pop(1))
+    patch_tiny_models(pytest.MonkeyPatch())
     signals = {options.get("kill"): signal.SIGKILL, options.get("terminate"): signal.SIGTERM}
     wait_for_every_save()
     follow_steps(options.get("record"), signals)

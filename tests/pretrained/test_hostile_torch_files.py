@@ -314,6 +314,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of it")
 def test_refusing_takes_little_memory(tmp_path):
     for number, (data, _) in enumerate(HOSTILE.values()):
