@@ -563,7 +563,7 @@ def test_the_scripts_exit_with_the_status(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda p: p.stem
+    "path", sorted((REPOSITORY / "configs").glob("[a-z]*.py")), ids=lambda p: p.stem
 )
 def test_every_config_passes_and_builds_its_model(path):
     values = flags.FlagValues()
