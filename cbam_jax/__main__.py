@@ -20,7 +20,7 @@ COMMANDS = {
 def main() -> int:
     """Run the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(usage())
         return 0
     if name == "--version":

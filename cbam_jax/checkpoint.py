@@ -184,7 +184,7 @@ class Checkpoints:
         if step not in steps:
             raise InputError(
                 f"no checkpoint {which!r} in {self.directory}: it has steps "
-                f"{', '.join(map(str, steps))}; choose one, or last"
+                f"{', '.join(map(str, steps))}; choose one, best or last"
             )
         checkpoint = self._try_restore(int(step), optimizer)
         if isinstance(checkpoint, str):

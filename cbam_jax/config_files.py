@@ -31,12 +31,15 @@ def find_config(config: str) -> Path:
     path = Path(config).expanduser()
     if path.suffix == ".py" and path.is_file():
         return path
-    names = sorted(file.stem for file in CONFIGS.glob("[a-z]*.py"))
-    if path.suffix == "" and config in names:
-        return CONFIGS / f"{config}.py"
-    if path.parts[:-1] == ("configs",) and path.stem in names and path.suffix == ".py":
-        return CONFIGS / path.name
-    raise InputError(f"--config={config}: no such file; give one, or one of {', '.join(names)}")
+    own = CONFIGS / f"{path.stem}.py"
+    if path.parts[:-1] in ((), ("configs",)) and path.suffix in ("", ".py") and own.is_file():
+        return own
+    raise InputError(f"--config={config}: no such file; give one, or one of {names()}")
+
+
+def names() -> str:
+    """Return the names of the package's configs, separated by commas."""
+    return ", ".join(sorted(file.stem for file in CONFIGS.glob("[a-z]*.py")))
 
 
 def read_config_file(config: str, overrides: Sequence[str]) -> Config:

@@ -139,7 +139,9 @@ class Embedder:
         Raises:
             InputError: ``boxes`` do not fit ``paths``. A file that cannot be read is no error.
         """
-        files = [path if isinstance(path, bytes) else os.fspath(path) for path in paths]
+        if isinstance(paths, str | bytes | os.PathLike):
+            raise InputError(f"one path, {str(paths)[:80]!r}, where a list belongs: give [path]")
+        files = [path if isinstance(path, bytes) else str(os.fspath(path)) for path in paths]
         places = [None] * len(files) if boxes is None else list(_checked_boxes(boxes, len(files)))
 
         def cut(row: int) -> np.ndarray:
@@ -174,6 +176,8 @@ class Embedder:
         Raises:
             InputError: names the image that is not uint8 RGB, and what is meant.
         """
+        if isinstance(images, np.ndarray | jax.Array) and images.ndim == 3:
+            raise InputError("one image where a list belongs: give [image]")
         images = [np.asarray(x) if isinstance(x, jax.Array) else x for x in images]
         for row, image in enumerate(images):
             _check_image(image, row)
@@ -273,22 +277,23 @@ def load(
         ((2, 128), [])
     """
     folder = Path(source).expanduser()
-    if runs.is_run(folder) or ((folder / "config.json").is_file() and not _of_hub(folder)):
-        model, document = hub.from_run(folder, checkpoint)
-        batch_size = batch_size or runs.read_config(folder).eval.batch_size
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: give its folder")
+    if runs.is_run(folder):
+        config = runs.read_config(folder)
+        model, document = hub.from_run(config, folder, checkpoint)
+        batch_size = config.eval.batch_size if batch_size is None else batch_size
+    elif checkpoint != "best":
+        raise InputError(f"checkpoint={checkpoint!r}: {source} is no run, which alone has several")
     else:
         model, document = hub.from_pretrained(source, revision=revision)
     return Embedder(
         model,
         Preprocessing.from_dict(document["preprocessing"]),
         arguments=document["model"],
-        batch_size=batch_size or 64,
+        batch_size=64 if batch_size is None else batch_size,
         devices=devices,
     )
-
-
-def _of_hub(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file()
 
 
 def _weights(state: Any) -> list[tuple[str, np.ndarray]]:
@@ -333,7 +338,8 @@ def _checked_boxes(boxes: ArrayLike, count: int) -> np.ndarray:
 
 def _check_image(image: Any, row: int) -> None:
     shape, dtype = np.shape(image), getattr(image, "dtype", type(image).__name__)
-    if len(shape) == 3 and shape[2] == 3 and dtype == np.uint8 and isinstance(image, np.ndarray):
+    right = len(shape) == 3 and shape[2] == 3 and dtype == np.uint8
+    if right and isinstance(image, np.ndarray) and image.size:
         return
     if not isinstance(image, np.ndarray):
         remedy = "give a NumPy array"
@@ -345,6 +351,8 @@ def _check_image(image: Any, row: int) -> None:
         remedy = "repeat grey to three channels"
     elif len(shape) == 3 and shape[2] == 4:
         remedy = "lay transparency over a background first, or embed the file"
+    elif right:
+        remedy = "it has no pixels"
     elif dtype != np.uint8:
         remedy = "give pixels from 0 to 255 as uint8; floats in [0, 1] are multiplied by 255 first"
     else:

@@ -179,15 +179,15 @@ def find_layer(model: Any, layer: str) -> tuple[str, ...]:
 
 def _check_images(images: jax.Array | np.ndarray) -> None:
     """Raise ValueError, with the remedy, unless images are what ``model.preprocess`` gives."""
-    shape, dtype = images.shape, images.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        remedy = "scale pixels first, model.preprocess(images)"
-    elif len(shape) == 3:
+    shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
+    if len(shape) == 3:
         remedy = "add the batch axis, images[None]"
     elif len(shape) == 4 and shape[1] == 3 != shape[3]:
         remedy = "move the channels last, transpose(0, 2, 3, 1)"
-    elif len(shape) != 4:
-        remedy = "give a batch of images"
+    elif len(shape) != 4 or 0 in shape or not hasattr(images, "dtype"):
+        remedy = "give an array of images"
+    elif not jnp.issubdtype(dtype, jnp.floating):
+        remedy = "scale pixels first, model.preprocess(images)"
     else:
         return
     raise ValueError(f"images are {dtype} {list(shape)}, expected float [b, h, w, 3]: {remedy}")

@@ -93,17 +93,22 @@ def save_pretrained(
 
     Raises:
         InputError: ``config`` builds another model, ``preprocessing`` lacks ``image_size``, a value
-            has no form in JSON, or the folder cannot be written. Nothing has been written then.
+            has no form in JSON, or the folder is a run's or cannot be written. Nothing has been
+            written then.
     """
     import safetensors.numpy
 
+    folder = Path(folder).expanduser()
+    if runs.is_run(folder):
+        raise InputError(
+            f"{folder} is the workdir of a run, which would be lost: give another folder"
+        )
     document = _document(config, preprocessing, metrics)
     arrays = _arrays(model)
     _check_config(config, arrays)
     text = json.dumps(document, indent=2) + "\n"
     card = _card(document, model.embedding_dim, description)
     values = {name: np.array(variable[...]) for name, variable in arrays.items()}
-    folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:  # All three are there before any takes its place.
@@ -192,7 +197,7 @@ def from_pretrained(
     """
     folder = Path(source).expanduser()
     if runs.is_run(folder):
-        model, document = from_run(folder)
+        model, document = from_run(runs.read_config(folder), folder)
     else:
         model, document = _from_folder(folder if folder.is_dir() else _fetch(str(source), revision))
     model.train() if training else model.eval()
@@ -212,18 +217,18 @@ def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
 
 
 def from_run(
-    workdir: Path, checkpoint: str | int = "best"
+    config: Any, workdir: Path, checkpoint: str | int = "best"
 ) -> tuple[EmbeddingModel, dict[str, Any]]:
     """Build a run's model, with what ``save_pretrained`` would write of it.
 
     Args:
+        config: of the run.
         workdir: of the run.
         checkpoint: ``"best"``, ``"last"``, ``"untrained"`` or a step.
 
     Raises:
-        InputError: there is no such run or checkpoint, or it is damaged.
+        InputError: there is no such checkpoint, or it is damaged.
     """
-    config = runs.read_config(workdir)
     mesh = steps.data_mesh(jax.local_devices())
     model, state, step = runs.restore_model(config, workdir, checkpoint, mesh)
     document = {
@@ -264,8 +269,8 @@ def export(run: str | os.PathLike, folder: str | os.PathLike, checkpoint: str | 
         InputError: as ``from_run`` and ``save_pretrained``.
     """
     run = Path(run).expanduser()
-    model, document = from_run(run, checkpoint)
     config = runs.read_config(run)
+    model, document = from_run(config, run, checkpoint)
     data, loss = experiment.dataset_name(config), config.loss.name
     save_pretrained(
         model,
@@ -300,6 +305,11 @@ def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
+        if isinstance(document, dict) and "format_version" not in document:
+            raise InputError(
+                f"{path} is of no model that save_pretrained wrote; checkpoints of a run "
+                "are missing, or this is another folder"
+            )
         version = document["format_version"]
         if not isinstance(document["model"], dict):
             raise TypeError("model is not an object")
@@ -307,6 +317,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is missing: neither the workdir of a run nor a folder of save_pretrained"
         ) from None
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}): fetch or save it again") from error
     if version > FORMAT_VERSION:

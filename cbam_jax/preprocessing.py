@@ -92,7 +92,7 @@ def check_images(images: Any) -> None:
     ValueError: images are uint8 [2, 3, 8, 8], expected uint8 RGB [b, h, w, 3]: move the channels \
 last, transpose(0, 2, 3, 1)
     """
-    shape, dtype = tuple(images.shape), str(images.dtype)
+    shape, dtype = tuple(getattr(images, "shape", ())), str(getattr(images, "dtype", type(images)))
     if len(shape) == 4 and shape[-1] == 3 and dtype == "uint8":
         return
     if len(shape) == 4 and shape[1] == 3 and shape[-1] != 3:

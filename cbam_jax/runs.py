@@ -7,6 +7,7 @@ does both and writes what was found; ``run_figures`` draws it.
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,28 +53,35 @@ def read_config(workdir: Path) -> Config:
         InputError: there is no run, or no copy that is whole.
     """
     path = Path(workdir) / "config.json"
+    if (path.parent / "model.safetensors").exists() and not is_run(Path(workdir)):
+        raise InputError(
+            f"{workdir} is an exported model, not a run, which alone can be measured: give the "
+            "workdir of a training; cbam_jax.load reads both"
+        )
     if not path.exists() and not is_run(Path(workdir)):
         raise InputError(f"no run in {workdir}: {path} is missing; train first, or check --workdir")
     try:
         return _with_defaults(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         with _checkpoints(workdir) as checkpoints:
             kept = checkpoints.read_config()
         if kept is None:
             raise InputError(
                 f"{path} cannot be read ({error}), and no checkpoint has a copy: restore it"
             ) from error
-        print(f"{path} cannot be read ({error}): taken from a checkpoint", flush=True)
+        print(f"{path} cannot be read ({error}): taken from a checkpoint", file=sys.stderr)
         return _with_defaults(kept)
 
 
 def _with_defaults(document: Any) -> Config:
     """The default config with a saved one's fields; an error where they are none of its kind."""
     config: Config = default.get_config()
-    if not document.get("data"):
+    if not isinstance(document, dict) or not isinstance(document.get("data"), dict):
         raise ValueError("not the config of a run")
     config.seed = document.get("seed", config.seed)
     for section in {*config} & document.keys() - {"seed"}:
+        if not isinstance(document[section], dict):
+            raise ValueError(f"{section} is {document[section]!r}, not an object")
         for name in {*config[section]} & document[section].keys():
             value = document[section][name]
             config[section][name] = tuple(value) if isinstance(value, list) else value

@@ -308,7 +308,9 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="a config by name or by path")
+    parser.add_argument(
+        "--config", required=True, help=f"a config by name ({config_files.names()}) or path"
+    )
     parser.add_argument(
         "--workdir", required=True, type=command_line.path, help="folder of the run"
     )

@@ -168,12 +168,23 @@ def test_boxes_are_cut_as_a_datasets(embedder, files, rng):
         (np.zeros((8, 9, 4), np.uint8), "lay transparency over a background first"),
         (np.zeros((1, 8, 9, 3), np.uint8), "list of single images"),
         ("photo.jpg", "give a NumPy array"),
+        (np.zeros((0, 9, 3), np.uint8), "it has no pixels"),
     ],
 )
 def test_what_is_no_image_is_told(image, message, embedder):
     with pytest.raises(InputError, match=message) as caught:
         embedder.embed_images([np.zeros((8, 9, 3), np.uint8), image])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("paths", ["coat.jpg", Path("coat.jpg"), b"coat"])
+def test_one_path_where_a_list_belongs(paths, embedder):
+    with pytest.raises(
+        InputError, match=r"one path, .*coat.*, where a list belongs: give \[path\]"
+    ):
+        embedder.embed_files(paths)
+    with pytest.raises(InputError, match=r"one image where a list belongs: give \[image\]"):
+        embedder.embed_images(np.zeros((8, 9, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,10 @@ def test_preprocess_tells_what_is_meant(images, message, embedder):
         (np.zeros((2, 8, 9, 3), np.uint8), "scale pixels first"),
         (np.zeros((2, 3, 8, 9), np.float32), "move the channels last"),
         (np.zeros((8, 9, 3), np.float32), "add the batch axis"),
-        (np.zeros((9, 3), np.float32), "give a batch of images"),
+        (np.zeros((9, 3), np.float32), "give an array of images"),
+        (np.zeros((0, 8, 9, 3), np.float32), "give an array of images"),
+        (np.zeros((2, 3, 8, 9), np.uint8), "move the channels last"),
+        ([[1.0]], "give an array of images"),
     ],
 )
 def test_heat_maps_tell_what_is_meant(images, message, embedder):
@@ -231,6 +245,31 @@ def test_a_run_exported_is_the_same_model(run, embedder, files, tmp_path):
     assert f"| map@10 | {metrics['map@10']:.4g} |" in card
     assert "- `map@K`: " in card
     assert str(run) not in card
+
+
+def test_a_run_is_never_exported_over(run, tmp_path):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(
+        InputError, match="is the workdir of a run, which would be lost: give another"
+    ):
+        hub.export(run, run)
+    assert (run / "config.json").read_bytes() == before
+    assert not (run / "model.safetensors").exists()
+
+
+def test_an_exported_model_is_no_run(run, tmp_path):
+    hub.export(run, tmp_path / "model")
+    with pytest.raises(InputError, match="is an exported model, not a run"):
+        runs.evaluate(tmp_path / "model")
+    with pytest.raises(InputError, match="checkpoint='last': .*model is no run"):
+        cbam_jax.load(tmp_path / "model", "last")
+    with pytest.raises(InputError, match="config.json is a file: give its folder"):
+        cbam_jax.load(tmp_path / "model" / "config.json")
+    with pytest.raises(InputError, match="batch_size=0: give at least 1 image"):
+        cbam_jax.load(tmp_path / "model", batch_size=0)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights at .*model.safetensors"):
+        cbam_jax.load(tmp_path / "model")
 
 
 def test_without_an_evaluation_the_card_has_what_training_measured(run, tmp_path):
@@ -300,7 +339,7 @@ def test_a_classifiers_head_is_no_part_of_the_fingerprint(run):
     [
         ("absent", "best", "no folder .*absent"),
         ("", "best", "neither the workdir of a run nor a folder of save_pretrained"),
-        ("run", 7, r"no checkpoint 7 in .* it has steps 3; choose one"),
+        ("run", 7, r"no checkpoint 7 in .* it has steps 3; choose one, best or"),
         ("run", "newest", "no checkpoint 'newest'"),
     ],
 )
