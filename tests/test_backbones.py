@@ -56,6 +56,7 @@ def test_conv_pads_as_torch(rng, kernel_size, strides, shape):
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "size", "strides"),
     [

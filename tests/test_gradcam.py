@@ -138,6 +138,7 @@ def slow_heat(raw, height, width):
     return heat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layer", ["conv", "blocks"])
 @pytest.mark.parametrize("target", [energy, cosine])

@@ -106,6 +106,7 @@ class Wide(nnx.Module):
         return self.down(jnp.tanh(self.up(x)))
 
 
+@pytest.mark.slow
 def test_memory_follows_the_chunk_and_not_the_batch():
     model, mesh = Wide(), steps.data_mesh(jax.devices()[:1])
     state = steps.create_train_state(model, DESCENT, mesh)

@@ -29,6 +29,7 @@ def test_identity_attention_is_the_plain_backbone(suffix, images):
         np.testing.assert_allclose(view(model, **kwargs)(images), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_paper_attention_is_not_the_plain_backbone(images):
     plain = create_model("resnet18", rngs=nnx.Rngs(0))
     model = create_model("resnet18_cbam", rngs=nnx.Rngs(7))

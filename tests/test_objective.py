@@ -89,6 +89,7 @@ def classified(photos, tmp_path_factory):
     return workdir, summary, output.getvalue()
 
 
+@pytest.mark.slow
 def test_cross_entropy_learns_and_says_so(classified):
     workdir, summary, output = classified
     records = read_log(workdir)
@@ -104,6 +105,7 @@ def test_cross_entropy_learns_and_says_so(classified):
     assert re.search(r"step +12  validation  map@10 .* accuracy ", output)
 
 
+@pytest.mark.slow
 def test_accuracy_of_evaluate_is_that_of_the_models_logits(classified, photos, capsys):
     workdir, _, _ = classified
     report = runs.evaluate(workdir, "val", "last", figures=False)
@@ -124,6 +126,7 @@ class Started(Exception):
     """Stops a run where its training would begin."""
 
 
+@pytest.mark.slow
 def test_a_retrieval_run_starts_from_it_with_its_attention(
     classified, photos, tmp_path, monkeypatch, capsys
 ):
@@ -148,6 +151,7 @@ def test_a_retrieval_run_starts_from_it_with_its_attention(
         np.testing.assert_array_equal(variable[...], arrays[f"{kind}.{name}"])
 
 
+@pytest.mark.slow
 def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
     workdir, _, _ = classified
     fields = {"model.pretrained": str(workdir), "model.attention_init": "identity"}

@@ -76,6 +76,7 @@ def tied():
     return queries, gallery, brute_force(queries, gallery, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(256, 16128), (4, 999), (1, 64), (11, 2100)])
 def test_exact_ties_for_any_block_size(tied, blocks):
     queries, gallery, expected = tied

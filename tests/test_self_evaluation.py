@@ -100,6 +100,7 @@ def test_one_program_equals_search_and_numpy(data):
     assert_equal_to_numpy(evaluate(*data), expected_metrics(*data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_one_program_on_eight_devices(data, axis_type):
     """Each embeds its own images and searches them for the queries of all."""

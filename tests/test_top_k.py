@@ -52,6 +52,7 @@ def test_equal_to_search_bit_for_bit(rng, tied, metric):
         np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1, 64, 10_000])
 def test_block_sizes_change_no_bit(tied, block_size):
     queries, gallery = tied[0], tied[1][:300]
@@ -137,6 +138,7 @@ def test_exclude_self(rng):
     assert_same(found, search(x, x, 7, exclude_self=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e37])
 def test_extreme_magnitudes(rng, scale):
     gallery = (rng.normal(size=(900, 8)) * scale).astype(np.float32)
@@ -157,6 +159,7 @@ def test_distances_beyond_float32_are_infinite_but_found():
     assert distances.tolist() == [[0.0, float(np.float32(3e38)), np.inf]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_in_nan_out(rng, metric):
     gallery = rng.normal(size=(300, 5)).astype(np.float32)
@@ -185,6 +188,7 @@ def test_zero_vectors_as_cosine(rng):
     assert not np.asarray(found[0][:, 0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_cast(rng, dtype):
     gallery = jnp.asarray(rng.normal(size=(300, 20)).astype(np.float32)).astype(dtype)
@@ -307,6 +311,7 @@ def analytic(x, y, indices, weights, metric):
     return dx, dy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradients_match_float64(rng, metric):
     gallery = rng.normal(size=(60, 6)).astype(np.float32)
@@ -349,6 +354,7 @@ def test_gradients_of_copies_of_masks_and_of_half_precision(rng):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.3)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_derivatives(rng):
     x, y = (jnp.asarray(rng.normal(size=(n, 3)).astype(np.float32)) for n in (2, 20))
 
@@ -362,6 +368,7 @@ def test_forward_mode_and_second_derivatives(rng):
     np.testing.assert_allclose(*(jax.jit(jax.hessian(f))(x) for f in (loss, plain)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_nothing_changes_where_float64_is_enabled(tied, metric):
     queries, gallery = tied[0], tied[1][:200].astype(np.float64)

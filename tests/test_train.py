@@ -403,6 +403,7 @@ def test_evaluate_measures_and_draws_where_the_model_looks(
     assert not (folder / "gates.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["best", "untrained"])
 def test_evaluate_agrees_with_what_training_recorded(uninterrupted, monkeypatch, capsys, which):
     workdir, stdout, _ = uninterrupted

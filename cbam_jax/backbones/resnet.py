@@ -106,8 +106,9 @@ class ResNet(nnx.Module):
         dtype: of the computation; parameters and BatchNorm are float32.
         rngs: for the parameters.
 
-    >>> model = ResNet(stage_sizes=(1, 1, 1, 1), block=BasicBlock, rngs=nnx.Rngs(0))
-    >>> model(jnp.ones((2, 64, 96, 3))).shape
+    >>> images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+    >>> build = lambda: ResNet(stage_sizes=(1, 1, 1, 1), block=BasicBlock, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda images: build()(images), images).shape
     (2, 2, 3, 512)
     """
 

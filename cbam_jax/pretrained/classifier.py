@@ -33,8 +33,9 @@ class Classifier(nnx.Module):
         num_classes: length of the logits; torchvision's weights have ImageNet's 1000.
         rngs: for the parameters.
 
-    >>> model = create_classifier("resnet18", num_classes=5, rngs=nnx.Rngs(0))
-    >>> model(jnp.ones((2, 64, 64, 3))).shape
+    >>> images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    >>> build = lambda: create_classifier("resnet18", num_classes=5, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda images: build()(images), images).shape
     (2, 5)
     """
 

@@ -82,6 +82,7 @@ def test_a_wrong_hash_is_refused(published, tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, before[key])
 
 
+@pytest.mark.slow
 def test_imagenet_knows_the_backbone(monkeypatch):
     asked = []
     monkeypatch.setattr(loading, "fetch_imagenet", lambda name, *a, **k: asked.append(name) or {})
