@@ -47,6 +47,7 @@ def direct_conv(x, kernel, strides):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel_size", "strides"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
 @pytest.mark.parametrize("shape", [(2, 9, 12, 5), (3, 4, 3, 5), (2, 1, 2, 5)])
 def test_conv_pads_as_torch(rng, kernel_size, strides, shape):
@@ -107,6 +108,7 @@ def slow_max_pool_gradient(x, dy, size, strides, padding):
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "size", "strides", "padding", "ceil_mode"),
     [

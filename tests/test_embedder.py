@@ -283,6 +283,7 @@ def test_without_an_evaluation_the_card_has_what_training_measured(run, tmp_path
     assert hub.measured_metrics(config, other, 4) == {}
 
 
+@pytest.mark.slow
 def test_a_runs_folder_is_a_pretrained_model_in_evaluation_mode(run, embedder, rng):
     model, document = from_pretrained(run)
     assert document["preprocessing"]["image_size"] == 32

@@ -62,6 +62,7 @@ def test_auxiliary_classifiers_are_for_training_alone(monkeypatch):
         plain.classify_deeply(images)
 
 
+@pytest.mark.slow
 def test_auxiliary_classifiers_start_fresh_beside_other_weights():
     model = nnx.eval_shape(lambda: create_model("googlenet", num_classes=7, rngs=nnx.Rngs(0)))
     arrays = torch_arrays(model)

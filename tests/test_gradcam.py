@@ -27,6 +27,7 @@ def models():
     return {name: seeded_model(name) for name in {case.model for case in CASES.values()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", CASES)
 def test_maps_of_pytorch_grad_cam(key, golden, models):
     case = CASES[key]

@@ -133,6 +133,7 @@ WITH_MEMORY = [("batch_hard", False), ("semi_hard", False), ("batch_all", True)]
 MEMORY_LABELS = np.array([7, 0, 1, 3, 4, 7, 0])  # In the batch 7 has no positive, 4 does not occur.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mining", "soft"), WITH_MEMORY)
 def test_memory_matches_float64(rng, mining, soft):
     embeddings = rng.normal(size=(9, 3)).astype(np.float32)

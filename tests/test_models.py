@@ -84,6 +84,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(images):
     assert not bool(jnp.array_equal(embedding, expected))
 
 
+@pytest.mark.slow
 def test_training_view_moves_statistics_and_evaluation_does_not(images):
     model = create_model("resnet18", rngs=nnx.Rngs(0))
     before = np.asarray(model.backbone.layer4[1].bn2.mean[...])

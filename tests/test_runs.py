@@ -140,6 +140,7 @@ def test_ks_and_batch_size_are_those_of_the_evaluation(
     assert {"report.html", "training.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 3])
 def test_any_number_of_devices_will_do(devices, run, measured, monkeypatch, tmp_path):
     mesh = steps.data_mesh(jax.devices()[:devices])

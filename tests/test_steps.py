@@ -167,6 +167,7 @@ def test_unknown_optimizer():
         steps.create_optimizer("lamb", 0.1)
 
 
+@pytest.mark.slow
 def test_new_layers_of_a_real_model_are_attention_projection_and_pooling():
     build = lambda: create_model(  # noqa: E731
         "resnet18_cbam", embedding_dim=8, pooling="gem", rngs=nnx.Rngs(0)
@@ -206,6 +207,7 @@ def test_two_micro_batches_make_one_update_with_the_mean_gradient(rng, promotion
 # --- what a step changes, and what it leaves ---
 
 
+@pytest.mark.slow
 def test_scalars_are_loss_gradient_norm_and_the_losss_own(rng):
     model, mesh = tiny(), steps.data_mesh()
     optimizer = steps.create_optimizer("sgd", 0.1)

@@ -332,6 +332,7 @@ def test_gradients_match_float64(rng, metric):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_copies_of_masks_and_of_half_precision(rng):
     """All distances are 0, or none is left, or a masked row is NaN: finite, and 0."""
     ones = jnp.ones((20, 3))

@@ -521,6 +521,7 @@ def test_workdir_of_another_model(uninterrupted, manifest, monkeypatch, capsys):
     assert restore(uninterrupted[0]).step == 6
 
 
+@pytest.mark.slow
 def test_workdir_beyond_the_steps(uninterrupted, manifest, monkeypatch, capsys):
     fewer = ["--config.train.steps=4", f"--workdir={uninterrupted[0]}"]
     status, _, stderr = run_main(monkeypatch, capsys, train.main, *overrides(manifest), *fewer)

@@ -99,6 +99,7 @@ def ramp(x):
     return x.shape[-1] * columns.reshape(1, 1, -1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "stem_size"), [(VGG16, 2), (VGG16BN, 3)])
 def test_attention_follows_the_first_and_the_last_relu(backbone, stem_size):
     model = nnx.eval_shape(lambda: backbone(attention=Ramp, rngs=nnx.Rngs(0)))
