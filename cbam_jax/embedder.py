@@ -142,7 +142,7 @@ class Embedder:
         if isinstance(paths, str | bytes | os.PathLike):
             raise InputError(f"one path, {str(paths)[:80]!r}, where a list belongs: give [path]")
         files = [path if isinstance(path, bytes) else str(os.fspath(path)) for path in paths]
-        places = [None] * len(files) if boxes is None else list(_checked_boxes(boxes, len(files)))
+        places = _checked_boxes(boxes, len(files))
 
         def cut(row: int) -> np.ndarray:
             encoded, name = _read(files[row], row)
@@ -181,7 +181,7 @@ class Embedder:
         images = [np.asarray(x) if isinstance(x, jax.Array) else x for x in images]
         for row, image in enumerate(images):
             _check_image(image, row)
-        places = [None] * len(images) if boxes is None else list(_checked_boxes(boxes, len(images)))
+        places = _checked_boxes(boxes, len(images))
 
         def cut(row: int) -> np.ndarray:
             name = f"image {row}"
@@ -329,11 +329,14 @@ def _read(file: str | bytes, row: int) -> tuple[bytes, str]:
     return path.read_bytes(), path.name
 
 
-def _checked_boxes(boxes: ArrayLike, count: int) -> np.ndarray:
+def _checked_boxes(boxes: ArrayLike | None, count: int) -> list[Any]:
+    """A box for each image, None for all of it."""
+    if boxes is None:
+        return [None] * count
     boxes = np.asarray(boxes, np.float64)
     if boxes.shape != (count, 4):
         raise InputError(f"boxes have shape {boxes.shape}, expected ({count}, 4): x1, y1, x2, y2")
-    return boxes
+    return list(boxes)
 
 
 def _check_image(image: Any, row: int) -> None:

@@ -305,22 +305,21 @@ def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
-        if isinstance(document, dict) and "format_version" not in document:
-            raise InputError(
-                f"{path} is of no model that save_pretrained wrote; checkpoints of a run "
-                "are missing, or this is another folder"
-            )
-        version = document["format_version"]
-        if not isinstance(document["model"], dict):
+        foreign = isinstance(document, dict) and "format_version" not in document
+        if not foreign and not isinstance(document["model"], dict):
             raise TypeError("model is not an object")
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: neither the workdir of a run nor a folder of save_pretrained"
         ) from None
-    except InputError:
-        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}): fetch or save it again") from error
+    if foreign:
+        raise InputError(
+            f"{path} is of no model that save_pretrained wrote; checkpoints of a run "
+            "are missing, or this is another folder"
+        )
+    version = document["format_version"]
     if version > FORMAT_VERSION:
         raise InputError(
             f"{path} has format {version}, written by cbam_jax {document.get('cbam_jax_version')}; "

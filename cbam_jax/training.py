@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,7 +303,7 @@ def tell(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_flags(arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
+def parse_flags() -> tuple[Config, Path]:
     """Read --config, --workdir and overrides; InputError for an unknown field or a wrong type."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -319,7 +319,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
         action="store_true",
         help="one of several processes; jax.distributed finds them from the cluster's environment",
     )
-    known, overrides = parser.parse_known_args(arguments)
+    known, overrides = parser.parse_known_args()
     config = config_files.read_config_file(known.config, overrides)
     if known.distributed:
         jax.distributed.initialize()

@@ -22,6 +22,7 @@ __all__ = [
     "check_options",
     "decode_image",
     "is_folder",
+    "is_manifest",
     "is_path",
     "jpeg_size",
     "open_dataset",

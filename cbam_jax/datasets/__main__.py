@@ -8,7 +8,7 @@ import sys
 from typing import cast
 
 from cbam_jax import InputError
-from cbam_jax.datasets import check_options, is_folder
+from cbam_jax.datasets import check_options, is_folder, is_manifest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def _verify(name: str, manual_dir: str, show_all: bool) -> int:
 
 def _prepare(name: str, data_dir: str | None, manual_dir: str | None, on_bad_image: str) -> None:
     check_options(manual_dir=manual_dir, on_bad_image=on_bad_image)
-    if name.lower().endswith(".csv"):
+    if is_manifest(name):
         from cbam_jax.datasets.manifest import check_images
 
         print(f"{name}: {check_images(name, on_bad_image=on_bad_image)} images can be used")

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 
 from cbam_jax import InputError
-from cbam_jax.datasets import class_folders, is_folder, manifest, open_dataset
+from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, open_dataset
 from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image, jpeg_size
 from cbam_jax.whole_files import written_whole
@@ -64,7 +64,7 @@ def resize_dataset(
         raise InputError(f"short_side={short_side}: give at least 8 pixels")
     if folder.exists():
         raise InputError(f"{folder} exists already: give a new folder, or remove it")
-    if str(name).lower().endswith(".csv"):
+    if is_manifest(name):
         rows = _rows_of_manifest(Path(name), on_bad_image)
     else:
         options = {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
