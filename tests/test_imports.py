@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "gradcam": set(),
     "whole_files": set(),
+    "foreign_files": set(),
     "command_line": {"whole_files"},
     "checkpoint": set(),
     "figures": {"whole_files"},

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.datasets.image_headers import check_pixels, claimed_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ class RetrievalDataset:
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
+_AT_ONCE = 1 << 20  # Pixels that are computed with in float32, of a large image.
 
 
 # By reduction; each is IMREAD_REDUCED_COLOR_*, with RGB in place of BGR.
@@ -125,7 +127,8 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
         uint8 [h, w, 3], RGB.
 
     Raises:
-        InputError: the bytes are not a complete image.
+        InputError: the bytes are not a complete image, or claim more than 2**27 pixels
+            (``$CBAM_JAX_MAX_PIXELS`` sets another limit), which are not decoded.
 
     Example:
         >>> import cv2, numpy as np
@@ -133,10 +136,11 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
         >>> decode_image(encoded).shape
         (4, 6, 3)
     """
+    check_pixels(_claimed_sizes(encoded), name)
     flag = _COLOR[reduction if encoded[:2] == _JPEG else 1]
     if _may_be_transparent(encoded):
         flag = cv2.IMREAD_UNCHANGED
-    image = _decode(encoded, flag)
+    image = None if _is_hollow(encoded) else _decode(encoded, flag)
     if image is None:
         raise InputError(
             f"{name} cannot be decoded ({len(encoded)} bytes): replace the file, or leave it out "
@@ -193,7 +197,27 @@ def is_decodable(encoded: bytes) -> bool:
     The whole file is read, so truncation is found, but pixels are reconstructed at an eighth of the
     resolution; in full only where that fails, as it does for images of less than 8 px.
     """
-    return any(_decode(encoded, _COLOR[reduction]) is not None for reduction in (8, 1))
+    try:
+        check_pixels(_claimed_sizes(encoded), "an image")
+    except InputError:
+        return False
+    return not _is_hollow(encoded) and any(
+        _decode(encoded, _COLOR[reduction]) is not None for reduction in (8, 1)
+    )
+
+
+def _is_hollow(encoded: bytes) -> bool:
+    """Whether a JPEG has fewer bytes than any of its size: the rest would be decoded as grey.
+
+    A block of 8 x 8 pixels takes a bit at least, of Huffman's code.
+    """
+    size = jpeg_size(encoded)
+    return size is not None and size[0] * size[1] > 1024 * len(encoded)
+
+
+def _claimed_sizes(encoded: bytes) -> Iterable[tuple[int, int]]:
+    size = jpeg_size(encoded)
+    return claimed_sizes(encoded) if size is None else (size,)
 
 
 def _decode(encoded: bytes, flag: int) -> np.ndarray | None:
@@ -223,6 +247,10 @@ def _over_white(image: np.ndarray) -> np.ndarray:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 3:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA).astype(np.float32)
-    color, alpha = image[..., :3], image[..., 3:] / np.float32(255)
-    return np.rint(color * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    result = np.empty((*image.shape[:2], 3), np.uint8)
+    rows = max(1, _AT_ONCE // image.shape[1])
+    for start in range(0, len(image), rows):
+        part = cv2.cvtColor(image[start : start + rows], cv2.COLOR_BGRA2RGBA).astype(np.float32)
+        color, alpha = part[..., :3], part[..., 3:] / np.float32(255)
+        result[start : start + rows] = np.rint(color * alpha + 255 * (1 - alpha))
+    return result

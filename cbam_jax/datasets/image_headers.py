@@ -1,0 +1,152 @@
+"""How many pixels an image file claims to have, read from its header before anything is decoded.
+
+A file of a few hundred bytes can claim a billion pixels, and a decoder makes room for what is
+claimed before it finds that nothing follows.
+"""
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+
+from cbam_jax import InputError
+
+# Of photos, 2**27 are 134 megapixels: a decoded image takes 0.4 GB, with transparency 0.5 GB.
+MOST_PIXELS = 1 << 27
+MOST_PIXELS_VARIABLE = "CBAM_JAX_MAX_PIXELS"
+
+
+def check_pixels(sizes: Iterable[tuple[int, int]], name: str) -> None:
+    """Raise InputError where one of the sizes that an image claims is more than is decoded.
+
+    At most 2**27 pixels are, or ``$CBAM_JAX_MAX_PIXELS``.
+    """
+    most = most_pixels()
+    for height, width in sizes:
+        if height * width > most:
+            raise InputError(
+                f"{name} claims {width} x {height} pixels, more than the {most} that are decoded: "
+                f"shrink it, leave it out, or set {MOST_PIXELS_VARIABLE}"
+            )
+
+
+def most_pixels() -> int:
+    """Return how many pixels of an image are decoded at most."""
+    text = os.environ.get(MOST_PIXELS_VARIABLE, str(MOST_PIXELS))
+    if not re.fullmatch(r"[1-9]\d{0,11}", text):
+        raise InputError(f"{MOST_PIXELS_VARIABLE}={text}: give a number of pixels, or unset it")
+    return int(text)
+
+
+def claimed_sizes(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each height and width that the headers of an image file claim, by its kind.
+
+    Of a JPEG only where headers are damaged, so that it is to be searched: ``jpeg_size`` reads the
+    others. Of kinds that are not known nothing.
+
+    >>> import cv2, numpy as np
+    >>> png = cv2.imencode(".png", np.zeros((4, 6), np.uint8))[1].tobytes()
+    >>> list(claimed_sizes(png))
+    [(4, 6)]
+    """
+    for beginning, sizes in _KINDS:
+        if re.match(beginning, encoded[:16], re.DOTALL):
+            # Cut off, or with offsets that lead nowhere: a decoder finds nothing either.
+            with contextlib.suppress(struct.error, ValueError, OverflowError):
+                yield from sizes(encoded)
+            return
+
+
+def _at(form: str, place: int) -> Callable[[bytes], Iterator[tuple[int, int]]]:
+    """A reader of width and height at one place."""
+
+    def sizes(encoded: bytes) -> Iterator[tuple[int, int]]:
+        width, height = struct.unpack_from(form, encoded, place)
+        yield abs(height), abs(width)
+
+    return sizes
+
+
+def _bmp(encoded: bytes) -> Iterator[tuple[int, int]]:
+    (header,) = struct.unpack_from("<I", encoded, 14)
+    yield from _at("<HH" if header == 12 else "<ii", 18)(encoded)
+
+
+def _jpeg(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Every frame's header; a table or a thumbnail may hold what looks like one, and is small."""
+    for frame in re.finditer(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]..\x08(....)[\x01-\x04]",
+                             encoded, re.DOTALL):  # fmt: skip
+        yield struct.unpack(">HH", frame[1])
+
+
+def _webp(encoded: bytes) -> Iterator[tuple[int, int]]:
+    kind = encoded[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(encoded[i : i + 3], "little") + 1 for i in (24, 27))
+        yield height, width
+    elif kind == b"VP8L":
+        bits = int.from_bytes(encoded[21:25], "little")
+        yield (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    else:
+        width, height = struct.unpack_from("<HH", encoded, 26)
+        yield height & 0x3FFF, width & 0x3FFF
+
+
+def _tiff(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Of the first page. 43 in place of 42 is BigTIFF, whose numbers have eight bytes."""
+    order = "<" if encoded[:2] == b"II" else ">"
+    big = struct.unpack_from(f"{order}H", encoded, 2) == (43,)
+    start, count, entry = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
+    (place,) = struct.unpack_from(order + start, encoded, 8 if big else 4)
+    (number,) = struct.unpack_from(order + count, encoded, place)
+    found = {}
+    place += struct.calcsize(order + count)
+    width = struct.calcsize(order + entry)
+    for _ in range(min(number, 4096)):
+        tag, kind, _ = struct.unpack_from(order + entry, encoded, place)
+        form = {3: "H", 4: "I", 16: "Q"}.get(kind)
+        if form:
+            (found[tag],) = struct.unpack_from(order + form, encoded, place + width)
+        place += width + (8 if big else 4)
+    yield found.get(257, 0), found.get(256, 0)
+
+
+def _boxes(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """AVIF, HEIC and JPEG 2000: boxes with a size, wherever they stand, and codestreams."""
+    for box in re.finditer(rb"ispe....(........)", encoded, re.DOTALL):
+        width, height = struct.unpack(">II", box[1])
+        yield height, width
+    for box in re.finditer(rb"ihdr(........)", encoded, re.DOTALL):
+        yield struct.unpack(">II", box[1])
+    for stream in re.finditer(rb"\xff\x4f\xff\x51....(........)", encoded, re.DOTALL):
+        width, height = struct.unpack(">II", stream[1])
+        yield height, width
+
+
+def _netpbm(encoded: bytes) -> Iterator[tuple[int, int]]:
+    words = re.sub(rb"#[^\n]*", b" ", encoded[:65536]).split(maxsplit=12)
+    if words[0] == b"P7":  # Of names and numbers.
+        fields = dict(zip(words[1::2], words[2::2], strict=False))
+        yield int(fields.get(b"HEIGHT", 0)), int(fields.get(b"WIDTH", 0))
+    elif len(words) > 2:
+        yield int(words[2]), int(words[1])
+
+
+def _radiance(encoded: bytes) -> Iterator[tuple[int, int]]:
+    for line in re.finditer(rb"\n[-+]Y (\d{1,9}) [-+]X (\d{1,9})", encoded[:65536]):
+        yield int(line[1]), int(line[2])
+
+
+_KINDS: tuple[tuple[bytes, Callable[[bytes], Iterator[tuple[int, int]]]], ...] = (
+    (rb"\xff\xd8", _jpeg),
+    (rb"\x89PNG\r\n\x1a\n", _at(">II", 16)),
+    (rb"RIFF....WEBP", _webp),
+    (rb"GIF8", _at("<HH", 6)),
+    (rb"BM", _bmp),
+    (rb"II[*+]\0|MM\0[*+]", _tiff),
+    (rb"....ftyp|\0\0\0\x0cjP|\xff\x4f\xff\x51", _boxes),
+    (rb"P[1-7Ff]\s", _netpbm),
+    (rb"#\?", _radiance),
+    (rb"\x59\xa6\x6a\x95", _at(">II", 4)),  # Sun raster
+)

@@ -1,0 +1,131 @@
+"""Files that others made, read in one way: opened once, regular, of a bounded size.
+
+A path may lead to a pipe, at which a reader would wait for ever, to a device without an end, or to
+a file of a terabyte of nothing. All of these are told in one line before anything is read. And what
+such a file names is shown escaped: a name may hold what moves a terminal's cursor.
+"""
+
+import io
+import json
+import os
+import stat
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+from cbam_jax import InputError
+
+# Sizes in bytes, far above what is common of a kind.
+MOST_JSON = 64 << 20
+MOST_IMAGE = 1 << 30
+MOST_TABLE = 4 << 30
+_DEEPEST = 100  # Containers within containers of a JSON document.
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def open_regular(path: str | os.PathLike, most: int) -> BinaryIO:
+    """Open a regular file of at most so many bytes for reading; it is not waited for.
+
+    Raises:
+        InputError: it is a folder, a pipe or a device, or larger, or the path is none.
+        OSError: it is not there, or may not be read.
+    """
+    # A pipe without a writer opens at once with O_NONBLOCK, which means nothing to a regular file.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        file = os.fdopen(os.open(path, flags), "rb")
+    except IsADirectoryError:
+        raise InputError(f"{shown(path)} is a folder, not a file: give a file") from None
+    except ValueError:
+        raise InputError(f"{shown(path)} is no path: it holds a zero byte") from None
+    try:
+        _check_regular(path, os.fstat(file.fileno()), most)
+    except InputError:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(path: str | os.PathLike, status: os.stat_result, most: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for test, kind in _KINDS if test(status.st_mode)), "no file")
+        raise InputError(f"{shown(path)} is {kind}, not a regular file: give a file")
+    if status.st_size > most:
+        raise InputError(
+            f"{shown(path)} has {status.st_size} bytes, more than the {most} that such a file may "
+            "have: give another"
+        )
+
+
+def read_file(path: str | os.PathLike, most: int = MOST_IMAGE) -> bytes:
+    """Return the contents of a regular file; raises as ``open_regular``.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     _ = file.write(b"abc"), file.flush()
+    ...     read_file(file.name)
+    b'abc'
+    """
+    with open_regular(path, most) as file:
+        return file.read(most)
+
+
+def read_text(path: str | os.PathLike, most: int = MOST_JSON) -> str:
+    """Return a file's text, UTF-8 with or without BOM, line ends as ``open`` has them.
+
+    Raises:
+        InputError: as ``open_regular``.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    text = read_file(path, most).decode("utf-8-sig")
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
+    """Return what a JSON file holds, nested at most 100 deep.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper; InputError as ``open_regular``.
+        OSError: it is not there, or may not be read.
+    """
+    text = read_text(path, most)
+    try:
+        document = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [document]
+    for _ in range(_DEEPEST):
+        level = [child for item in level for child in _children(item)]
+        if not level:
+            return document
+    raise ValueError("nested too deeply")
+
+
+def _children(item: Any) -> Iterable[Any]:
+    if isinstance(item, dict):
+        return item.values()
+    return item if isinstance(item, list) else ()
+
+
+def shown(text: str | os.PathLike, most: int = 300) -> str:
+    r"""Return text as a terminal may show it: control characters escaped, the middle left out.
+
+    >>> print(shown("a\x1b[2J\nb"), shown("x" * 1000, most=9))
+    a\x1b[2J\nb xxx...xxx
+    """
+    text = escaped(os.fsdecode(text) if isinstance(text, os.PathLike) else str(text))
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def escaped(text: str) -> str:
+    """Return text with what is not printable escaped as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

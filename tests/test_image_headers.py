@@ -1,0 +1,158 @@
+"""What image files claim to be, and how much is decoded of those that claim too much."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbam_jax import InputError
+from cbam_jax.datasets import decode_image, jpeg_size, retrieval
+from cbam_jax.datasets.image_headers import claimed_sizes
+from cbam_jax.datasets.retrieval import is_decodable
+
+PILLOW = ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "AVIF")
+OPENCV = ("hdr", "ras", "pam", "pfm", "pgm", "tiff", "webp", "jp2")
+
+
+def drawn(rng, height, width):
+    return rng.integers(0, 255, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("kind", PILLOW)
+def test_sizes_are_those_that_pillow_reads(kind, rng):
+    height, width = rng.integers(9, 90, 2)
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(drawn(rng, height, width)).save(buffer, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    assert (height, width) in set(claimed_sizes(buffer.getvalue()))
+    assert len(set(claimed_sizes(buffer.getvalue()))) == 1
+
+
+@pytest.mark.parametrize("kind", OPENCV)
+def test_sizes_are_those_that_opencv_decodes(kind, rng):
+    image = drawn(rng, *rng.integers(64, 150, 2))
+    if kind in ("hdr", "pfm"):
+        image = image.astype(np.float32)
+    image = image[..., 0] if kind == "pgm" else image
+    encoded = cv2.imencode(f".{kind}", image)[1].tobytes()
+    assert set(claimed_sizes(encoded)) == {image.shape[:2]}
+
+
+@pytest.mark.parametrize(("mode", "options"), [
+    ("lossless", {"lossless": True}), ("alpha", {}), ("lossless alpha", {"lossless": True}),
+])  # fmt: skip
+def test_each_form_of_webp(mode, options, rng):
+    image = Image.fromarray(drawn(rng, 31, 57))
+    if "alpha" in mode:
+        image.putalpha(99)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", **options)
+    assert set(claimed_sizes(buffer.getvalue())) == {(31, 57)}
+
+
+def test_big_tiff(rng):
+    buffer = io.BytesIO()
+    Image.fromarray(drawn(rng, 31, 57)).save(buffer, "TIFF", big_tiff=True)
+    assert buffer.getvalue()[2] == 43
+    assert set(claimed_sizes(buffer.getvalue())) == {(31, 57)}
+
+
+def test_a_jpeg_is_searched_where_its_headers_are_damaged(rng):
+    encoded = jpeg(rng, 40, 24)
+    assert list(claimed_sizes(encoded)) == [(40, 24)]
+    damaged = encoded[:2] + b"\0" + encoded[2:]
+    assert jpeg_size(damaged) is None
+    assert list(claimed_sizes(damaged)) == [(40, 24)]
+
+
+@pytest.mark.parametrize("encoded", [
+    b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF1234WEBPVP8X", b"GIF89a", b"BM", b"II*\0",
+    b"MM\0*\0\0\0\x08\xff\xff", b"II+\0\x08\0\0\0" + b"\xff" * 16, b"1234ftypavif", b"P6 x y",
+    b"P7\nWIDTH\n", b"P6 " + b"9" * 5_000 + b" 1", b"P5", b"#?", b"\x59\xa6\x6a\x95", b"hello",
+])  # fmt: skip
+def test_what_is_cut_off_claims_little(encoded):
+    assert all(height * width < 2**27 for height, width in claimed_sizes(encoded))
+
+
+def jpeg(rng, height, width):
+    return cv2.imencode(".jpg", drawn(rng, height, width))[1].tobytes()
+
+
+def claiming(rng, height, width, kind):
+    """An image file of a few hundred bytes that claims to be larger."""
+    if kind == "png":
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        data = zlib.compress(bytes(1000))
+        chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d))
+            for name, d in chunks
+        )
+    options = [cv2.IMWRITE_WEBP_QUALITY, 80] if kind == "webp" else []
+    encoded = bytearray(cv2.imencode(f".{kind}", drawn(rng, 8, 8), options)[1].tobytes())
+    place, form, sides = {
+        "jpg": (encoded.find(b"\xff\xc0") + 5, ">HH", (height, width)),
+        "bmp": (18, "<ii", (width, -height)),
+        "gif": (6, "<HH", (width, height)),
+        "webp": (26, "<HH", (width, height)),
+    }[kind]
+    struct.pack_into(form, encoded, place, *sides)
+    return bytes(encoded)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "bmp", "gif", "webp"])
+def test_what_claims_too_much_is_not_decoded(kind, rng):
+    side = 16_000 if kind == "webp" else 32_000
+    encoded = claiming(rng, side, side, kind)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=f"a.x claims {side} x {side} pixels, more than the 1342"):
+        decode_image(encoded, name="a.x")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert not is_decodable(encoded)
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 8])
+def test_a_jpeg_that_holds_nothing_of_what_it_claims_is_damaged(reduction, rng):
+    encoded = claiming(rng, 4_000, 4_000, "jpg")
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_image(encoded, reduction=reduction)
+    assert not is_decodable(encoded)
+
+
+def test_a_jpeg_of_one_colour_is_whole_however_small():
+    for progressive in (0, 1):
+        options = [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
+        encoded = cv2.imencode(".jpg", np.full((2000, 2000), 90, np.uint8), options)[1].tobytes()
+        assert decode_image(encoded).shape == (2000, 2000, 3)
+        assert is_decodable(encoded)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_transparency_is_laid_over_white_in_parts(dtype, rng, monkeypatch):
+    monkeypatch.setattr(retrieval, "_AT_ONCE", 100)  # Three rows at a time.
+    image = rng.integers(0, np.iinfo(dtype).max, (31, 37, 4), dtype, endpoint=True)
+    encoded = cv2.imencode(".png", image)[1].tobytes()
+    pixels = (image // (257 if dtype == np.uint16 else 1)).astype(np.float64)
+    alpha = pixels[..., 3:] / 255
+    expected = pixels[..., 2::-1] * alpha + 255 * (1 - alpha)
+    assert np.abs(decode_image(encoded) - expected).max() <= 0.5 + 1e-4
+
+
+def test_the_limit_can_be_set(rng, monkeypatch):
+    encoded = jpeg(rng, 40, 24)
+    monkeypatch.setenv("CBAM_JAX_MAX_PIXELS", "960")
+    assert decode_image(encoded).shape == (40, 24, 3)
+    monkeypatch.setenv("CBAM_JAX_MAX_PIXELS", "959")
+    with pytest.raises(InputError, match="claims 24 x 40 pixels, more than the 959"):
+        decode_image(encoded)
+    monkeypatch.setenv("CBAM_JAX_MAX_PIXELS", "much")
+    with pytest.raises(InputError, match="CBAM_JAX_MAX_PIXELS=much: give a number"):
+        decode_image(encoded)
