@@ -1,5 +1,7 @@
-"""From a split's embeddings to its metrics: search, hits, means, intervals, the printed table."""
+"""From a split's embeddings to its metrics: search, hits, means, intervals, and their files."""
 
+import csv
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from cbam_jax.metrics import (
     retrieval_metrics,
 )
 from cbam_jax.search import search
+from cbam_jax.whole_files import written_whole
 
 ACCURACY_DEFINITIONS = {
     "accuracy": "fraction of all images whose largest logit is the label's",
@@ -24,6 +27,10 @@ ACCURACY_DEFINITIONS = {
 # Chooses the best checkpoint, and gets the interval; without a K of 10 that of the largest K does.
 HEADLINE = "map@10"
 _RANKED = 4096
+_COLUMNS = (
+    "query", "query_category", "rank", "neighbour", "neighbour_category", "distance",
+    "same_category",
+)  # fmt: skip
 
 
 class Protocol(NamedTuple):
@@ -104,6 +111,39 @@ def make_protocol(
     return Protocol(query, gallery, own, group[query], group[gallery], name)
 
 
+def relevant_images(label: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Return how many images there are to find for each query, int64 [q]."""
+    return count_relevant(
+        label[protocol.query],
+        label[protocol.gallery],
+        protocol.own >= 0,
+        protocol.query_group,
+        protocol.gallery_group,
+    )
+
+
+def chance_precision(relevant: np.ndarray, searched: np.ndarray, k: int) -> float:
+    """Return what precision@K is for images found at random, over the same queries.
+
+    Each of the first K places holds a relevant image with probability relevant / searched. The mean
+    is over the queries that have one; NaN where none has.
+
+    Args:
+        relevant: int [q], from ``relevant_images``.
+        searched: int [q], how many images each query is searched among; where there are fewer than
+            K, the last places stay empty.
+        k: of the metric.
+
+    >>> chance_precision(np.array([2, 1, 0]), np.array([8, 4, 4]), 2)
+    0.25
+    """
+    counted = relevant > 0
+    if not counted.any():
+        return float("nan")
+    relevant, searched = relevant[counted], searched[counted]
+    return float(np.mean(relevant / searched * np.minimum(searched, k) / k))
+
+
 def evaluate_embeddings(
     embeddings: np.ndarray,
     label: np.ndarray,
@@ -125,9 +165,9 @@ def evaluate_embeddings(
         ValueError: when an embedding is not finite.
     """
     query_label, gallery_label = label[protocol.query], label[protocol.gallery]
-    relevant = count_relevant(
-        query_label, gallery_label, protocol.own >= 0, protocol.query_group, protocol.gallery_group
-    )
+    relevant = relevant_images(label, protocol)
+    # If all labels were equal, everything would be relevant.
+    searched = relevant_images(np.zeros_like(label), protocol)
     # map@R and R-precision look at the first R ranks of each query; beyond some thousands they
     # are left out rather than ranking everything.
     ranks = max(max(ks), int(relevant.max()) if relevant.max() <= _RANKED else 0)
@@ -149,6 +189,7 @@ def evaluate_embeddings(
         "num_gallery": len(protocol.gallery),
         "ks": list(ks),
         "metrics": retrieval_metrics(match, relevant, ks),
+        "chance": {f"precision@{k}": chance_precision(relevant, searched, k) for k in ks},
         "interval": {"metric": chosen, "confidence": 0.95, "of": bootstrap_interval(headline)},
         "per_category": {label_names[i]: metrics for i, metrics in categories.items()},
         "definitions": dict(METRIC_DEFINITIONS),
@@ -175,34 +216,35 @@ def classification_metrics(logits: np.ndarray, label: np.ndarray) -> dict[str, f
     return {"accuracy": float(np.mean(before < 1)), "accuracy@5": float(np.mean(before < 5))}
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """Lay a report out as text: metrics by K with their definitions, then the categories."""
-    metrics, ks = report["metrics"], report["ks"]
-    lines = [
-        f"{metrics['num_queries']:.0f} queries, {report['num_gallery']} gallery images "
-        f"({report['protocol']}); {metrics['num_left_out']:.0f} queries left out of all means "
-        "for having no relevant item",
-        "",
-        f"{'metric':14}" + "".join(f"{'@' + str(k):>8}" for k in ks) + "  definition",
-    ]
-    for family in ("map", "map_min", "map_all", "precision", "recall"):
-        values = "".join(f"{metrics[f'{family}@{k}']:8.4f}" for k in ks)
-        lines.append(f"{family:14}{values}  {report['definitions'][family + '@K']}")
-    for name in ("map@R", "r_precision", "mrr", *ACCURACY_DEFINITIONS):
-        if name in metrics:
-            value = f"{metrics[name]:8.4f}".ljust(8 * len(ks))
-            lines.append(f"{name:14}{value}  {report['definitions'][name]}")
-    (low, high), name = report["interval"]["of"], report["interval"]["metric"]
-    lines += ["", f"95% bootstrap interval of {name} over queries: {low:.4f} to {high:.4f}", ""]
-    return "\n".join(lines + _format_categories(report["per_category"], ks))
+def save_neighbours(
+    path: str | os.PathLike, result: Evaluation, ids: np.ndarray, categories: Sequence[str]
+) -> None:
+    """Write what was found for each query as a CSV, nearest first, whole or not at all.
 
+    Columns: query and neighbour (ids), the category of each, rank (1 is the nearest), distance
+    (Euclidean), same_category (true or false). UTF-8 with a byte order mark, without which
+    spreadsheets show accents and other scripts as something else.
 
-def _format_categories(categories: dict[str, dict[str, float]], ks: Sequence[int]) -> list[str]:
-    k = 10 if 10 in ks else max(ks)
-    names = [f"{family}@{k}" for family in ("map", "precision", "recall")]
-    width = max(map(len, categories), default=0) + 2
-    lines = [f"{'category':{width}}{'queries':>8}" + "".join(f"{name:>14}" for name in names)]
-    for category, metrics in categories.items():
-        values = "".join(f"{metrics[name]:14.4f}" for name in names)
-        lines.append(f"{category:{width}}{metrics['num_queries']:8.0f}{values}")
-    return lines
+    Args:
+        path: of the file.
+        result: of ``evaluate_embeddings``.
+        ids: str [n], of all images.
+        categories: of all images, their category's name.
+    """
+    with (
+        written_whole(path) as partial,
+        # File names that are no UTF-8 come out as the bytes that they are.
+        open(partial, "w", encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for row, query in enumerate(result.query):
+            for rank, found in enumerate(result.neighbour[row]):
+                if found >= 0:
+                    same = "true" if result.match[row, rank] else "false"
+                    writer.writerow(
+                        [
+                            ids[query], categories[query], rank + 1, ids[found], categories[found],
+                            f"{result.distance[row, rank]:.7g}", same,
+                        ]
+                    )  # fmt: skip

@@ -151,12 +151,22 @@ def per_category_metrics(
     categories, counted = np.asarray(categories), np.asarray(num_relevant) > 0
     if categories.shape != counted.shape:
         raise ValueError(f"categories have shape {categories.shape}, expected {counted.shape}")
-    table = {}
-    for category in np.unique(categories):
-        rows = categories == category
-        chosen = {name: values[rows] for name, values in per_query.items()}
-        table[category.item()] = _means(chosen, counted[rows])
-    return table
+    names, group = np.unique(categories, return_inverse=True)
+    queries, kept = (np.bincount(rows, minlength=len(names)) for rows in (group, group[counted]))
+    columns = {
+        name: _group_means(values[counted], group[counted], kept)
+        for name, values in per_query.items()
+    }
+    columns |= {"num_queries": queries * 1.0, "num_left_out": (queries - kept) * 1.0}
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    means = (dict(zip(columns, row, strict=True)) for row in rows)
+    return dict(zip(names.tolist(), means, strict=True))
+
+
+def _group_means(values: np.ndarray, group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Means of the values of each group, summed in one pass however many there are."""
+    sums = np.bincount(group, weights=values, minlength=len(sizes))
+    return np.where(sizes > 0, sums, np.nan) / np.maximum(sizes, 1)
 
 
 def bootstrap_interval(

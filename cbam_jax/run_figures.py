@@ -1,6 +1,6 @@
 """What an evaluation of a run shows: result rows, heat, gates, the training curve, the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def save_result_rows(measured: Measured, drawn: np.ndarray) -> None:
         _save(figure, measured.folder / f"{name}.png")
 
 
-def class_names(dataset: RetrievalDataset, rows: np.ndarray) -> list[str]:
+def class_names(dataset: RetrievalDataset, rows: Iterable[int]) -> list[str]:
     """Names of the classes of some rows."""
     return [dataset.label_names[dataset.label[i]] for i in rows]
 

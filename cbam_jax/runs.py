@@ -25,6 +25,7 @@ from cbam_jax import (
     evaluation,
     experiment,
     focus,
+    report_text,
     run_figures,
     steps,
 )
@@ -321,7 +322,7 @@ def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:
 
 
 def write_metrics(measured: Measured) -> None:
-    """Write metrics.json and embeddings.npz, and print the table."""
+    """Write metrics.json, embeddings.npz and neighbours.csv, and print the table."""
     dataset = measured.dataset
     command_line.write_json(measured.folder / "metrics.json", measured.report)
     save_arrays(
@@ -332,7 +333,10 @@ def write_metrics(measured: Measured) -> None:
         is_query=dataset.is_query,
         is_gallery=dataset.is_gallery,
     )
-    print(evaluation.format_report(measured.report), flush=True)
+    names = run_figures.class_names(dataset, range(len(dataset)))
+    path = measured.folder / "neighbours.csv"
+    evaluation.save_neighbours(path, measured.result, dataset.id, names)
+    print(report_text.format_report(measured.report), flush=True)
 
 
 def write_focus(measured: Measured) -> None:
@@ -361,9 +365,9 @@ def measure_focus(measured: Measured) -> dict[str, Any]:
 
 DESCRIPTION = """Measure a trained run: embed a split, search, print metrics with their definitions.
 
-Writes metrics.json and embeddings.npz to RUN/eval/SPLIT (and figures; report.html, a page of all of
-it; focus.json: how much of the heat lies on the garment); the last line on stdout is one JSON
-document. The untrained network's go to RUN/eval/SPLIT-untrained. Fields of the run's config for the
+Writes metrics.json, embeddings.npz and neighbours.csv (what was found for each query, by name) to
+RUN/eval/SPLIT (and figures; report.html, a page of all of it; focus.json: how much of the heat lies
+on the garment); the last line on stdout is one JSON document. The untrained network's go to RUN/eval/SPLIT-untrained. Fields of the run's config for the
 data and the evaluation can be set: --config.eval.ks='(1,10)' --config.eval.batch_size=16.
 """
 

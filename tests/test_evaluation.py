@@ -1,13 +1,17 @@
 """Evaluation of embeddings against loops over queries and ranks, in float64."""
 
-import json
+import csv
 
 import numpy as np
 import pytest
 
 from cbam_jax import InputError
-from cbam_jax.evaluation import evaluate_embeddings, format_report, make_protocol
-from cbam_jax.metrics import METRIC_DEFINITIONS
+from cbam_jax.evaluation import (
+    chance_precision,
+    evaluate_embeddings,
+    make_protocol,
+    save_neighbours,
+)
 
 KS = (1, 4, 10)
 NAMES = ("coat", "dress", "hat", "a long skirt", "shoe")
@@ -152,25 +156,50 @@ def test_embeddings_that_are_not_finite(split):
         evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS)
 
 
-def test_the_printed_report_says_what_is_in_it(split):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_chance_is_what_random_orders_give(split, rng, grouped):
     embeddings, label = split
-    protocol = make_protocol(label >= 0, label >= 0, ks=KS)
-    report = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS).report
-    assert json.loads(json.dumps(report))["ks"] == list(KS)
-    lines = format_report(report).splitlines()
-    assert lines[0].startswith("45 queries, 45 gallery images (leave one out); 1 queries left out")
-    table = {line.split()[0]: line for line in lines if line}
-    for family in ("map", "map_min", "map_all", "precision", "recall"):
-        *values, _ = table[family].split(maxsplit=len(KS) + 1)[1:]
-        expected = [f"{report['metrics'][f'{family}@{k}']:.4f}" for k in KS]
-        assert values == expected
-        assert table[family].endswith("  " + METRIC_DEFINITIONS[family + "@K"])
-    for name in ("map@R", "r_precision", "mrr"):
-        assert f"{report['metrics'][name]:.4f}" in table[name]
-        assert table[name].endswith("  " + METRIC_DEFINITIONS[name])
-    low, high = report["interval"]["of"]
-    assert f"95% bootstrap interval of map@10 over queries: {low:.4f} to {high:.4f}" in lines
-    [skirt] = [line for line in lines if line.startswith("a long skirt")]
-    metrics = report["per_category"]["a long skirt"]
-    shown = [f"{metrics[f'{family}@10']:.4f}" for family in ("map", "precision", "recall")]
-    assert skirt.removeprefix("a long skirt").split() == [f"{(label == 3).sum()}", *shown]
+    everyone, is_gallery = np.ones(45, bool), rng.random(45) < 0.8
+    item, series = rng.integers(0, 6, 45), rng.integers(0, 2, 45)
+    options = {"item": item, "series": series, "ignore_same_series": grouped}
+    protocol = make_protocol(everyone, is_gallery, **options, ks=(4, 9))
+    report = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=(4, 9)).report
+    for k in (4, 9):
+        shares = []
+        for query in range(45):
+            own = (item == item[query]) & (series == series[query]) if grouped else [query]
+            among = is_gallery.copy()
+            among[own] = False
+            hits = label[among] == label[query]
+            if hits.any():
+                # The mean over all orders of the hits among the first k, each place being alike.
+                shares.append(sum(hits.mean() for _ in range(min(k, len(hits)))) / k)
+        assert report["chance"][f"precision@{k}"] == pytest.approx(np.mean(shares))
+    assert np.isnan(chance_precision(np.array([0, 0]), np.array([3, 4]), 2))
+
+
+def test_neighbours_are_written_with_names(split, tmp_path):
+    embeddings, label = split
+    is_query = np.arange(45) % 3 > 0
+    protocol = make_protocol(is_query, np.arange(45) < 40, ks=(3,))
+    result = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=(3,))
+    result.neighbour[1, 2] = -1
+    ids = np.array([f'é "{i}", 连衣裙.jpg' for i in range(44)] + ["\udce9.jpg"])
+    path = tmp_path / "neighbours.csv"
+    save_neighbours(path, result, ids, [NAMES[i] for i in label])
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        first, *rows = csv.reader(file)
+    assert first == [
+        "query", "query_category", "rank", "neighbour", "neighbour_category", "distance",
+        "same_category",
+    ]  # fmt: skip
+    expected = []
+    for row, query in enumerate(np.flatnonzero(is_query)):
+        distance = np.linalg.norm(embeddings[:40] - embeddings[query], axis=1)
+        order = [i for i in np.argsort(distance, kind="stable") if i != query][:3]
+        for rank, i in enumerate(order[:2] if row == 1 else order, start=1):
+            same = str(label[i] == label[query]).lower()
+            names = NAMES[label[query]], str(rank), ids[i], NAMES[label[i]]
+            expected.append([ids[query], *names, f"{distance[i]:.7g}", same])
+    assert rows == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"neighbours.csv"}

@@ -81,7 +81,8 @@ def test_a_run_that_may_only_be_read_is_measured_elsewhere(
     assert status == 0, stderr
     assert line["metrics"] == measured[0]["metrics"]
     assert sorted(str(path) for path in run.rglob("*")) == before
-    assert {path.name for path in out.iterdir()} == {"metrics.json", "embeddings.npz"}
+    written = {"metrics.json", "embeddings.npz", "neighbours.csv"}
+    assert {path.name for path in out.iterdir()} == written
     status, _, stderr = evaluate(monkeypatch, capsys, f"--workdir={run}", "--split=train")
     assert status == 2
     assert f"{run}/eval/train cannot be written" in stderr
