@@ -13,8 +13,8 @@ from cbam_jax import InputError
 # Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Of the code that cuts and scales: raised when the same file would give other pixels.
-VERSION = 1
+# Of the code that decodes, cuts and scales: raised when the same file would give other pixels.
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,16 +17,15 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image, ImageOps
+from PIL import Image
 from tensorflow_datasets.core import shuffle
 
 from cbam_jax import InputError
 from cbam_jax.datasets import __main__ as command
 from cbam_jax.datasets import clothing_dataset_small as clothing
-from cbam_jax.datasets import decode_image, jpeg_size, open_dataset, prepared
+from cbam_jax.datasets import decode_image, open_dataset, prepared
 from cbam_jax.datasets.download import download
 from cbam_jax.datasets.manifest import assign_splits
-from cbam_jax.datasets.retrieval import is_decodable
 
 REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "clothing-dataset-small.tar"
 COUNTS = {"train": 7, "validation": 3, "test": 4}
@@ -36,110 +35,6 @@ def jpeg(rng, height=24, width=20) -> bytes:
     coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     return cv2.imencode(".jpg", image)[1].tobytes()
-
-
-def encode_pil(image, file_format, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-# ---------------------------------------------------------------------------------- decode_image
-
-
-def test_decode_image_png_is_exact_and_rgb(rng):
-    pixels = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    decoded = decode_image(encode_pil(Image.fromarray(pixels), "PNG"))
-    np.testing.assert_array_equal(decoded, pixels)
-
-
-def test_decode_image_jpeg_equals_pillow(rng):
-    encoded = jpeg(rng)
-    expected = np.asarray(Image.open(io.BytesIO(encoded)))
-    np.testing.assert_allclose(decode_image(encoded).astype(int), expected, atol=1)
-
-
-def test_decode_image_grey_is_repeated(rng):
-    pixels = rng.integers(0, 256, (5, 7), dtype=np.uint8)
-    decoded = decode_image(encode_pil(Image.fromarray(pixels), "PNG"))
-    np.testing.assert_array_equal(decoded, np.stack([pixels] * 3, -1))
-
-
-def test_decode_image_cmyk_equals_pillow(rng):
-    image = Image.open(io.BytesIO(jpeg(rng))).convert("CMYK")
-    encoded = encode_pil(image, "JPEG", quality=95)
-    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    np.testing.assert_allclose(decode_image(encoded).astype(int), expected, atol=2)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_decode_image_turns_by_exif(rng, orientation):
-    image = Image.open(io.BytesIO(jpeg(rng)))
-    exif = Image.Exif()
-    exif[274] = orientation
-    encoded = encode_pil(image, "JPEG", exif=exif, quality=100, subsampling=0)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
-    np.testing.assert_allclose(decode_image(encoded).astype(int), expected, atol=1)
-    assert jpeg_size(encoded) == expected.shape[:2]
-
-
-def test_jpeg_size_is_that_of_the_decoded_image_or_none(rng):
-    encoded = jpeg(rng, 33, 47)
-    exif = b"Exif\0\0II*\0" + b"\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
-
-    def with_segment(body, marker=b"\xff\xe1"):
-        return encoded[:2] + marker + (len(body) + 2).to_bytes(2, "big") + body + encoded[2:]
-
-    for changed in (with_segment(exif), with_segment(exif[:10]), with_segment(exif[:22])):
-        assert jpeg_size(changed) == decode_image(changed).shape[:2]
-    assert jpeg_size(with_segment(b"http://ns.adobe.com/xap", b"\xff\xff\xe1")) == (33, 47)
-    for broken in (
-        b"",
-        encoded[:20],
-        encoded[:2] + encoded[3:],
-        encode_pil(Image.new("L", (2, 3)), "PNG"),
-    ):
-        assert jpeg_size(broken) is None
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
-def test_decode_image_lays_transparency_over_white(rng, file_format):
-    pixels = rng.integers(0, 256, (6, 8, 4), dtype=np.uint8)
-    pixels[:, :2, 3] = 0
-    image = Image.fromarray(pixels)
-    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    decoded = decode_image(encode_pil(image, file_format, **options)).astype(int)
-    np.testing.assert_allclose(decoded, np.asarray(white)[..., :3], atol=1)
-    assert (decoded[:, :2] == 255).all()
-
-
-def test_decode_image_palette_with_and_without_transparency(rng):
-    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).quantize(16)
-    expected = np.asarray(image.convert("RGB"))
-    np.testing.assert_array_equal(decode_image(encode_pil(image, "PNG")), expected)
-    clear = np.asarray(image) == 3
-    decoded = decode_image(encode_pil(image, "PNG", transparency=3))
-    np.testing.assert_array_equal(decoded, np.where(clear[..., None], 255, expected))
-
-
-def test_decode_image_reduces_16_bits(rng):
-    pixels = rng.integers(0, 1 << 16, (5, 7, 4), dtype=np.uint16)
-    pixels[..., 3] = 65535
-    encoded = cv2.imencode(".png", pixels)[1].tobytes()
-    np.testing.assert_array_equal(decode_image(encoded), pixels[..., 2::-1] // 257)
-
-
-def test_decode_image_says_which_image_and_what_to_do(rng):
-    encoded = jpeg(rng)
-    for broken in (b"", b"not an image", encoded[: len(encoded) // 2], encoded[:-8]):
-        assert not is_decodable(broken)
-        with pytest.raises(InputError, match=r"^hat\.jpg cannot be decoded .*on_bad_image"):
-            decode_image(broken, name="hat.jpg")
-    assert is_decodable(encoded)
-    tiny = cv2.imencode(".png", rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))[1].tobytes()
-    assert is_decodable(tiny)
 
 
 # -------------------------------------------------------------------------------------- manifests

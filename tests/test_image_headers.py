@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from cbam_jax import InputError
-from cbam_jax.datasets import decode_image, jpeg_size, retrieval
+from cbam_jax.datasets import decode_image, decoding, jpeg_size
+from cbam_jax.datasets.decoding import is_decodable
 from cbam_jax.datasets.image_headers import claimed_sizes
-from cbam_jax.datasets.retrieval import is_decodable
 
 PILLOW = ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "AVIF")
 OPENCV = ("hdr", "ras", "pam", "pfm", "pgm", "tiff", "webp", "jp2")
@@ -137,10 +137,10 @@ def test_a_jpeg_of_one_colour_is_whole_however_small():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_transparency_is_laid_over_white_in_parts(dtype, rng, monkeypatch):
-    monkeypatch.setattr(retrieval, "_AT_ONCE", 100)  # Three rows at a time.
+    monkeypatch.setattr(decoding, "_AT_ONCE", 100)  # Three rows at a time.
     image = rng.integers(0, np.iinfo(dtype).max, (31, 37, 4), dtype, endpoint=True)
     encoded = cv2.imencode(".png", image)[1].tobytes()
-    pixels = (image // (257 if dtype == np.uint16 else 1)).astype(np.float64)
+    pixels = (image >> (8 if dtype == np.uint16 else 0)).astype(np.float64)
     alpha = pixels[..., 3:] / 255
     expected = pixels[..., 2::-1] * alpha + 255 * (1 - alpha)
     assert np.abs(decode_image(encoded) - expected).max() <= 0.5 + 1e-4

@@ -15,7 +15,8 @@ compares a copy of DeepFashion with what was published.
 import os
 
 from cbam_jax import InputError
-from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image, jpeg_size
+from cbam_jax.datasets.decoding import decode_image, jpeg_size
+from cbam_jax.datasets.retrieval import RetrievalDataset
 
 __all__ = [
     "RetrievalDataset",

@@ -32,8 +32,9 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.datasets.decoding import is_decodable
 from cbam_jax.datasets.progress import few, progress
-from cbam_jax.datasets.retrieval import RetrievalDataset, is_decodable
+from cbam_jax.datasets.retrieval import RetrievalDataset
 
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)

@@ -20,8 +20,9 @@ import tensorflow_datasets as tfds
 from cbam_jax import InputError
 from cbam_jax.datasets import tfds_without_tensorflow
 from cbam_jax.datasets.building import SKIPPED_LIST
+from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.progress import few, progress
-from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image
+from cbam_jax.datasets.retrieval import RetrievalDataset
 
 # What users fetch by hand, having signed its agreement.
 BY_HAND = ("deepfashion_inshop", "deepfashion_consumer2shop", "deepfashion_category")

@@ -17,8 +17,9 @@ import cv2
 
 from cbam_jax import InputError
 from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, open_dataset
+from cbam_jax.datasets.decoding import decode_image, jpeg_size
 from cbam_jax.datasets.progress import progress
-from cbam_jax.datasets.retrieval import RetrievalDataset, decode_image, jpeg_size
+from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.whole_files import written_whole
 
 MANIFEST = "manifest.csv"

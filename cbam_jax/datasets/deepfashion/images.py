@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.deepfashion.layout import Layout
-from cbam_jax.datasets.retrieval import decode_image
 
 MISSING = "is missing"  # what a Look says of a file that is not there
 _SQUARE, _LONG_SIDE = (256, 256), 300  # pixels, of low-resolution images: of In-shop, of others

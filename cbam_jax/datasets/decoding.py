@@ -1,0 +1,273 @@
+"""Image files: what kind of file it is, how large, whether it is whole, and its pixels.
+
+Photos are decoded by OpenCV, at a fraction of the size where less is needed. It reads transparency
+and EXIF orientation of some formats and not of others, so files of other formats that may have one
+of them are Pillow's, and the rule is the same for all: turned as EXIF says, laid over white.
+"""
+
+import contextlib
+import functools
+import io
+import struct
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.datasets.image_headers import check_pixels, claimed_sizes
+
+HEAD = 64  # bytes at the beginning of a file that tell its format
+TAIL = 64  # bytes at its end that tell whether it is whole
+HEIC_REMEDY = "HEIC, which is read after pip install 'cbam_jax[heic]'"
+
+_JPEG = b"\xff\xd8"
+_AT_ONCE = 1 << 20  # Pixels that are computed with in float32, of a large image.
+_MAGIC = {
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "PNM": tuple(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \t\r\n"),
+}
+_BRANDS = {"AVIF": {b"avif", b"avis"}, "HEIC": {b"heic", b"heix", b"heim", b"heis", b"mif1"}}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+# 16 bits and more a pixel, which Pillow keeps where OpenCV scales them to 8.
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# By reduction; each is IMREAD_REDUCED_COLOR_*, with RGB in place of BGR.
+_COLOR = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
+}
+
+
+def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) -> np.ndarray:
+    """Decodes an image file: JPEG, PNG, WebP, AVIF, GIF, TIFF and others; HEIC with an extra.
+
+    One rule for all formats: greyscale is repeated to three channels and CMYK converted; the image
+    is turned as its EXIF orientation says, so boxes are in pixels of the turned image; transparent
+    pixels are laid over white, as shops show cut-out products, where dropping alpha would show the
+    hidden colour; 16-bit channels are reduced to 8; of an animation it is the first frame.
+
+    Args:
+        encoded: the bytes of the file.
+        name: what the error message calls the image.
+        reduction: 2, 4 or 8 to decode a JPEG at that fraction of its sides, rounded up, in 1/2 to
+            1/4 of the time: libjpeg leaves out the frequencies that shrinking would remove. Other
+            formats come in full size.
+
+    Returns:
+        uint8 [h, w, 3], RGB.
+
+    Raises:
+        InputError: the bytes are not a complete image, or HEIC without ``cbam_jax[heic]``, or
+            claim more than 2**27 pixels (``$CBAM_JAX_MAX_PIXELS`` sets another limit), which are
+            not decoded.
+
+    Example:
+        >>> import cv2, numpy as np
+        >>> encoded = cv2.imencode(".png", np.zeros((4, 6), np.uint8))[1].tobytes()
+        >>> decode_image(encoded).shape
+        (4, 6, 3)
+    """
+    check_pixels(_claimed_sizes(encoded), name)
+    image = None if _is_hollow(encoded) else _pixels(encoded, reduction)
+    if image is None and not_installed(image_format(encoded)):
+        raise InputError(f"{name} is {HEIC_REMEDY}")
+    if image is None:
+        raise InputError(
+            f"{name} cannot be decoded ({len(encoded)} bytes): replace the file, or leave it out "
+            "(of a dataset with on_bad_image='skip')"
+        )
+    return image
+
+
+def image_format(head: bytes) -> str | None:
+    """What kind of image a file's first bytes are the beginning of; None: none that is known.
+
+    >>> image_format(b"GIF89a..."), image_format(b"path,label")
+    ('GIF', None)
+    """
+    for name, starts in _MAGIC.items():
+        if head.startswith(starts):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[4:8] == b"ftyp":
+        brands = {head[place : place + 4] for place in range(8, min(head[3], len(head)), 4)}
+        return next((name for name, known in _BRANDS.items() if brands & known), None)
+    return None
+
+
+def not_installed(image_format: str | None) -> bool:
+    """Whether a format is one that an extra would read."""
+    return image_format == "HEIC" and not _reads_heic()
+
+
+def is_cut_off(head: bytes, tail: bytes, size: int) -> bool | None:
+    """Whether a file lacks its end, as half-copied ones do; None where its ends do not tell.
+
+    Args:
+        head: its first ``HEAD`` bytes.
+        tail: its last ``TAIL`` bytes.
+        size: its length in bytes.
+
+    >>> is_cut_off(b"GIF89a", b"...;", 100), is_cut_off(b"GIF89a", b"...", 100)
+    (False, None)
+    """
+    if image_format(head) == "WebP":
+        return size < int.from_bytes(head[4:8], "little") + 8
+    # Where something else stands at the end, another program may have added it: decoding tells.
+    end = _ENDS.get(image_format(head) or "")
+    return False if end and tail.endswith(end) else None
+
+
+def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width of :func:`decode_image`'s result, read from a JPEG's headers in 3 us.
+
+    None for what is no JPEG, or one whose headers are damaged.
+
+    Example:
+        >>> jpeg_size(cv2.imencode(".jpg", np.zeros((40, 30, 3), np.uint8))[1].tobytes())
+        (40, 30)
+    """
+    if encoded[:2] != _JPEG:
+        return None
+    place, turned = 2, False
+    while place + 9 <= len(encoded) and encoded[place] == 0xFF:
+        marker, length = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame, not a table
+            height, width = struct.unpack_from(">HH", encoded, place + 5)
+            return (width, height) if turned else (height, width)
+        if marker == 0xE1:
+            turned = turned or _exif_orientation(encoded[place + 4 : place + 2 + length]) >= 5
+        place += 1 if marker == 0xFF else 2 + length  # 0xFF may be repeated as filler
+    return None
+
+
+def _exif_orientation(segment: bytes) -> int:
+    """The orientation of a JPEG's EXIF segment, 1 to 8; from 5 on, height and width change places.
+
+    1 where it has none.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(segment[6:10])
+    if segment[:6] != b"Exif\0\0" or order is None:
+        return 1
+    tiff = segment[6:]
+    with contextlib.suppress(struct.error):  # cut off
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number, value = struct.unpack_from(f"{order}HHIH", tiff, entry)
+            if tag == 0x0112 and kind == 3 and number == 1:
+                return value
+    return 1
+
+
+def is_decodable(encoded: bytes) -> bool:
+    """Whether :func:`decode_image` would succeed, several times faster for a JPEG.
+
+    The whole file is read, so truncation is found, but pixels are reconstructed at an eighth of the
+    resolution; in full only where that fails, as it does for images of less than 8 px.
+    """
+    try:
+        check_pixels(_claimed_sizes(encoded), "an image")
+    except InputError:
+        return False
+    reductions = (8, 1) if encoded[:2] == _JPEG else (1,)
+    return not _is_hollow(encoded) and any(
+        _pixels(encoded, reduction) is not None for reduction in reductions
+    )
+
+
+def _is_hollow(encoded: bytes) -> bool:
+    """Whether a JPEG has fewer bytes than any of its size: the rest would be decoded as grey.
+
+    A block of 8 x 8 pixels takes a bit at least, of Huffman's code.
+    """
+    size = jpeg_size(encoded)
+    return size is not None and size[0] * size[1] > 1024 * len(encoded)
+
+
+def _claimed_sizes(encoded: bytes) -> Iterable[tuple[int, int]]:
+    size = jpeg_size(encoded)
+    return claimed_sizes(encoded) if size is None else (size,)
+
+
+def _pixels(encoded: bytes, reduction: int) -> np.ndarray | None:
+    """The image, uint8 [h, w, 3], or None where the bytes are no complete one."""
+    image = None
+    if _may_need_more(encoded):
+        try:
+            image = _by_pillow(encoded)
+        except Exception:  # Of a damaged file Pillow's readers raise errors of any kind.
+            return None
+    return _by_opencv(encoded, reduction) if image is None else image
+
+
+def _may_need_more(encoded: bytes) -> bool:
+    """Whether a file may be transparent or turned in a way that OpenCV does not serve."""
+    kind = image_format(encoded)
+    if kind == "PNG" and len(encoded) > 25:
+        # Colour types 4 and 6 have alpha; any other may have it in a chunk, and type 3 often does.
+        return encoded[25] in (4, 6) or b"tRNS" in encoded or b"eXIf" in encoded
+    if kind == "WebP" and len(encoded) > 24:
+        # Flags of alpha and EXIF in the extended header, one of alpha in the lossless one.
+        extended, lossless = encoded[12:16] == b"VP8X", encoded[12:16] == b"VP8L"
+        return bool(extended and encoded[20] & 0x18) or bool(lossless and encoded[24] & 0x10)
+    return kind not in (None, "JPEG", "PNM")
+
+
+def _by_pillow(encoded: bytes) -> np.ndarray | None:
+    """The image by the one rule; None where OpenCV reads it and Pillow does not, or less well."""
+    from PIL import Image, ImageOps, UnidentifiedImageError  # Late: few files need it.
+
+    _reads_heic()
+    if image_format(encoded) == "PNG" and _ENDS["PNG"] not in encoded:
+        raise ValueError("cut off, which Pillow does not mind near the end")
+    try:
+        opened = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:
+        return None
+    with opened:
+        if opened.mode in _DEEP:
+            return None
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            return _over_white(np.array(image.convert("RGBA")))
+        return np.array(image.convert("RGB"))
+
+
+@functools.cache
+def _reads_heic() -> bool:
+    """Let Pillow read HEIC, where the extra is installed."""
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _by_opencv(encoded: bytes, reduction: int) -> np.ndarray | None:
+    if not encoded:  # OpenCV asserts instead of returning None
+        return None
+    flag = _COLOR[reduction if encoded[:2] == _JPEG else 1]
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
+    except cv2.error:  # e.g. a header that claims more pixels than OpenCV allows
+        return None
+
+
+def _over_white(image: np.ndarray) -> np.ndarray:
+    result = np.empty((*image.shape[:2], 3), np.uint8)
+    rows = max(1, _AT_ONCE // image.shape[1])
+    for start in range(0, len(image), rows):
+        part = image[start : start + rows].astype(np.float32)
+        color, alpha = part[..., :3], part[..., 3:] / np.float32(255)
+        result[start : start + rows] = np.rint(color * alpha + 255 * (1 - alpha))
+    return result
