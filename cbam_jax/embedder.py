@@ -23,7 +23,8 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from cbam_jax import InputError, data, hub, preprocessing, runs, steps
-from cbam_jax.datasets.progress import progress as shown
+from cbam_jax.datasets.progress import progress as with_progress
+from cbam_jax.foreign_files import read_file, shown
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
 
@@ -203,7 +204,9 @@ class Embedder:
         batches = self._batches(cut, count, batch_size, failed)
         if progress:
             total = -(-count // batch_size)
-            batches = shown(batches, "embedding", total=total, unit=f" batches of {batch_size}")
+            batches = with_progress(
+                batches, "embedding", total=total, unit=f" batches of {batch_size}"
+            )
         params, batch_stats = self._state
         embeddings = steps.embed_batches(
             self._embed_step, params, batch_stats, batches, self._mesh, count
@@ -324,9 +327,9 @@ def _read(file: str | bytes, row: int) -> tuple[bytes, str]:
     if isinstance(file, bytes):
         return file, _name(file, row)
     path = Path(file).expanduser()
-    if not path.is_file():  # A pipe would be waited for.
+    if not path.is_file():
         raise InputError("not a file" if path.exists() else "no such file")
-    return path.read_bytes(), path.name
+    return read_file(path), shown(path.name)
 
 
 def _checked_boxes(boxes: ArrayLike | None, count: int) -> list[Any]:

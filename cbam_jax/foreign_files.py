@@ -17,7 +17,7 @@ from cbam_jax import InputError
 # Sizes in bytes, far above what is common of a kind.
 MOST_JSON = 64 << 20
 MOST_IMAGE = 1 << 30
-MOST_TABLE = 4 << 30
+MOST_TABLE = 2 << 30
 _DEEPEST = 100  # Containers within containers of a JSON document.
 
 _KINDS = (

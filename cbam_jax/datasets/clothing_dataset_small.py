@@ -7,8 +7,10 @@ query and its relevant images rarely share a background.
 
 import hashlib
 import io
+import lzma
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from cbam_jax.datasets.decoding import is_decodable
 from cbam_jax.datasets.download import download
 from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.resizing import shrink
+from cbam_jax.foreign_files import open_regular, read_file, shown
 
 COMMIT = "11961516512414bf9f6c150a832cfd21b54a6b54"
 URL = f"https://github.com/alexeygrigorev/clothing-dataset-small/archive/{COMMIT}.tar.gz"
@@ -38,6 +41,8 @@ CLASSES = (
 )
 # Of the images, not of the archive: GitHub makes archives anew, and their bytes may change.
 FINGERPRINT = "55ee2d8f2e6ad4bb657b13347839fe62bea5db0375d77ebe169e12026edee35c"
+
+_LARGEST = 1 << 30  # Bytes; the published archive has 0.1 GB.
 
 _SHORT_SIDE, _JPEG_QUALITY = 256, 90
 
@@ -122,7 +127,7 @@ def read_manual_dir(folder: Path) -> dict[str, bytes]:
     for root in (folder, *sorted(folder.glob("clothing-dataset-small*"))):
         files = {name: path for name, path in _image_files(root)}
         if files:
-            return {name: files[name].read_bytes() for name in sorted(files)}
+            return {name: read_file(files[name]) for name in sorted(files)}
     for archive in sorted(folder.glob("clothing-dataset-small*.tar*")):
         return read_archive(archive)
     raise InputError(
@@ -137,16 +142,19 @@ def read_archive(archive: Path) -> dict[str, bytes]:
     Raises:
         InputError: it is not a complete tar.
     """
-    images = {}
+    images, left = {}, _LARGEST
     try:
-        with tarfile.open(archive) as tar:
+        with open_regular(archive, _LARGEST) as opened, tarfile.open(fileobj=opened) as tar:
             for member in tar:
+                left -= max(member.size, 0)
+                if left < 0:  # Before they are read, or only passed over.
+                    raise tarfile.TarError("its files are larger than the photos published")
                 name = _image_name(member.name)
                 file = tar.extractfile(member) if name and member.isfile() else None
                 if name and file:
                     images[name] = file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise InputError(f"{archive} is damaged ({error}): put there {URL}") from error
+    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(f"{shown(archive)} is damaged ({error}): put there {URL}") from error
     return dict(sorted(images.items()))
 
 

@@ -22,7 +22,9 @@ Without a ``split`` column the rows are split here, 80 % train, 10 % validation,
 import csv
 import dataclasses
 import hashlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,11 +37,13 @@ from cbam_jax import InputError
 from cbam_jax.datasets.decoding import is_decodable
 from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
+from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, read_file, shown
 
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
 LABELS = ("label", "item_id", "series")
 ALL = "all"  # The split of every row, unless the column has that name.
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
 
 
@@ -54,7 +58,7 @@ class ImageFiles(Sequence):
 
     def __getitem__(self, index):
         try:
-            return Path(self.paths[index]).read_bytes()
+            return read_file(self.paths[index])
         except OSError as error:
             raise InputError(
                 f"cannot read {self.paths[index]} ({error.strerror}): restore the file, or in a "
@@ -192,7 +196,7 @@ def good_images(
     else:
         problems = [_file_problem(file) for file in files]
     bad = {file: problem for file, problem in zip(files, problems, strict=True) if problem}
-    told = few([f"{file} ({problem})" for file, problem in bad.items()])
+    told = few([f"{shown(file)} ({problem})" for file, problem in bad.items()])
     found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {told}"
     if bad and not skip:
         raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
@@ -218,8 +222,8 @@ def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [[cell.strip() for cell in cells] for cells in csv.reader(file, strict=True)]
+        text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
+        lines = [[cell.strip() for cell in cells] for cells in csv.reader(text, strict=True)]
     except FileNotFoundError:
         raise InputError(f"there is no manifest {path}: give the path of a CSV file") from None
     except OSError as error:
@@ -299,15 +303,27 @@ def _box(path: Path, row: int, texts: tuple[str, ...]) -> tuple[float, ...]:
 
 def _file_problem(file: str) -> str | None:
     if not os.path.isfile(file):
-        return "no such file"
+        return "not a regular file" if os.path.lexists(file) else "no such file"
+    if problem := _name_problem(file):
+        return problem
     return None if cv2.haveImageReader(file) else "not an image"
 
 
+def _name_problem(file: str) -> str | None:
+    # Results are lines of text, and name it.
+    return "its name holds control characters or is not UTF-8" if _NO_TEXT.search(file) else None
+
+
 def _decode_problem(file: str) -> str | None:
+    problem = _file_problem(file)
+    if problem:
+        return problem
     try:
-        return None if is_decodable(Path(file).read_bytes()) else "cannot be decoded"
+        return None if is_decodable(read_file(file)) else "cannot be decoded"
     except OSError as error:
         return error.strerror or "cannot be read"
+    except InputError:
+        return f"larger than {MOST_IMAGE >> 20} MiB"
 
 
 def _skipped_path(path: Path) -> Path:
@@ -325,18 +341,22 @@ def _files_line(files: Sequence[str]) -> str:
 
 def _read_skipped(path: Path, files: Sequence[str]) -> dict[str, str] | None:
     try:
-        first, *lines = _skipped_path(path).read_text(encoding="utf-8").splitlines()
+        text = read_file(_skipped_path(path), MOST_TABLE).decode(errors="backslashreplace")
+        first, *lines = text.splitlines()
     except (OSError, ValueError):
         return None
+    if first != _files_line(files):
+        return None
     bad = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
-    return bad if first == _files_line(files) else None
+    return bad | {file: problem for file in files if (problem := _name_problem(file))}
 
 
 def _write_skipped(path: Path, files: Sequence[str], bad: dict[str, str]) -> str:
     text = "".join(f"{file}\t{problem}\n" for file, problem in bad.items())
     part = Path(f"{_skipped_path(path)}.{os.getpid()}")
     try:
-        part.write_text(f"{_files_line(files)}\n{text}", encoding="utf-8")
+        text = f"{_files_line(files)}\n{text}"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         part.replace(_skipped_path(path))
     except OSError as error:  # a read-only folder is no reason to stop
         return f"{_skipped_path(path)}, which could not be written ({error.strerror})"
@@ -344,7 +364,7 @@ def _write_skipped(path: Path, files: Sequence[str], bad: dict[str, str]) -> str
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _numbered(texts: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -23,6 +23,7 @@ from cbam_jax.datasets.building import SKIPPED_LIST
 from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
+from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_text
 
 # What users fetch by hand, having signed its agreement.
 BY_HAND = ("deepfashion_inshop", "deepfashion_consumer2shop", "deepfashion_category")
@@ -254,7 +255,7 @@ def _quiet(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
 
 def _check_skipped(name: str, builder: tfds.core.DatasetBuilder, on_bad_image: str) -> None:
     path = Path(builder.data_dir) / SKIPPED_LIST
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if path.exists() else []
     if not lines:
         return
     report = f"{name} was prepared with on_bad_image='skip' and is not complete ({few(lines)})"
@@ -307,17 +308,38 @@ def _read_columns(
     digest = hashlib.sha256(f"{split}\n{label}".encode()).hexdigest()[:12]
     path = Path(builder.data_dir) / f"columns-{digest}.npz"
     state = _state(Path(builder.data_dir))
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with np.load(path) as file:
-            columns = {key: file[key] for key in file.files}
-        if str(columns.pop("state")) == state and len(columns["label"]) == len(source):
+    with contextlib.suppress(Exception):  # NumPy and zipfile raise many kinds, by the damage.
+        columns = _load_arrays(path)
+        if str(columns.pop("state")) == _digest_of(columns, state):
             return columns
     columns = _collect_columns(builder, source, split, label)
     part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
     with contextlib.suppress(OSError):  # a read-only folder: read them again next time
-        np.savez(part, allow_pickle=False, state=np.array(state), **columns)
+        digest = np.array(_digest_of(columns, state))
+        np.savez(part, allow_pickle=False, state=digest, **columns)
         part.replace(path)
     return columns
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What ``np.savez`` wrote, which compresses nothing: a file cannot grow in memory."""
+    with open_regular(path, MOST_TABLE) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        with zipfile.ZipFile(opened) as archive:
+            if sum(member.file_size for member in archive.infolist()) > size:
+                raise ValueError("members larger than the file")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+
+def _digest_of(columns: dict[str, np.ndarray], state: str) -> str:
+    """Changes with the dataset's state and with any number of the columns."""
+    digest = hashlib.sha256(state.encode())
+    for key, column in sorted(columns.items()):
+        digest.update(f"{key} {column.dtype} {column.shape}".encode())
+        digest.update(np.ascontiguousarray(column).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _state(folder: Path) -> str:
@@ -378,5 +400,10 @@ def _number_labels(
         raise InputError(
             f"{unlabelled} of {len(values)} images of '{builder.name}' have no {label} in split "
             f"'{split}': choose another split"
+        )
+    if len(values) and values.max() >= len(feature.names):
+        raise InputError(
+            f"'{builder.name}' has the {label} {values.max()} of {len(feature.names)} in split "
+            f"'{split}': delete {builder.data_dir} to prepare it again"
         )
     return values.astype(np.int32), tuple(feature.names)

@@ -20,6 +20,7 @@ from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, o
 from cbam_jax.datasets.decoding import decode_image, jpeg_size
 from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
+from cbam_jax.foreign_files import read_file, read_json
 from cbam_jax.whole_files import written_whole
 
 MANIFEST = "manifest.csv"
@@ -195,7 +196,7 @@ def _start(partial: Path, settings: dict) -> None:
         with written_whole(path) as file:
             file.write_text(json.dumps(settings))
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         found = None
     if found != settings:
@@ -219,7 +220,7 @@ def _copy(row: Row, *, folder: Path, short_side: int) -> dict[str, str]:
     path = folder / columns["path"]
     encoded = read()
     if path.exists():
-        small = path.read_bytes()
+        small = read_file(path)
     else:
         small = shrink(encoded, short_side=short_side, quality=95, name=columns["path"])
         path.parent.mkdir(parents=True, exist_ok=True)

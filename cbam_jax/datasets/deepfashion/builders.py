@@ -34,6 +34,7 @@ from cbam_jax.datasets.deepfashion.lists import (
 )
 from cbam_jax.datasets.deepfashion.paper import draw_paper_splits, manifest_text, write_manifest
 from cbam_jax.datasets.progress import few, progress
+from cbam_jax.foreign_files import read_file
 
 Splits = dict[str, list[Photo]]
 
@@ -305,7 +306,7 @@ def _example(photo: Photo, copy: Copy, size: tuple[int, int]) -> tuple[dict[str,
     listed = annotations.boxes.get(photo.path)
     box, problem = pixel_box(listed, low, size, padded=layout.padded)
     return {
-        "image": layout.file(photo.path).read_bytes(),
+        "image": read_file(layout.file(photo.path)),
         "bbox": box,
         "landmarks": _landmarks(annotations.landmarks.get(photo.path), layout, low, size),
         "label": photo.category,

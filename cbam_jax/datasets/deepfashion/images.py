@@ -11,6 +11,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.deepfashion.layout import Layout
+from cbam_jax.foreign_files import read_file
 
 MISSING = "is missing"  # what a Look says of a file that is not there
 _SQUARE, _LONG_SIDE = (256, 256), 300  # pixels, of low-resolution images: of In-shop, of others
@@ -33,7 +34,9 @@ def look_at(files: Sequence[Path]) -> Iterator[Look]:
 
 def _look(file: Path) -> Look:
     try:
-        encoded = file.read_bytes()
+        encoded = read_file(file)
+    except InputError as error:
+        return Look(None, b"", f"cannot be read ({error})")
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         return Look(None, b"", MISSING if missing else f"cannot be read ({error.strerror})")

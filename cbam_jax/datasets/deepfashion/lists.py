@@ -16,8 +16,10 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets.deepfashion.layout import Layout
+from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_file, shown
 
 SPLITS = ("train", "validation", "test")
+_WHOLE = re.compile(r"[-+]?[0-9]{1,9}")  # of pixels, or of a category
 SOURCES = ("shop", "consumer")
 
 
@@ -78,13 +80,15 @@ def read_list(
         InputError: the file cannot be read.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig", "replace").split("\n")
+        lines = read_file(path, MOST_TABLE).decode("utf-8-sig", "replace").split("\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     rows, most, blank = [], most or columns, 0
     for number, line in enumerate(lines[header:], header + 1):
         words = line.split()
-        if columns <= len(words) <= most:
+        if columns <= len(words) <= most and _leads_out(words[0]):
+            problems.append(f"{path.name} line {number} leads out of its folder: {shown(words[0])}")
+        elif columns <= len(words) <= most:
             rows.append(words)
         elif words:
             problems.append(f"{path.name} line {number} has {len(words)} words, not {columns}")
@@ -99,11 +103,16 @@ def read_list(
 def _integers(
     path: Path, words: Sequence[str], problems: list[str], row: list[str]
 ) -> list[int] | None:
-    try:
+    if all(_WHOLE.fullmatch(word) for word in words):
         return [int(word, 10) for word in words]  # may be padded with zeros: 072
-    except ValueError:
-        problems.append(f"{path.name} has no whole numbers for {row[0]}: {' '.join(row[1:8])}")
-        return None
+    found = shown(" ".join(row[1:8]), 80)
+    problems.append(f"{path.name} has no whole numbers for {shown(row[0])}: {found}")
+    return None
+
+
+def _leads_out(path: str) -> bool:
+    """Whether what a list calls a file may lie outside the folder of images, or is no path."""
+    return path.startswith("/") or ".." in path.split("/") or "\0" in path
 
 
 def _read_boxes(layout: Layout, columns: int, problems: list[str]) -> dict[str, tuple[int, ...]]:
@@ -135,7 +144,7 @@ def _add(photos: dict[str, Photo], photo: Photo, problems: list[str]) -> None:
 
 
 def _item_number(text: str) -> int | None:
-    match = re.fullmatch(r"id_(\d+)", text)
+    match = re.fullmatch(r"id_([0-9]{1,9})", text)
     return int(match[1]) if match else None
 
 
@@ -191,7 +200,7 @@ def _inshop_counts(photos: list[Photo], statuses: list[str]) -> dict[str, int]:
 
 def _shoot(path: str, item: int) -> int:
     """The number of a colour's shoot: ``.../02_1_front.jpg`` is of the second of its item."""
-    match = re.match(r"(\d+)_", path.rpartition("/")[2])
+    match = re.match(r"([0-9]{1,6})_", path.rpartition("/")[2])
     return 100 * item + (int(match[1]) if match else 0)
 
 
@@ -307,7 +316,7 @@ def read_attributes(
     names = [" ".join(row[:-1]) for row in rows]
     names = [f"{n} ({i})" if n in names[:i] else n for i, n in enumerate(names)]
     path, attributes, count = layout.lists["attributes"], {}, 0
-    with open(path, "rb") as file:
+    with open_regular(path, MOST_TABLE) as file:
         announced = file.readline().strip()
         file.readline()
         for line in file:
