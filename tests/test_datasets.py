@@ -237,7 +237,7 @@ def test_manifest_skips_bad_images_counts_and_lists_them(tmp_path, rng, capsys):
     report = capsys.readouterr().err
     assert "2 of 6 images" in report
     listed = (tmp_path / "photos.skipped.txt").read_text()
-    assert f"{tmp_path / names[3]}\tNo such file" in listed
+    assert f"{tmp_path / names[3]}\tno such file" in listed
     assert f"{tmp_path / names[4]}\tcannot be decoded" in listed
     # A list that still holds is used; one of other files is not.
     again = open_dataset(path, "test", on_bad_image="skip")
