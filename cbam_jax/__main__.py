@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("cbam_jax.training", "train an embedding model and evaluate it along the way"),
     "evaluate": ("cbam_jax.runs", "measure a trained run: metrics, figures, a page"),
     "export": ("cbam_jax.hub", "write a run as a folder that others can load"),
+    "catalogue": ("cbam_jax.catalogue.commands", "find the photos of a shop that look alike"),
     "datasets": ("cbam_jax.datasets.__main__", "prepare, check or shrink a dataset"),
     "pretrained": ("cbam_jax.pretrained.__main__", "convert and check pretrained weights"),
     "benchmark": ("cbam_jax.benchmark.__main__", "measure training, embedding, data and search"),

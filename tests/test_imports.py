@@ -128,6 +128,7 @@ MAY_IMPORT = {
         "runs",
         "steps",
     },
+    "catalogue": {"command_line", "datasets", "embedder", "whole_files"},
     # It measures what the others do.
     "benchmark": {"data", "datasets", "losses", "models", "search", "steps"},
 }

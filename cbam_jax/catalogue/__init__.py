@@ -1,0 +1,16 @@
+"""A catalogue: photos that grow in number, to be searched by photos.
+
+``cbam-jax catalogue add shop.db photos/ --model=RUN`` embeds a folder's photos into one file, and
+``cbam-jax catalogue find shop.db new.jpg`` finds those that look most like another. Read
+
+* ``store`` first: the file, which is the truth, and its transactions;
+* ``sources``, ``reading``, ``near`` and ``indexing``: from what is given to rows of the file;
+* ``embedders``, ``gallery``, ``filters``, ``queries`` and ``nearest``: from a query to neighbours;
+* ``catalogue``: all of it as one object, `Catalogue`;
+* ``printing`` and ``commands``: what is typed, and what is answered.
+"""
+
+from cbam_jax.catalogue.catalogue import Catalogue, Item, Neighbour
+from cbam_jax.catalogue.indexing import Added
+
+__all__ = ["Added", "Catalogue", "Item", "Neighbour"]

@@ -1,0 +1,302 @@
+"""A catalogue of photos, opened: add, find, list, remove."""
+
+import functools
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.catalogue import embedders, indexing, queries, sources
+from cbam_jax.catalogue.filters import Where, selected
+from cbam_jax.catalogue.gallery import Gallery, open_gallery
+from cbam_jax.catalogue.indexing import Added
+from cbam_jax.catalogue.nearest import nearest
+from cbam_jax.catalogue.queries import Part
+from cbam_jax.catalogue.store import Store
+
+if TYPE_CHECKING:
+    from cbam_jax.embedder import Embedder
+
+
+class Item(NamedTuple):
+    """A photo of a catalogue; ``problem`` says why it has no embedding, None where it has one."""
+
+    id: int
+    path: str
+    payload: dict[str, Any]
+    problem: str | None
+
+
+class Neighbour(NamedTuple):
+    """A photo that was found, and its Euclidean distance."""
+
+    id: int
+    path: str
+    payload: dict[str, Any]
+    distance: float
+
+
+class Catalogue:
+    """Photos that can be searched, in one file. `Catalogue.open` makes or opens one.
+
+    Example:
+        >>> with Catalogue.open("shop.db", embedder="runs/mine") as shop:  # doctest: +SKIP
+        ...     shop.add(["photos/"])
+        ...     shop.find("new.jpg", k=12, where={"category": "dress"})
+    """
+
+    def __init__(self, store: Store, embedder: "Embedder | str | os.PathLike | None" = None):
+        self.store = store
+        self._embedder = embedder
+        self._gallery: Gallery | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike,
+        embedder: "Embedder | str | os.PathLike | None" = None,
+        *,
+        create: bool = True,
+    ) -> Self:
+        """Open a catalogue's file.
+
+        Args:
+            path: of the file; ``~`` is one's home.
+            embedder: what `cbam_jax.load` returned, or what it loads when a photo has to be
+                embedded; None: the model that the catalogue was made with.
+            create: make the file where there is none.
+
+        Raises:
+            InputError: no catalogue, a damaged one, or one that another model's embeddings are in.
+        """
+        store = Store(path, create=create)
+        try:
+            if embedder is not None and not isinstance(embedder, str | os.PathLike):
+                embedders.check_fingerprint(store, embedder)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, embedder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.store.close()
+
+    def __len__(self) -> int:
+        """How many photos can be found."""
+        return self.store.rows("SELECT count(*) FROM item WHERE embedding IS NOT NULL")[0][0]
+
+    @functools.cached_property
+    def embedder(self) -> "Embedder":
+        """The model, loaded when it is first needed."""
+        given = self._embedder
+        if given is None or isinstance(given, str | os.PathLike):
+            source = None if given is None else os.fspath(given)
+            return embedders.load_embedder(source, self.store)
+        return given
+
+    @property
+    def gallery(self) -> Gallery:
+        """The embeddings in memory, as the catalogue has them now."""
+        if self._gallery is None or self._gallery.revision != self.store.about("revision"):
+            self._gallery = open_gallery(self.store)
+        return self._gallery
+
+    def add(
+        self,
+        photos: Iterable[str | os.PathLike] | str | os.PathLike,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        skip_near: bool = False,
+        checksum: bool = False,
+        progress: bool = True,
+    ) -> Added:
+        """Add photos, what is new of them, batch by batch; see `indexing`.
+
+        Args:
+            photos: files, folders with all below, manifests (``photos.csv``).
+            payload: what is known of all of them, beside what a manifest or a folder says: any
+                names with values of JSON.
+            skip_near: leave out what is nearly the same as a photo that is there.
+            checksum: read every file, also where its size and time are as before.
+            progress: show on stderr how far it is.
+
+        Raises:
+            InputError: before anything is written, for a source that is not there or a model that
+                does not fit; later, for a disk that is full: the batches before are kept then.
+        """
+        started = time.monotonic()
+        one = isinstance(photos, str | os.PathLike)
+        given, folders = sources.listed([photos] if one else photos, payload)  # pyright: ignore
+        if self._embedder is not None and given:
+            self._claim()
+        left = indexing.to_read(self.store, given, checksum=checksum, skip_near=skip_near)
+        counts = Counter(unchanged=len(given) - len(left))
+        if left:
+            self._claim()
+            counts += indexing.add_photos(
+                self.store, self.embedder, left, skip_near=skip_near, progress=progress
+            )
+        gone = indexing.vanished(self.store, folders)
+        return Added(counts, gone, time.monotonic() - started)
+
+    def _claim(self) -> None:
+        """Write down whose embeddings the catalogue holds."""
+        given, embedder = self._embedder, self.embedder
+        embedders.check_fingerprint(self.store, embedder)
+        about = {"fingerprint": embedder.fingerprint, "dimension": embedder.dimension}
+        if isinstance(given, str | os.PathLike):
+            about["model"] = embedders.lasting(given)
+        if any(self.store.about(key) != value for key, value in about.items()):
+            with self.store.transaction():
+                embedders.check_fingerprint(self.store, embedder)
+                self.store.tell(**about)
+
+    def find(
+        self,
+        query: Part | Sequence[Part],
+        k: int = 12,
+        *,
+        where: Where = None,
+        box: Sequence[float] | None = None,
+        unlike: Sequence[Part] = (),
+        max_distance: float | None = None,
+    ) -> list[Neighbour]:
+        """The k photos most like one query, nearest first, exactly; equal distances by id.
+
+        Args:
+            query: a photo's path or bytes, an id, an embedding [d]; or several of them, which
+                together are one query: see `queries.combined`.
+            k: at least 1; fewer are found where there are fewer.
+            where: only those of which it holds, such as ``"category=dress"``: see `filters`.
+            box: ``x1, y1, x2, y2``, the part of the query's photo that is meant, in pixels.
+            unlike: photos, ids or embeddings that the answer is to be unlike.
+            max_distance: leave out what is farther.
+
+        Raises:
+            InputError: a query that cannot be read, an id that is not there, ...
+        """
+        parts: list[Any] = list(query) if isinstance(query, list | tuple) else [query]
+        boxes = None if box is None else [box] * len(parts)
+        return self.find_all([parts], k, where=where, boxes=[boxes], unlike=unlike,
+                             max_distance=max_distance)[0]  # fmt: skip
+
+    def find_all(
+        self,
+        asked: Sequence[Sequence[Part]],
+        k: int = 12,
+        *,
+        where: Where = None,
+        boxes: Sequence[Sequence[Sequence[float] | None] | None] | None = None,
+        unlike: Sequence[Part] = (),
+        max_distance: float | None = None,
+    ) -> list[list[Neighbour]]:
+        """As `find`, of several queries at once, each of one or more parts, with their boxes."""
+        if k < 1:
+            raise InputError(f"k={k}: give at least 1")
+        gallery = self.gallery
+        if not len(gallery.ids):
+            raise InputError(
+                f"{self.store.path} has no photo that can be found: add some with "
+                f"`cbam-jax catalogue add {self.store.path} PHOTOS`"
+            )
+        rows = self._rows(gallery, where)
+        own = [[part for part in (*parts, *unlike) if isinstance(part, int)] for parts in asked]
+        embeddings = self._embeddings(gallery, asked, boxes, unlike)
+        # What was asked for by its id is left out: k more are found in its place.
+        more = k + max(map(len, own), default=0)
+        found = nearest(embeddings, gallery.embeddings, more, squares=gallery.squares, rows=rows)
+        return [
+            self._neighbours(gallery, distances, places, set(ids), k, max_distance)
+            for (distances, places), ids in zip(found, own, strict=True)
+        ]
+
+    def items(self, where: Where = None) -> Iterator[Item]:
+        """The photos, by id, also those that could not be read."""
+        condition, values = selected(where)
+        sql = f"SELECT id, path, payload, problem FROM item WHERE {condition} ORDER BY id"
+        for number, path, payload, problem in self.store.stream(sql, values):
+            yield Item(number, path, json.loads(payload), problem)
+
+    def item(self, number: int) -> Item:
+        """One photo, by its id.
+
+        Raises:
+            InputError: it is not there.
+        """
+        found = self._item(number)
+        if found is None:
+            raise InputError(f"no photo {number} is in {self.store.path}")
+        return found
+
+    def _item(self, number: int) -> Item | None:
+        rows = self.store.rows("SELECT path, payload, problem FROM item WHERE id = ?", [number])
+        return Item(number, rows[0][0], json.loads(rows[0][1]), rows[0][2]) if rows else None
+
+    def remove(self, ids: Iterable[int]) -> int:
+        """Forget photos, all or none; their files stay. Returns how many.
+
+        Raises:
+            InputError: names the first id that is not there.
+        """
+        numbers = sorted(set(ids))
+        with self.store.transaction():
+            for number in numbers:
+                self.item(number)
+                self.store.run("DELETE FROM item WHERE id = ?", [number])
+        return len(numbers)
+
+    def _rows(self, gallery: Gallery, where: Where) -> np.ndarray | None:
+        if where is None:
+            return None
+        condition, values = selected(where)
+        sql = f"SELECT id FROM item WHERE embedding IS NOT NULL AND {condition}"
+        return gallery.rows([number for (number,) in self.store.rows(sql, values)])
+
+    def _embeddings(
+        self,
+        gallery: Gallery,
+        asked: Sequence[Sequence[Part]],
+        boxes: Sequence[Sequence[Sequence[float] | None] | None] | None,
+        unlike: Sequence[Part],
+    ) -> np.ndarray:
+        """One embedding a query, [q, d]; all photos are embedded together."""
+        parts = [part for query in asked for part in query] + list(unlike)
+        places: list[Sequence[float] | None] = []
+        for query, some in zip(asked, boxes or [None] * len(asked), strict=True):
+            places += some or [None] * len(query)
+        places += [None] * len(unlike)
+        found = queries.embeddings_of(parts, gallery, lambda: self.embedder, places)
+        away = found[len(parts) - len(unlike) :]
+        edges = np.cumsum([0, *map(len, asked)])
+        return np.array([queries.combined(found[i:j], away) for i, j in itertools.pairwise(edges)])
+
+    def _neighbours(
+        self,
+        gallery: Gallery,
+        distances: np.ndarray,
+        places: np.ndarray,
+        own: set[int],
+        k: int,
+        max_distance: float | None,
+    ) -> list[Neighbour]:
+        found = []
+        for distance, number in zip(distances.tolist(), gallery.ids[places].tolist(), strict=True):
+            near = max_distance is None or distance <= max_distance
+            if near and number not in own and len(found) < k:
+                item = self._item(number)
+                if item is not None:  # Another process may have removed it meanwhile.
+                    found.append(Neighbour(number, item.path, item.payload, distance))
+        return found

@@ -1,0 +1,226 @@
+"""``cbam-jax catalogue {add,find,list,remove} CATALOGUE ...``: flags in, answers out."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbam_jax import InputError, command_line
+from cbam_jax.catalogue import embedders, printing, sources
+from cbam_jax.catalogue.catalogue import Catalogue
+from cbam_jax.catalogue.indexing import KINDS
+from cbam_jax.catalogue.queries import Part, part_of
+
+_SHOWN = 10  # Lines of what may be many.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0, or 1 where it found something wrong."""
+    options = _parser().parse_args(argv)
+    command_line.keep_compiled_programs()
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("stopped; what was written before is kept", file=sys.stderr)
+        return 130
+
+
+def add(options: argparse.Namespace) -> int:
+    """Add photos."""
+    payload = dict(_pair(text) for text in options.set)
+    sources.check(options.photos)
+    if not options.model and not options.catalogue.exists():
+        raise InputError(embedders.no_model(options.catalogue))
+    with Catalogue.open(options.catalogue, options.model) as catalogue:
+        added = catalogue.add(options.photos, payload or None, skip_near=options.skip_near,
+                              checksum=options.checksum)  # fmt: skip
+        counts = added.counts
+        told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+        print(f"{told or 'no photos'}; {added.seconds:.1f} s; {len(catalogue)} can be found")
+    name = options.catalogue
+    if counts["unreadable"] or counts["refused"]:
+        print(f"which and why: cbam-jax catalogue list {name} --problems")
+    _tell_vanished(added.vanished, name)
+    return 0
+
+
+def find(options: argparse.Namespace) -> int:
+    """Find the photos that look most like others."""
+    _one_answer(options)
+    asked, names = _asked(options)
+    with Catalogue.open(options.catalogue, options.model, create=False) as catalogue:
+        found = catalogue.find_all(
+            asked,
+            options.k,
+            where=options.where or None,
+            boxes=[[sources.parse_box(options.box)]] if options.box else None,
+            unlike=[part_of(text) for text in options.unlike],
+            max_distance=options.max_distance,
+        )
+    answers = list(zip(names, found, strict=True))
+    print(_printer(options, "answers")(answers))
+    return 0
+
+
+def list_(options: argparse.Namespace) -> int:
+    """List the photos."""
+    with Catalogue.open(options.catalogue, create=False) as catalogue:
+        items = [
+            item
+            for item in catalogue.items(options.where or None)
+            if not options.problems or item.problem
+        ]
+    text = _printer(options, "items")(items)
+    if text:
+        print(text)
+    return 0
+
+
+def remove(options: argparse.Namespace) -> int:
+    """Forget photos; their files stay."""
+    if bool(options.ids) + bool(options.where) + options.missing != 1:
+        raise InputError("give ids, --where=NAME=VALUE, or --missing: one of the three")
+    with Catalogue.open(options.catalogue, create=False) as catalogue:
+        ids = options.ids
+        if not ids:
+            items = catalogue.items(options.where or None)
+            ids = [item.id for item in items if not (options.missing and Path(item.path).exists())]
+        print(f"{catalogue.remove(ids)} removed; {len(catalogue)} can be found")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=None if sys.argv[0].startswith("cbam-jax") else "python -m cbam_jax.catalogue",
+        description="Photos that can be searched by photos, in one file.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.add_argument("catalogue", type=command_line.path, help="the file, such as shop.db")
+        made.set_defaults(run=run)
+        return made
+
+    _add_flags(command("add", add, "add photos: what is new of files, folders and manifests"))
+    _find_flags(command("find", find, "find the photos that look most like others"))
+    _list_flags(command("list", list_, "list the photos, or what could not be read"))
+    _remove_flags(command("remove", remove, "forget photos; their files stay"))
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", nargs="+", help="photos, folders, or manifests: photos.csv")
+    _model_flag(parser)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="known of all of them"
+    )
+    parser.add_argument(
+        "--skip-near", action="store_true", help="leave out what is nearly the same as another"
+    )
+    parser.add_argument(
+        "--checksum", action="store_true", help="read files whose size and time are as before, too"
+    )
+
+
+def _find_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("queries", nargs="*", help="photos, or ids; each is a query")
+    _model_flag(parser)
+    parser.add_argument("-k", type=int, default=12, help="photos to find; default: 12")
+    parser.add_argument("--together", action="store_true", help="all queries are one garment")
+    parser.add_argument("--embedding", type=command_line.path, help="queries [d] or [q, d], x.npy")
+    _repeated(parser, "--like", "PHOTO|ID", "more like this, beside each query")
+    _repeated(parser, "--unlike", "PHOTO|ID", "less like that")
+    _where_flag(parser)
+    parser.add_argument("--box", metavar="X1,Y1,X2,Y2", help="the garment in the query, in pixels")
+    parser.add_argument("--max-distance", type=float, help="leave out what is farther")
+    _format_flags(parser)
+
+
+def _list_flags(parser: argparse.ArgumentParser) -> None:
+    _where_flag(parser)
+    parser.add_argument("--problems", action="store_true", help="only what has no embedding")
+    _format_flags(parser)
+
+
+def _remove_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="*", type=int, help="of the photos")
+    _where_flag(parser)
+    parser.add_argument("--missing", action="store_true", help="all whose file is not there")
+
+
+def _model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", help="a run, a folder or a hub id; default: what the catalogue was made with"
+    )
+
+
+def _where_flag(parser: argparse.ArgumentParser) -> None:
+    text = "only those, such as category=dress or price<50; again for more"
+    _repeated(parser, "--where", "CONDITION", text)
+
+
+def _repeated(parser: argparse.ArgumentParser, flag: str, metavar: str, text: str) -> None:
+    parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
+
+
+def _format_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="answer in JSON")
+    group.add_argument("--csv", action="store_true", help="answer in CSV")
+
+
+def _printer(options: argparse.Namespace, what: str) -> Callable[[Any], str]:
+    kind = "json" if options.json else "csv" if options.csv else "text"
+    return getattr(printing, f"{what}_{kind}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise InputError(f"--set={text}: give NAME=VALUE")
+    return name, value
+
+
+def _one_answer(options: argparse.Namespace) -> None:
+    """Refuse flags that do not fit each other."""
+    if not (options.queries or options.like or options.embedding):
+        raise InputError("no query: give photos or ids, --like=PHOTO, or --embedding=x.npy")
+    if options.box and (len(options.queries) != 1 or options.like or options.embedding):
+        raise InputError(f"--box={options.box} is of one photo: give that alone")
+
+
+def _asked(options: argparse.Namespace) -> tuple[list[list[Part]], list[str]]:
+    """The parts of each query, and what it is called."""
+    like: list[Part] = [part_of(text) for text in options.like]
+    parts: list[Part] = [part_of(text) for text in options.queries]
+    names = list(options.queries)
+    if options.embedding:
+        rows = _embedding(options.embedding)
+        parts += rows
+        names += [f"{options.embedding}[{row}]" for row in range(len(rows))]
+    if options.together or not parts:
+        return [[*parts, *like]], [" + ".join([*names, *options.like])]
+    return [[part, *like] for part in parts], [" + ".join([name, *options.like]) for name in names]
+
+
+def _embedding(path: Path) -> list[np.ndarray]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--embedding={path}: cannot be read as x.npy ({error})") from None
+    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
+        raise InputError(f"--embedding={path}: give an array [d] or [q, d] in a .npy file")
+    return list(np.atleast_2d(array))
+
+
+def _tell_vanished(paths: Sequence[str], name: Path) -> None:
+    if not paths:
+        return
+    for path in paths[:_SHOWN]:
+        print(f"not there any more: {path}")
+    more = f"... {len(paths) - _SHOWN} more; " if len(paths) > _SHOWN else ""
+    print(f"{more}to forget them: cbam-jax catalogue remove {name} --missing")

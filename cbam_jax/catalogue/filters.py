@@ -1,0 +1,78 @@
+"""``--where category=dress``: which photos may be found, by what is known of them."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cbam_jax import InputError
+
+_CONDITION = re.compile(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+Where = str | Mapping[str, Any] | Iterable[str] | None
+
+
+def selected(where: Where) -> tuple[str, list[Any]]:
+    """A condition of SQL on the table of photos, with its values.
+
+    Args:
+        where: ``"price<50"``, several of them, which all must hold, or a mapping of names to the
+            values that they must have. ``=`` and ``!=`` compare texts and numbers; ``<``, ``<=``,
+            ``>`` and ``>=`` numbers. ``!=`` also holds where nothing is known. None: all photos.
+
+    Raises:
+        InputError: a condition that is none.
+
+    Example:
+        >>> selected(None)
+        ('1', [])
+        >>> selected("price<50")[1]
+        ['price', 50]
+    """
+    if where is None:
+        return "1", []
+    if isinstance(where, Mapping):
+        conditions = [(name, "=", value) for name, value in where.items()]
+    else:
+        conditions = [_parsed(text) for text in ([where] if isinstance(where, str) else where)]
+    parts = [_sql(*condition) for condition in conditions]
+    return " AND ".join(["1", *(sql for sql, _ in parts)]), [v for _, some in parts for v in some]
+
+
+def _parsed(text: str) -> tuple[str, str, Any]:
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise InputError(f"--where={text}: give NAME=VALUE, or NAME with !=, <, <=, > or >=")
+    return match[1], match[2], match[3]
+
+
+def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:
+    number = _number(value)
+    if sign in ("=", "!="):
+        # 12 and 12.0 are one number; true and false are what JSON calls them.
+        holds = "CAST(value AS TEXT) = ?" + (" OR value = ?" if number is not None else "")
+        values = [_text(value), *([number] if number is not None else [])]
+        if _text(value) in ("true", "false"):
+            holds += " OR type = ?"
+            values.append(_text(value))
+        found = f"EXISTS (SELECT 1 FROM json_each(item.payload) WHERE key = ? AND ({holds}))"
+        return (f"NOT {found}" if sign == "!=" else found), [name, *values]
+    if number is None:
+        raise InputError(f"--where={name}{sign}{value}: {sign} compares numbers, {value!r} is none")
+    return (
+        "EXISTS (SELECT 1 FROM json_each(item.payload) WHERE key = ? "
+        f"AND type IN ('integer', 'real') AND value {sign} ?)",
+        [name, number],
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: Any) -> int | float | None:
+    try:
+        number = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    # What SQLite holds as a number: neither booleans nor NaN.
+    return number if type(number) in (int, float) and abs(number) < 2**63 else None

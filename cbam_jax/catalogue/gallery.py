@@ -1,0 +1,117 @@
+"""The embeddings of a catalogue in memory: one array, mapped from a file beside the database.
+
+The file is a copy of what the database holds, for speed alone: it names the catalogue and the
+revision that it was made of, and is made anew where they are others. A folder that may not be
+written to has none, and the embeddings are read from the database each time.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cbam_jax.catalogue.nearest import squared_norms
+from cbam_jax.catalogue.store import Store
+from cbam_jax.whole_files import written_whole
+
+_HEADER = 4096  # Bytes; what follows is then aligned to pages.
+_SELECT = "SELECT id, embedding FROM item WHERE embedding IS NOT NULL ORDER BY id"
+
+
+class Gallery:
+    """Embeddings that can be searched.
+
+    Attributes:
+        ids: [n] int64, ascending.
+        embeddings: [n, d] float32, likewise.
+        revision: of the catalogue, that they are.
+    """
+
+    def __init__(self, ids: np.ndarray, embeddings: np.ndarray, revision: int):
+        self.ids, self.embeddings, self.revision = ids, embeddings, revision
+
+    @functools.cached_property
+    def squares(self) -> np.ndarray:
+        """Squared norms of the embeddings, [n] float32."""
+        return squared_norms(self.embeddings)
+
+    def rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The positions of those of the ids that have an embedding, ascending."""
+        wanted = np.unique(np.asarray(ids, np.int64))
+        return np.flatnonzero(np.isin(self.ids, wanted, assume_unique=True))
+
+
+class _Header(NamedTuple):
+    identity: str
+    revision: int
+    count: int
+    dimension: int
+
+
+def cache_path(path: Path) -> Path:
+    """Where the embeddings of a catalogue lie once more.
+
+    >>> cache_path(Path("shop.db")).name
+    'shop.db-embeddings'
+    """
+    return path.with_name(path.name + "-embeddings")
+
+
+def open_gallery(store: Store) -> Gallery:
+    """Map the embeddings of a catalogue, or read them where they were not kept or are others."""
+    path = cache_path(store.path)
+    header = _header(store)
+    with contextlib.suppress(OSError, ValueError):
+        return _mapped(path, header)
+    gallery, header = _read(store)
+    if not header.count:
+        return gallery
+    with contextlib.suppress(OSError):  # A folder that may only be read, a full disk.
+        _keep(path, header, gallery)
+        return _mapped(path, header)
+    return gallery
+
+
+def _header(store: Store) -> _Header:
+    (count,) = store.rows("SELECT count(*) FROM item WHERE embedding IS NOT NULL")[0]
+    identity, revision = store.about("identity"), store.about("revision")
+    return _Header(identity, revision, count, store.about("dimension") or 0)
+
+
+def _read(store: Store) -> tuple[Gallery, _Header]:
+    """The embeddings as the database holds them at one moment."""
+    with store.snapshot():
+        header = _header(store)
+        ids = np.empty(header.count, np.int64)
+        embeddings = np.empty((header.count, header.dimension), np.float32)
+        for row, (number, embedding) in enumerate(store.stream(_SELECT)):
+            ids[row], embeddings[row] = number, np.frombuffer(embedding, np.float32)
+    return Gallery(ids, embeddings, header.revision), header
+
+
+def _mapped(path: Path, expected: _Header) -> Gallery:
+    """The kept embeddings; a ValueError where they are of something else."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(_HEADER).rstrip(b"\0"))
+    count, dimension = expected.count, expected.dimension
+    start = _HEADER + -(-8 * count // _HEADER) * _HEADER
+    if header != list(expected) or path.stat().st_size != start + 4 * count * dimension:
+        raise ValueError("the embeddings are of another revision")
+    ids = np.fromfile(path, np.int64, count, offset=_HEADER)
+    embeddings = np.memmap(path, np.float32, "r", start, (count, dimension))
+    return Gallery(ids, embeddings, expected.revision)
+
+
+def _keep(path: Path, header: _Header, gallery: Gallery) -> None:
+    # Several processes may do so at once: each writes a file of its own.
+    own = path.with_name(f"{path.name}-{os.getpid()}")
+    with written_whole(own) as partial, open(partial, "wb") as file:
+        for content in (json.dumps(header).encode(), gallery.ids.tobytes()):
+            file.write(content + b"\0" * (-len(content) % _HEADER))
+        gallery.embeddings.tofile(file)
+    os.replace(own, path)

@@ -1,0 +1,291 @@
+"""Adding photos: what is new is read, embedded and written, batch by batch.
+
+While one batch is embedded, threads read the files of the next. Each batch is one transaction with
+the photos in the order given, so that an ended process loses the batch under way and nothing else,
+and the same command again ends in the same catalogue.
+"""
+
+import itertools
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cbam_jax.catalogue.near import Lookout
+from cbam_jax.catalogue.reading import Read, read_photo
+from cbam_jax.catalogue.sources import Photo, parse_box
+from cbam_jax.catalogue.store import Store
+
+if TYPE_CHECKING:
+    from cbam_jax.embedder import Embedder
+
+BATCH = 256  # Photos of a transaction.
+_AHEAD = 64  # Photos read while a batch is embedded.
+_BYTES = 2**27  # Of a batch's files, beyond which it ends.
+_RACE = 2 * 10**9  # Nanoseconds: a file written later than this before it was read is read again.
+_LOG_SECONDS = 10
+
+
+KINDS = ("new", "changed", "moved", "copies", "unchanged", "unreadable", "refused")
+
+
+class Added(NamedTuple):
+    """What became of the photos that a catalogue was given.
+
+    Attributes:
+        counts: how many are ``new``, ``changed``, ``moved`` (a known photo under another path),
+            ``copies`` (of a known photo, which stays), ``unchanged``, ``unreadable``, or
+            ``refused`` as nearly the same as another.
+        vanished: paths in the catalogue, below the folders given, that are not there any more.
+        seconds: that it took.
+    """
+
+    counts: Counter[str]
+    vanished: list[str]
+    seconds: float
+
+
+def to_read(
+    store: Store, photos: Sequence[Photo], *, checksum: bool, skip_near: bool = False
+) -> list[Photo]:
+    """Those of the photos whose file or box is another than the catalogue knows.
+
+    Of the others what is known is brought up to date. Unless ``checksum``, a file is held to be
+    the same where its size and its time of writing are.
+    """
+    left, told = [], []
+    settled = "1" if skip_near else _SETTLED
+    for photo in photos:
+        known = store.rows(
+            f"SELECT id, size, modified, seen, box, payload FROM item WHERE path = ? AND {settled}",
+            [_storable(photo.path)],
+        )
+        if checksum or not known or not _same(photo, known[0]):
+            left.append(photo)
+        elif photo.merged(known[0][5]) != known[0][5]:
+            told.append((photo.merged(known[0][5]), known[0][0]))
+    if told:
+        with store.transaction():
+            for pair in told:
+                store.run("UPDATE item SET payload = ? WHERE id = ?", pair)
+    return left
+
+
+def add_photos(
+    store: Store,
+    embedder: "Embedder",
+    photos: Sequence[Photo],
+    *,
+    skip_near: bool = False,
+    progress: bool = True,
+) -> Counter[str]:
+    """Read, embed and write photos; of how many became what: see `Added`.
+
+    Raises:
+        InputError: the disk is full, another process goes on writing; what was written stays.
+    """
+    counts: Counter[str] = Counter()
+    lookout = Lookout(store) if skip_near else None
+    started = time.monotonic()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        batches = _read_ahead(pool, photos)
+        for batch in _shown(batches, len(photos), started) if progress else batches:
+            counts += _write(store, embedder, batch, lookout)
+    return counts
+
+
+def vanished(store: Store, folders: Sequence[str]) -> list[str]:
+    """The paths in the catalogue, below some folders, where no file is any more."""
+    found = []
+    for folder in folders:
+        prefix = os.path.join(_storable(folder), "")
+        rows = store.stream(
+            "SELECT path FROM item WHERE substr(path, 1, ?) = ? ORDER BY path",
+            [len(prefix), prefix],
+        )
+        found += [path for (path,) in rows if not os.path.exists(path)]
+    return found
+
+
+def _same(photo: Photo, known: tuple) -> bool:
+    _, size, modified, seen, box, _ = known
+    try:
+        state = os.stat(photo.path)
+    except OSError:
+        return False
+    settled = modified is not None and modified + _RACE < seen
+    return settled and (state.st_size, state.st_mtime_ns, photo.box) == (size, modified, box)
+
+
+def _storable(path: str) -> str:
+    """A path as text that SQLite takes: a name that is not UTF-8 is shown as it is."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[list[Read]]:
+    """Batches of files, of which the next is read meanwhile."""
+    waiting: list[Future[Read]] = []
+    given = iter(photos)
+
+    def ask(count: int) -> None:
+        waiting.extend(pool.submit(read_photo, photo) for photo in itertools.islice(given, count))
+
+    ask(_AHEAD)
+    try:
+        while waiting:
+            batch, size = [], 0
+            while waiting and len(batch) < BATCH and size < _BYTES:
+                batch.append(waiting.pop(0).result())
+                size += len(batch[-1].content)
+                ask(1)
+            yield batch
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _shown(batches: Iterator[list[Read]], total: int, started: float) -> Iterator[list[Read]]:
+    """The batches, telling on stderr how many are done, how fast, and for how long."""
+    done, told = 0, started
+    for batch in batches:
+        yield batch
+        done, now = done + len(batch), time.monotonic()
+        if done == total or sys.stderr.isatty() or now - told > _LOG_SECONDS:
+            told, rate = now, done / max(now - started, 1e-9)
+            line = f"{done} of {total} photos, {rate:.1f} photos/s"
+            line += f", {(total - done) / rate:.0f} s left" if done < total else ""
+            end = "\r" if sys.stderr.isatty() and done < total else "\n"
+            print(f"{line:60}".rstrip() if end == "\n" else f"{line:60}", file=sys.stderr, end=end)
+
+
+def _write(
+    store: Store, embedder: "Embedder", batch: list[Read], lookout: Lookout | None
+) -> Counter[str]:
+    """One batch: decide where each embedding comes from, embed what is new, write all at once."""
+    known = _known(store, batch)
+    fresh = _embedded(embedder, [read for read in batch if _key(read) not in known])
+    counts: Counter[str] = Counter()
+    with store.transaction():
+        for read in batch:
+            counts[_write_one(store, read, known, fresh, lookout)] += 1
+    return counts
+
+
+# What is refused is asked anew: another time it may be wanted.
+_SETTLED = "(embedding IS NOT NULL OR problem NOT LIKE 'nearly %')"
+_Key = tuple[bytes | None, str]
+_Found = tuple[bytes | None, str | None]  # An embedding, or why there is none.
+
+
+def _key(read: Read) -> _Key:
+    """What an embedding depends on: the file's content, and the part of it that is used."""
+    return read.hash, read.photo.box
+
+
+def _known(store: Store, batch: Sequence[Read]) -> dict[_Key, _Found]:
+    """Embeddings, or problems, of contents that the catalogue has already."""
+    known = {}
+    for read in batch:
+        found = store.rows(
+            f"SELECT embedding, problem FROM item WHERE hash = ? AND box = ? AND {_SETTLED} "
+            "LIMIT 1",
+            [read.hash, read.photo.box],
+        )
+        if found:
+            known[_key(read)] = found[0]
+    return known
+
+
+def _embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]:
+    """Embeddings, or problems, of new contents, each embedded once."""
+    found: dict[_Key, _Found] = {}
+    unique = {_key(read): read for read in reads if read.problem is None}
+    for boxed in (False, True):
+        some = [read for read in unique.values() if bool(read.photo.box) == boxed]
+        if not some:
+            continue
+        boxes = [parse_box(read.photo.box) for read in some] if boxed else None
+        files = [read.content for read in some]
+        embedded = embedder.embed_files(files, boxes=boxes, progress=False)
+        reasons = iter(embedded.failed)
+        for read, row in zip(some, np.asarray(embedded.embeddings, np.float32), strict=True):
+            readable = bool(np.isfinite(row).all())
+            problem = None if readable else _reason(next(reasons, ("", "no finite numbers"))[1])
+            found[_key(read)] = (row.tobytes() if readable else None, problem)
+    return found
+
+
+def _reason(text: str) -> str:
+    """What an embedder says of bytes, without the name that it gave them and its remedies.
+
+    >>> _reason("image 3 cannot be decoded (9 bytes): replace the file")
+    'cannot be decoded (9 bytes)'
+    """
+    return re.split(": replace|; correct", re.sub(r"^image \d+:? ", "", text))[0]
+
+
+def _write_one(
+    store: Store,
+    read: Read,
+    known: dict[_Key, _Found],
+    fresh: dict[_Key, _Found],
+    lookout: Lookout | None,
+) -> str:
+    """Insert or update a photo's row; return what became of it."""
+    here = store.rows(f"SELECT {_ROW} FROM item WHERE path = ?", [read.photo.path])
+    if here and read.hash is None:
+        return "unreadable"  # What is known of a file stays, though it cannot be read now.
+    embedding, problem = known.get(_key(read)) or fresh.get(_key(read), (None, read.problem))
+    old = here or (_gone(store, read) if embedding else [])
+    kind = _kind(read, here, old, known)
+    if lookout and embedding and kind not in ("unchanged", "moved"):
+        problem = lookout.like(old[0][0] if old else None, read.look, embedding)
+        embedding = None if problem else embedding
+        kind = "refused" if problem else kind
+    number = _put(store, read, old, (problem, embedding))
+    if embedding:
+        known[_key(read)] = embedding, None
+        if lookout:
+            lookout.note(number, read.look, embedding)
+    return "unreadable" if problem and kind != "refused" else kind
+
+
+def _put(store: Store, read: Read, old: list[tuple], found: tuple[str | None, bytes | None]) -> int:
+    """Write a row in the place of an old one, or a new one; return its id."""
+    payload = read.photo.merged(old[0][3] if old else "{}")
+    values = [read.photo.path, read.hash, read.size, read.modified, read.seen, read.photo.box]
+    values += [payload, read.look, *found]
+    if not old:
+        marks = ", ".join("?" * len(values))
+        return store.run(f"INSERT INTO item ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
+    sets = ", ".join(f"{name} = ?" for name in _COLUMNS)
+    store.run(f"UPDATE item SET {sets} WHERE id = ?", [*values, old[0][0]])
+    return old[0][0]
+
+
+_COLUMNS = (
+    "path", "hash", "size", "modified", "seen", "box", "payload", "look", "problem", "embedding",
+)  # fmt: skip
+_ROW = "id, hash, box, payload, embedding IS NOT NULL, path"
+
+
+def _gone(store: Store, read: Read) -> list[tuple]:
+    """The row of the same content whose file is not there any more: it has been moved."""
+    rows = store.rows(f"SELECT {_ROW} FROM item WHERE hash = ? AND box = ? ORDER BY id", _key(read))
+    return [row for row in rows if not os.path.exists(row[5])][:1]
+
+
+def _kind(read: Read, here: list[tuple], old: list[tuple], known: dict[_Key, _Found]) -> str:
+    if here and here[0][1:3] == _key(read):
+        return "unchanged" if here[0][4] else "new"
+    if here:
+        return "changed"
+    if old:
+        return "moved"
+    return "copies" if _key(read) in known else "new"

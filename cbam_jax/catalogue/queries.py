@@ -1,0 +1,126 @@
+"""From what is asked to one embedding: a photo, an id, an embedding, several of them at once."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.catalogue.gallery import Gallery
+
+if TYPE_CHECKING:
+    from cbam_jax.embedder import Embedder
+
+Part = str | os.PathLike | bytes | int | np.ndarray
+_AWAY = 0.5  # The weight of what the answer is to be unlike.
+
+
+def embeddings_of(
+    parts: Sequence[Part],
+    gallery: Gallery,
+    embedder: "Callable[[], Embedder]",
+    boxes: Sequence[Sequence[float] | None] | None = None,
+) -> np.ndarray:
+    """The embedding of each part, [n, d] float32.
+
+    Args:
+        parts: the path of a photo or its bytes, the id of one in the catalogue, or an embedding
+            [d]. Photos are embedded together.
+        gallery: where ids are looked up.
+        embedder: loads it, when there is a photo.
+        boxes: of each part, ``x1, y1, x2, y2`` in pixels, or None for all of a photo.
+
+    Raises:
+        InputError: names the photo that cannot be read, the id that is not there, ...
+    """
+    found: list[np.ndarray | None] = [_without_model(part, gallery) for part in parts]
+    photos = [place for place, row in enumerate(found) if row is None]
+    boxes = boxes or [None] * len(parts)
+    for boxed in (False, True):
+        some = [place for place in photos if (boxes[place] is not None) == boxed]
+        if not some:
+            continue
+        files = [_file(parts[place]) for place in some]
+        places = np.array([boxes[place] for place in some]) if boxed else None
+        embedded = embedder().embed_files(files, boxes=places, progress=False)
+        for name, reason in embedded.failed[:1]:
+            raise InputError(f"{name}: {reason}; give another photo")
+        for place, row in zip(some, embedded.embeddings, strict=True):
+            found[place] = row
+    return np.array(found, np.float32).reshape(len(parts), -1)
+
+
+def combined(like: np.ndarray, unlike: np.ndarray) -> np.ndarray:
+    """One query of several embeddings, [d] float32.
+
+    One alone is itself. Of several, the direction is the mean of their unit vectors, less half that
+    of the unit vectors of what the answer is to be unlike; the length is the mean of theirs.
+
+    Args:
+        like: [n, d], at least one.
+        unlike: [m, d], or none.
+
+    Raises:
+        InputError: they cancel out.
+
+    >>> combined(np.float32([[2, 0], [0, 2]]), np.zeros((0, 2), np.float32)).round(3).tolist()
+    [1.4140000343322754, 1.4140000343322754]
+    """
+    if len(like) == 1 and not len(unlike):
+        return like[0]
+    direction = _units(like).mean(axis=0)
+    if len(unlike):
+        direction = direction - _AWAY * _units(unlike).mean(axis=0)
+    length = float(np.linalg.norm(direction))
+    if length < 1e-6:
+        raise InputError("what to be like and unlike cancel out: give fewer of them")
+    mean = np.linalg.norm(like.astype(np.float64), axis=1).mean()
+    return (direction * (mean / length)).astype(np.float32)
+
+
+def part_of(text: str) -> str | int:
+    """What is typed: an id where it is a number and no file is named so, else a path.
+
+    >>> part_of("12"), part_of("a.jpg")
+    (12, 'a.jpg')
+    """
+    return int(text) if text.isdecimal() and not Path(text).exists() else text
+
+
+def _without_model(part: Part, gallery: Gallery) -> np.ndarray | None:
+    if isinstance(part, np.ndarray):
+        return _checked(part, gallery)
+    if isinstance(part, int | np.integer) and not isinstance(part, bool):
+        rows = gallery.rows([int(part)]) if -(2**63) <= part < 2**63 else []
+        if not len(rows):
+            raise InputError(f"no photo {part} with an embedding is in the catalogue")
+        return np.array(gallery.embeddings[rows[0]])
+    return None
+
+
+def _checked(embedding: np.ndarray, gallery: Gallery) -> np.ndarray:
+    dimension = gallery.embeddings.shape[1]
+    if embedding.shape != (dimension,) or not np.issubdtype(embedding.dtype, np.floating):
+        raise InputError(
+            f"an embedding of {embedding.dtype} {list(embedding.shape)}, and those of the "
+            f"catalogue are float32 [{dimension}]"
+        )
+    if not np.isfinite(embedding).all() or np.abs(embedding).max(initial=0) > 1e15:
+        raise InputError("an embedding with NaN, infinity or numbers beyond 1e15")
+    return embedding.astype(np.float32)
+
+
+def _file(part: Any) -> str | bytes:
+    if isinstance(part, str | bytes | os.PathLike):
+        return part if isinstance(part, bytes) else str(os.fspath(part))
+    raise InputError(
+        f"{type(part).__name__} is no query: give a path, bytes, an id or an embedding [d]"
+    )
+
+
+def _units(embeddings: np.ndarray) -> np.ndarray:
+    rows = embeddings.astype(np.float64)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1.0)

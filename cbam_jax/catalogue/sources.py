@@ -1,0 +1,195 @@
+"""What a catalogue is given, as one list of photos: files, folders with all below, manifests.
+
+A folder's photos are those of its files that end like one; the name of the folder that a photo lies
+in is its ``category``, unless that is the folder given. A manifest is a CSV file as
+``cbam_jax.datasets`` reads it, whose columns, but for the path and the box, become the payload; of
+them only ``path`` must be there.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cbam_jax import InputError
+from cbam_jax.command_line import to_json
+from cbam_jax.datasets import is_manifest
+from cbam_jax.datasets.class_folders import SUFFIXES
+
+_BOX = ("x1", "y1", "x2", "y2")
+
+
+class Photo(NamedTuple):
+    """A photo to be added: its absolute path, what is known of it, and where the garment is.
+
+    What ``payload`` does not name stays as it is known; what it says is None is forgotten. ``box``
+    is ``x1,y1,x2,y2`` in pixels, or empty.
+    """
+
+    path: str
+    payload: Mapping[str, Any] = {}
+    box: str = ""
+
+    def merged(self, known: str) -> str:
+        """What is known of the photo, in JSON, with what is said now.
+
+        >>> Photo("/a.jpg", {"price": 5, "size": None}).merged('{"size": 8, "shop": "north"}')
+        '{"shop": "north", "price": 5}'
+        """
+        both = json.loads(known) | dict(self.payload)
+        return to_json({name: value for name, value in both.items() if value is not None})
+
+
+def listed(
+    sources: Iterable[str | os.PathLike], payload: Mapping[str, Any] | None = None
+) -> tuple[list[Photo], list[str]]:
+    """The photos of files, folders and manifests, each once, and the folders that were searched.
+
+    Args:
+        sources: paths; ``~`` is one's home.
+        payload: of all of them, beside what a manifest or a folder says.
+
+    Raises:
+        InputError: a source that is not there, a manifest that cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()).resolve()
+        >>> (folder / "hat").mkdir()
+        >>> (folder / "hat" / "1.jpg").touch()
+        >>> [photo.payload for photo in listed([folder], {"shop": "north"})[0]]
+        [{'category': 'hat', 'shop': 'north'}]
+    """
+    photos: dict[str, Photo] = {}
+    folders, sources = [], list(sources)
+    check(sources)
+    for source in sources:
+        path = Path(os.path.abspath(Path(source).expanduser()))
+        if path.is_dir():
+            folders.append(str(path))
+        for photo in _of(path):
+            if payload:
+                photo = photo._replace(payload={**photo.payload, **payload})
+            photos[photo.path] = photo
+    return list(photos.values()), folders
+
+
+def box_text(box: Iterable[float]) -> str:
+    """A box as the catalogue keeps it.
+
+    >>> box_text([1.0, 2.5, 30, 40])
+    '1,2.5,30,40'
+    """
+    return ",".join(f"{float(x):g}" for x in box)
+
+
+def parse_box(text: str) -> list[float]:
+    """A box from ``x1,y1,x2,y2``.
+
+    Raises:
+        InputError: it is not four numbers, or holds nothing.
+    """
+    try:
+        x1, y1, x2, y2 = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"--box={text}: give x1,y1,x2,y2, four numbers of pixels") from None
+    if not (all(map(math.isfinite, (x1, y1, x2, y2))) and x1 < x2 and y1 < y2):
+        raise InputError(f"--box={text} is empty: x1 < x2 and y1 < y2 must hold")
+    return [x1, y1, x2, y2]
+
+
+def check(sources: Iterable[str | os.PathLike]) -> None:
+    """Raise an InputError for the first source that is not there.
+
+    >>> check(["/nowhere/photos"])
+    Traceback (most recent call last):
+    ...
+    cbam_jax.InputError: /nowhere/photos is not there: give photos, folders or manifests, x.csv
+    """
+    for source in sources:
+        if not Path(source).expanduser().exists():
+            raise InputError(f"{source} is not there: give photos, folders or manifests, x.csv")
+
+
+def _of(path: Path) -> Iterator[Photo]:
+    if path.is_dir():
+        yield from _in_folder(path)
+    elif is_manifest(str(path)):
+        yield from _in_manifest(path)
+    else:
+        yield Photo(str(path))
+
+
+def _in_folder(root: Path) -> Iterator[Photo]:
+    """All photos below a folder, by path; hidden files and folders are left out."""
+    others: Counter[str] = Counter()
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        payload = {} if folder == str(root) else {"category": os.path.basename(folder)}
+        for name in sorted(file for file in files if not file.startswith(".")):
+            if name.lower().endswith(SUFFIXES):
+                yield Photo(os.path.join(folder, name), payload)
+            else:
+                others[os.path.splitext(name)[1].lower() or name] += 1
+    if others:
+        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        print(f"{root}: left out what is no photo by its name: {found}", file=sys.stderr)
+
+
+def _in_manifest(path: Path) -> Iterator[Photo]:
+    header, rows = _read(path)
+    for number, cells in enumerate(rows, 2):
+        row = dict(zip(header, cells, strict=False))
+        if len(cells) != len(header) or not row["path"]:
+            raise InputError(
+                f"{path} row {number} has {len(cells)} cells of {len(header)}, or no path: fill "
+                "it up or remove it, and put quotes around text that holds a comma"
+            )
+        box = _box(path, number, [row.pop(name, "") for name in _BOX])
+        file = os.path.abspath(path.parent / Path(row.pop("path")).expanduser())
+        yield Photo(file, {name: _value(text) for name, text in row.items()}, box)
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise InputError(f"cannot read the manifest {path}: {reason}") from error
+    lines = [line for line in lines if any(line)]
+    header = lines[0] if lines else []
+    if "path" not in header or len(set(header)) < len(header):
+        raise InputError(
+            f"{path}: its first line must name the columns, each once, path among them, and is "
+            f"{','.join(header)!r}"
+        )
+    return header, lines[1:]
+
+
+def _box(path: Path, number: int, texts: list[str]) -> str:
+    if not any(texts):
+        return ""
+    try:
+        return box_text(parse_box(",".join(texts)))
+    except InputError as error:
+        raise InputError(f"{path} row {number}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    """A cell as a number where it is written like one, so that prices compare as numbers.
+
+    >>> _value("12.5"), _value("0042"), _value("nan")
+    (12.5, '0042', 'nan')
+    """
+    try:
+        number = json.loads(text)
+    except ValueError:
+        return text or None
+    # Beyond 2**53 JSON's numbers are rounded, and those of articles are names.
+    return number if type(number) in (int, float) and abs(number) < 2**53 else text

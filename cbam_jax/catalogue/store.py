@@ -1,0 +1,212 @@
+"""The file of a catalogue: one SQLite database, the truth about its photos and their embeddings.
+
+Everything is written in transactions, under a write-ahead log: a process that is ended, or a disk
+that is full, leaves the last whole batch, and readers go on reading while one process writes. The
+schema below says what a row is. Whatever SQLite refuses is told in one line.
+"""
+
+import contextlib
+import os
+import sqlite3
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from cbam_jax import InputError
+
+_APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
+_VERSION = 1
+_WAIT = 30  # Seconds to wait for another process that writes.
+_SCHEMA = (
+    "CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    # A photo. Its id is never used again. hash: SHA-256 of the file; modified and seen: when the
+    # file was written and when it was read, in ns; box: 'x1,y1,x2,y2' or ''; look: its perceptual
+    # hash; problem: why there is no embedding. The embedding, float32, comes last: SQLite then
+    # lists the other columns without reading it.
+    """CREATE TABLE item (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        path TEXT NOT NULL UNIQUE,
+        hash BLOB,
+        size INTEGER,
+        modified INTEGER,
+        seen INTEGER,
+        box TEXT NOT NULL DEFAULT '',
+        payload TEXT NOT NULL DEFAULT '{}',
+        look INTEGER,
+        problem TEXT,
+        embedding BLOB)""",
+    "CREATE INDEX item_hash ON item (hash)",
+    # Embeddings of another model, until all are there: see rebuild.
+    "CREATE TABLE rebuilt (id INTEGER PRIMARY KEY, problem TEXT, embedding BLOB)",
+)
+
+
+class Store:
+    """An open catalogue file; ``with`` closes it.
+
+    Args:
+        path: of the file.
+        create: make it where there is none.
+
+    Raises:
+        InputError: there is none, it is something else, or it is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> with Store(Path(tempfile.mkdtemp()) / "shop.db", create=True) as store:
+        ...     with store.transaction():
+        ...         _ = store.run("INSERT INTO item (path) VALUES ('/a.jpg')")
+        ...     store.rows("SELECT id, path FROM item"), store.about("revision")
+        ([(1, '/a.jpg')], 1)
+    """
+
+    def __init__(self, path: str | os.PathLike, *, create: bool = False):
+        self.path = Path(path).expanduser()
+        if not create and not self.path.is_file():
+            what = "is no file" if self.path.exists() else "is not there"
+            raise InputError(
+                f"the catalogue {self.path} {what}: make one with "
+                f"`cbam-jax catalogue add {self.path} PHOTOS`"
+            )
+        with self._told():
+            self._connection = _connect(self.path)
+        try:
+            with self._told():
+                self._check(create)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was committed is in it."""
+        self._connection.close()
+
+    def rows(self, sql: str, values: Iterable[Any] = ()) -> list[tuple]:
+        """Return the rows that a query selects."""
+        with self._told():
+            return self._connection.execute(sql, tuple(values)).fetchall()
+
+    def stream(self, sql: str, values: Iterable[Any] = ()) -> Iterator[tuple]:
+        """Yield the rows that a query selects, without holding them all."""
+        with self._told():
+            yield from self._connection.execute(sql, tuple(values))
+
+    def run(self, sql: str, values: Iterable[Any] = ()) -> int:
+        """Change rows, inside a transaction; return the id of the row that was inserted."""
+        return self._connection.execute(sql, tuple(values)).lastrowid or 0
+
+    def about(self, key: str) -> Any:
+        """Return what is known of the catalogue as a whole, None where it is not."""
+        found = self.rows("SELECT value FROM about WHERE key = ?", [key])
+        return found[0][0] if found else None
+
+    def tell(self, **values: Any) -> None:
+        """Set what is known of the catalogue, inside a transaction."""
+        for pair in values.items():
+            self.run("INSERT OR REPLACE INTO about VALUES (?, ?)", pair)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is changed in the block, or nothing; the catalogue's revision goes up by one."""
+        with self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.run("UPDATE about SET value = value + 1 WHERE key = 'revision'")
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):  # A full disk has rolled back already.
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Whatever is read in the block is of one moment, though others write meanwhile."""
+        with self._told():
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("ROLLBACK")
+
+    def _check(self, create: bool) -> None:
+        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if application == _APPLICATION and version == _VERSION:
+            return
+        if application == _APPLICATION:
+            raise InputError(
+                f"the catalogue {self.path} is of version {version}, this program of {_VERSION}: "
+                "use the program that made it, or make another one"
+            )
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables or not create:
+            raise InputError(f"{self.path} is no catalogue: name one, or a file that is not there")
+        self._create()
+
+    def _create(self) -> None:
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("BEGIN IMMEDIATE")
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not tables:  # Another process may have been the first.
+            for statement in _SCHEMA:
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+            self.tell(identity=uuid.uuid4().hex, revision=0)
+        self._connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What SQLite refuses, in one line."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InputError(_told(self.path, error)) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open a database for writing, or for reading where that alone is allowed."""
+    writable = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+    if writable:
+        connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+    # Readers of a log write beside it; without a log the file is read as it lies there.
+    log = path.with_name(path.name + "-wal")
+    mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+    address = f"{path.absolute().as_uri()}?{mode}"
+    return sqlite3.connect(address, uri=True, timeout=_WAIT, isolation_level=None)
+
+
+def _told(path: Path, error: sqlite3.Error) -> str:
+    text = str(error)
+    if "locked" in text:
+        return (
+            f"another process has been writing to {path} for {_WAIT} s: wait until it has ended; "
+            "nothing that was written before is lost"
+        )
+    if "full" in text:
+        return (
+            f"no space is left for {path}: free some and give the same command again; "
+            "all batches before this one are kept"
+        )
+    if "readonly" in text:
+        return f"{path} may only be read: make the file and its folder writable, or copy it"
+    if "unable to open" in text:
+        return f"cannot open {path}: it needs a folder that is there and may be written to"
+    if isinstance(error, sqlite3.DatabaseError) and (
+        "malformed" in text or "not a database" in text
+    ):
+        return (
+            f"{path} is damaged or no catalogue ({text}): put a copy in its place, or move it "
+            "away and add the photos again"
+        )
+    return f"{path}: {text}"

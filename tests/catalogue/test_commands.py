@@ -1,0 +1,134 @@
+"""What is typed, and what is answered."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from fakes import FakeEmbedder, write_photos
+
+import cbam_jax
+from cbam_jax import command_line
+from cbam_jax.catalogue.commands import main
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch):
+    """Runs by name, as ``cbam_jax.load`` knows them."""
+
+    def load(source):
+        if source not in ("runs/mine", "runs/other"):
+            raise cbam_jax.InputError(f"{source} is no run")
+        return FakeEmbedder(source.rjust(64))
+
+    monkeypatch.setattr(cbam_jax, "load", load, raising=False)
+    monkeypatch.setattr(command_line, "keep_compiled_programs", lambda: None)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return sorted(write_photos(tmp_path / "photos"))
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Run a command in the folder of the photos: its status, what it printed, and its error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = command_line.run(lambda: main([str(argument) for argument in arguments]))
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def shop(run, photos):
+    assert run("add", "shop.db", "photos", "--model=runs/mine")[0] == 0
+    return "shop.db"
+
+
+def test_add_tells_what_became_of_the_photos(run, photos, tmp_path):
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"x")
+    status, out, err = run("add", "shop.db", "photos", "--model=runs/mine", "--set=shop=north")
+    assert status == 0
+    assert out.startswith("12 new, 1 unreadable; ")
+    assert out.splitlines()[0].endswith("12 can be found")
+    assert "cbam-jax catalogue list shop.db --problems" in out
+    assert "13 of 13 photos" in err
+    photos[0].unlink()
+    status, out, _ = run("add", "shop.db", "photos")  # The model is remembered.
+    assert f"not there any more: {photos[0]}" in out
+    assert run("remove", "shop.db", "--missing")[1] == "1 removed; 11 can be found\n"
+    assert "cannot be decoded" in run("list", "shop.db", "--problems")[1]
+    assert json.loads(run("list", "shop.db", "--json")[1])[1]["payload"] == {
+        "category": "dress",
+        "shop": "north",
+    }
+
+
+def test_find_answers_as_text_json_and_csv(run, shop, photos):
+    _, text, _ = run("find", shop, photos[2], "5", "-k", 3)
+    lines = text.splitlines()
+    assert lines[0] == str(photos[2])
+    assert lines[1].split() == ["1", "0.0000", "3", str(photos[2]), "category=dress"]
+    assert lines[4] == "5"
+    answers = json.loads(run("find", shop, photos[2], "5", "-k", 3, "--json")[1])
+    assert [answer["query"] for answer in answers] == [str(photos[2]), "5"]
+    assert answers[0]["neighbours"][0] == {
+        "rank": 1, "id": 3, "path": str(photos[2]), "distance": 0.0,
+        "payload": {"category": "dress"},
+    }  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(run("find", shop, photos[2], "-k", 3, "--csv")[1])))
+    assert [int(row["id"]) for row in rows] == [n["id"] for n in answers[0]["neighbours"]]
+    assert rows[1]["category"] in ("dress", "hat")
+
+
+def test_find_by_several_of_one_garment_and_by_embeddings(run, shop, photos, tmp_path):
+    def ids(*arguments):
+        answers = json.loads(run("find", shop, *arguments, "--json")[1])
+        return [[n["id"] for n in answer["neighbours"]] for answer in answers]
+
+    assert ids("1", "2", "--together") == ids("--like=1", "--like=2") == ids("1", "--like=2")
+    assert len(ids("1", "2")) == 2
+    assert ids("1", "--unlike=2") != ids("1")
+    np.save(tmp_path / "x.npy", FakeEmbedder().embed_files(photos[:2]).embeddings)
+    assert ids("--embedding=x.npy") == ids(photos[0], photos[1])
+    assert ids("1", "--where=category=hat", "-k2")[0] == [i for i in ids("1")[0] if i > 6][:2]
+    assert ids(photos[0], "--box=3,3,20,20") != ids(photos[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["find", "none.db", "1"], "the catalogue none.db is not there"),
+        (["find", "shop.db"], "no query: give photos or ids"),
+        (["find", "shop.db", "99"], "no photo 99"),
+        (["find", "shop.db", "nowhere.jpg"], "nowhere.jpg"),
+        (["find", "shop.db", "1", "-k", "0"], "k=0"),
+        (["find", "shop.db", "1", "2", "--box=1,1,2,2"], "--box=1,1,2,2 is of one photo"),
+        (["find", "shop.db", "1", "--box=1,1"], "--box=1,1: give x1,y1,x2,y2"),
+        (["find", "shop.db", "1", "--where=hat"], "--where=hat: give NAME=VALUE"),
+        (["find", "shop.db", "--embedding=photos"], "--embedding=photos: cannot be read"),
+        (["add", "shop.db", "nowhere"], "nowhere is not there"),
+        (["add", "shop.db", "photos", "--model=runs/other"], "another model"),
+        (["add", "new.db", "photos"], "new.db has no model yet: give --model=RUN"),
+        (["add", "shop.db", "photos", "--set=x"], "--set=x: give NAME=VALUE"),
+        (["add", "shop.db", "photos", "--model=runs/none"], "runs/none is no run"),
+        (["remove", "shop.db"], "give ids, --where=NAME=VALUE, or --missing"),
+        (["remove", "shop.db", "1", "99"], "no photo 99"),
+    ],
+)
+def test_a_mistake_is_one_line(run, shop, arguments, message):
+    status, out, err = run(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert json.loads(run("list", shop, "--json")[1])[0]["id"] == 1
+
+
+def test_a_catalogue_that_was_not_made_leaves_no_file(run, photos, tmp_path):
+    run("add", "new.db", "photos")
+    run("add", "newer.db", "nowhere", "--model=runs/mine")
+    assert not list(tmp_path.glob("new*"))

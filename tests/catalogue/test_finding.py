@@ -1,0 +1,158 @@
+"""From photos, ids and embeddings to neighbours, beside loops in float64."""
+
+import os
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from brute_force import brute_force
+from fakes import FakeEmbedder, write_photos
+
+from cbam_jax import InputError
+from cbam_jax.catalogue import Catalogue
+from cbam_jax.catalogue.gallery import cache_path, open_gallery
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The twelve photos of a folder, in its order."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder)
+    return sorted(folder.glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def embeddings(photos):
+    return FakeEmbedder().embed_files(photos).embeddings
+
+
+@pytest.fixture
+def shop(photos, tmp_path):
+    with Catalogue.open(tmp_path / "shop.db", FakeEmbedder()) as catalogue:
+        catalogue.add(photos[0].parent.parent, progress=False)
+        yield catalogue
+
+
+def pairs(found):
+    return [(n.id, n.distance) for n in found]
+
+
+def expected(query, embeddings, k, left=range(12)):
+    left = np.array(left)
+    distances, places = brute_force([query], embeddings[left], k)
+    return list(zip((left[places[0]] + 1).tolist(), distances[0].tolist(), strict=True))
+
+
+def test_by_file_bytes_and_embedding(shop, photos, embeddings):
+    wanted = expected(embeddings[3], embeddings, 5)
+    assert pairs(shop.find(str(photos[3]), k=5)) == wanted
+    assert pairs(shop.find(photos[3].read_bytes(), k=5)) == wanted
+    assert pairs(shop.find(embeddings[3], k=5)) == wanted
+    assert len(shop.find(photos[3], k=99)) == 12
+
+
+def test_what_is_asked_for_by_id_is_left_out_and_needs_no_model(shop, embeddings):
+    left = [i for i in range(12) if i != 6]
+    count = shop.embedder.embedded
+    assert pairs(shop.find(7, k=5)) == expected(embeddings[6], embeddings, 5, left)
+    assert len(shop.find(7, k=12)) == 11
+    assert shop.embedder.embedded == count
+
+
+def test_only_what_a_filter_passes_exactly(shop, embeddings):
+    hats = range(6, 12)
+    for where in ("category=hat", ["category!=dress"], {"category": "hat"}):
+        assert pairs(shop.find(embeddings[0], k=4, where=where)) == expected(
+            embeddings[0], embeddings, 4, hats
+        )
+    assert shop.find(embeddings[0], where="category=coat") == []
+    assert shop.find(embeddings[0], where=["category=hat", "price<5"]) == []
+
+
+def test_a_box_and_a_distance(shop, photos, embeddings):
+    boxed = FakeEmbedder().embed_files([photos[2]], boxes=[[5, 5, 30, 20]]).embeddings[0]
+    found = shop.find(photos[2], k=12, box=[5, 5, 30, 20])
+    assert pairs(found) == expected(boxed, embeddings, 12)
+    limit = found[4].distance
+    near = shop.find(photos[2], k=12, box=[5, 5, 30, 20], max_distance=limit)
+    assert pairs(near) == pairs(found)[:5]
+
+
+def test_several_photos_as_one_query_and_what_it_is_to_be_unlike(shop, photos, embeddings):
+    x = embeddings.astype(np.float64)
+    units = x / np.linalg.norm(x, axis=1, keepdims=True)
+    length = np.linalg.norm(x[[1, 4]], axis=1).mean()
+    for unlike, away in (([], 0.0), ([9, photos[10]], 0.5 * (units[8] + units[10]) / 2)):
+        direction = (units[1] + units[4]) / 2 - away
+        query = (direction * length / np.linalg.norm(direction)).astype(np.float32)
+        left = [i for i in range(12) if i != 1 and (i != 8 or not unlike)]
+        found = shop.find([2, photos[4]], k=6, unlike=unlike)
+        assert [n.id for n in found] == [i for i, _ in expected(query, embeddings, 6, left)]
+
+
+def test_several_queries_at_once_are_each_alone(shop, photos):
+    asked = [[photos[0]], [5], [photos[3], 8]]
+    found = shop.find_all(asked, k=4)
+    assert found == [shop.find(parts, k=4) for parts in asked]
+
+
+def test_ties_come_by_id(shop, photos, tmp_path):
+    shutil.copytree(photos[0].parent, tmp_path / "copies")
+    shop.add([tmp_path / "copies"], progress=False)
+    assert [n.id for n in shop.find(photos[2], k=2)] == [3, 15]
+    assert shop.find(photos[2], k=2)[1].distance == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (99, "no photo 99"),
+        ("nowhere.jpg", "nowhere.jpg"),
+        (b"no picture", "cannot be decoded"),
+        (np.zeros(7, np.float32), "float32 \\[48\\]"),
+        (np.full(48, np.nan, np.float32), "NaN"),
+        (1.5, "is no query"),
+        ([1, np.float32([0] * 48)], None),
+    ],
+)
+def test_a_query_that_cannot_be_is_told(shop, query, message):
+    if message is None:
+        assert len(shop.find(query)) == 11
+        return
+    with pytest.raises(InputError, match=message):
+        shop.find(query)
+
+
+def test_the_embeddings_are_kept_beside_and_made_anew_when_they_are_others(shop, photos, tmp_path):
+    before = shop.find(2, k=3)
+    kept = cache_path(tmp_path / "shop.db")
+    assert isinstance(open_gallery(shop.store).embeddings, np.memmap)
+    state = kept.stat().st_mtime_ns
+    assert shop.find(2, k=3) == before
+    assert kept.stat().st_mtime_ns == state
+    with Catalogue.open(tmp_path / "shop.db") as other:
+        other.remove([before[0].id])
+    assert pairs(shop.find(2, k=2)) == pairs(before)[1:]
+    for damaged in (b"", b"{}", kept.read_bytes()[:-4], os.urandom(9000)):
+        kept.write_bytes(damaged)
+        assert pairs(Catalogue(shop.store).find(2, k=2)) == pairs(before)[1:]
+    assert sorted(file.name for file in tmp_path.glob("*-emb*")) == [kept.name]
+
+
+def test_where_the_embeddings_cannot_be_kept_they_are_read(shop, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cbam_jax.catalogue.gallery._keep", full)
+    assert len(shop.find(2, k=3)) == 3
+    assert not cache_path(tmp_path / "shop.db").exists()
+
+
+def test_an_empty_catalogue_says_how_to_fill_it(tmp_path):
+    with Catalogue.open(tmp_path / "shop.db", FakeEmbedder()) as shop:
+        with pytest.raises(InputError, match="cbam-jax catalogue add"):
+            shop.find(1)
+        cv2.imwrite(str(tmp_path / "one.png"), np.zeros((9, 9, 3), np.uint8))
+        shop.add(tmp_path / "one.png", progress=False)
+        assert [n.id for n in shop.find(tmp_path / "one.png")] == [1]
