@@ -1,14 +1,17 @@
 """Folders of class folders, with and without folders for splits."""
 
+import io
 import pickle
+import sys
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from cbam_jax import InputError
 from cbam_jax.datasets import __main__ as command
-from cbam_jax.datasets import open_dataset
+from cbam_jax.datasets import decoding, open_dataset
 from cbam_jax.datasets.manifest import assign_splits
 
 
@@ -21,6 +24,11 @@ def write_images(root, names, rng):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(cv2.imencode(".png", images[name][..., ::-1])[1].tobytes())
     return images
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 IMAGENET = ("train/n02/b.JPEG", "train/n02/a.jpg", "train/n01/c.PNG", "val/n03/a.jpg")
@@ -113,6 +121,49 @@ def test_bad_images_are_skipped_and_listed_by_split(tmp_path, rng, capsys):
     assert "1 of 3 images" in capsys.readouterr().err
     assert "n02/a.jpg\tcannot be decoded" in (tmp_path / "train.skipped.txt").read_text()
     assert len(open_dataset(str(tmp_path), "val", on_bad_image="skip")) == 1
+
+
+def test_images_are_known_by_their_content_and_the_rest_is_counted(tmp_path, rng, capsys):
+    pixels = rng.integers(0, 256, (12, 10, 3), np.uint8)
+    gif, avif, jpeg = (io.BytesIO() for _ in range(3))
+    for file, kind in ((gif, "GIF"), (avif, "AVIF"), (jpeg, "JPEG")):
+        Image.fromarray(pixels).save(file, kind)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60)
+    for name, content in {
+        "hat/a.gif": gif, "hat/b.avif": avif, "hat/c.jfif": jpeg, "hat/d.JPE": jpeg,
+        "hat/e": jpeg, "hat/f.jpg_small": jpeg, "coat/g.jpeg": jpeg, "coat/h.PNG": gif,
+    }.items():  # fmt: skip
+        write(tmp_path / name, content.getvalue())
+    for name in ("hat/x.HEIC", "coat/y.heic", "coat/z.heif"):
+        write(tmp_path / name, heic)
+    for name in ("hat/notes.txt", "coat/README", "hat/blue/deep.jpg", "stray.png"):
+        write(tmp_path / name, b"text")
+    write(tmp_path / "hat/.DS_Store", b"hidden")
+    decoding._reads_heic.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        found = open_dataset(str(tmp_path), "all").id.tolist()
+    decoding._reads_heic.cache_clear()
+    assert found == [
+        "coat/g.jpeg", "coat/h.PNG", "hat/a.gif", "hat/b.avif", "hat/c.jfif", "hat/d.JPE", "hat/e",
+        "hat/f.jpg_small",
+    ]  # fmt: skip
+    told = capsys.readouterr().err
+    heic = "(HEIC, which is read after pip install 'cbam_jax[heic]')"
+    folder = "1 inner folder (photos lie directly in the class folders)"
+    assert told == (
+        f"{tmp_path}: passed over: 2 .heic {heic}, 1 .heif {heic}, 1 .png, 1 .txt, {folder}, "
+        "1 without an ending\n"
+    )
+
+
+def test_a_folder_of_heic_alone_says_how_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_reads_heic", lambda: False)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60)
+    for name in ("hat/1.heic", "hat/2.heic", "coat/1.heic"):
+        write(tmp_path / name, heic)
+    with pytest.raises(InputError, match=r"no images in .*3 \.heic .*pip install 'cbam_jax\[heic"):
+        open_dataset(str(tmp_path), "train")
 
 
 def test_command_checks_a_folder(tmp_path, rng, capsys):

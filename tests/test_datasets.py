@@ -4,6 +4,7 @@ import csv
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import shutil
 import signal
@@ -248,10 +249,36 @@ def test_manifest_skips_bad_images_counts_and_lists_them(tmp_path, rng, capsys):
     assert repaired.id.tolist() == [names[2], names[4], names[5]]
 
 
+def test_manifest_half_copied_files_are_found_when_it_is_opened(tmp_path, rng, capsys):
+    names = photos(tmp_path, rng, 6)
+    path = str(write_csv(tmp_path / "photos.csv", full_rows(names)))
+    for name in names[1:3]:
+        encoded = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(encoded[: len(encoded) // 2])
+    (tmp_path / names[4]).write_bytes(b"")
+    with pytest.raises(InputError, match=r"3 of 6 images .*1\.jpg .*2\.jpg .*4\.jpg \(not an im"):
+        open_dataset(path, "test")
+    assert open_dataset(path, "test", on_bad_image="skip").id.tolist() == [names[3], names[5]]
+    assert "skipped: 3 of 6 images" in capsys.readouterr().err
+
+
+def test_manifest_what_is_no_file_is_told_and_not_waited_for(tmp_path, rng):
+    names = photos(tmp_path, rng, 6)
+    path = str(write_csv(tmp_path / "photos.csv", full_rows(names)))
+    for name in names[:2]:
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / names[0])
+    (tmp_path / names[1]).mkdir()
+    with pytest.raises(
+        InputError, match=r"2 of 6 .*0\.jpg \(not a regular file\); .*1\.jpg \(not a"
+    ):
+        open_dataset(path, "test")
+
+
 def test_manifest_damaged_file_fails_late_with_its_path(tmp_path, rng):
     names = photos(tmp_path, rng, 6)
     path = str(write_csv(tmp_path / "photos.csv", full_rows(names)))
-    (tmp_path / names[3]).write_bytes(jpeg(rng)[:-20])
+    (tmp_path / names[3]).write_bytes(b"\xff\xd8\xff\xe0 damaged within \xff\xd9")
     dataset = open_dataset(path, "test")
     with pytest.raises(InputError, match=r"photos/3\.jpg of .*photos\.csv cannot be decoded"):
         dataset.image(1)

@@ -92,7 +92,7 @@ def test_a_manifest_is_copied_with_all_its_columns(tmp_path, photos, images, cap
 def test_an_interrupted_copy_goes_on(tmp_path, photos, monkeypatch):
     folder = tmp_path / "small"
     whole = (photos.parent / "shop 1" / "3.jpg").read_bytes()
-    (photos.parent / "shop 1" / "3.jpg").write_bytes(whole[:-200])
+    (photos.parent / "shop 1" / "3.jpg").write_bytes(b"\xff\xd8\xff\xe0 damaged within \xff\xd9")
     assert command.main(["resize", str(photos), str(folder), "--short_side=32"]) == 2
     assert not folder.exists()
     done = {path.name for path in (tmp_path / "small.partial").rglob("*.jpg")}

@@ -6,7 +6,8 @@ Either each split has its folder, or none has one::
 
 Equal class means "similar", and every image is query and gallery. A class folder's name is the
 class; images are the files directly inside it that end like one (``.jpg``, ``.png``, ``.webp`` and
-others). Other files and hidden folders are ignored. Without split folders the images are split 80 %
+others) or, whatever their ending, begin like one. What else is there is passed over, and counted on
+stderr; hidden files and folders are ignored. Without split folders the images are split 80 %
 train, 10 % validation, 10 % test, as those of a manifest without a ``split`` column: see
 :func:`cbam_jax.datasets.manifest.assign_splits`.
 """
@@ -14,14 +15,21 @@ train, 10 % validation, 10 % test, as those of a manifest without a ``split`` co
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.manifest import ALL, ImageFiles, assign_splits, good_images
+from cbam_jax.datasets.image_files import (
+    SUFFIXES,
+    ImageFiles,
+    good_images,
+    is_image_file,
+    passed_over,
+)
+from cbam_jax.datasets.manifest import ALL, assign_splits
 from cbam_jax.datasets.retrieval import RetrievalDataset
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # One split goes by any of these names: ImageNet's folder is val, TFDS's split validation.
 VALIDATION = ("validation", "val", "valid")
 SPLITS = ("train", "validation", "test")
@@ -50,10 +58,12 @@ def open_class_folders(
     root = Path(folder).expanduser()
     if label != "label":
         raise InputError(f"label='{label}': {folder} has classes only; set it to 'label'")
-    listed, classes, files, here = _listing(root, split)
-    _check(listed, classes, files)
-    here &= good_images(listed, [f"{root}/{file}" for file in files], on_bad_image=on_bad_image)
-    files = [file for file, usable in zip(files, here, strict=True) if usable]
+    found = _listing(root, split)
+    classes = found.classes
+    _check(found)
+    paths = [f"{root}/{file}" for file in found.files]
+    here = found.here & good_images(found.folder, paths, on_bad_image=on_bad_image)
+    files = [file for file, usable in zip(found.files, here, strict=True) if usable]
     number = {name: index for index, name in enumerate(classes)}
     every = np.ones(len(files), bool)
     return RetrievalDataset(
@@ -71,22 +81,32 @@ def open_class_folders(
     )
 
 
-def _listing(root: Path, split: str) -> tuple[Path, list[str], list[str], np.ndarray]:
-    """The folder that holds a split, all classes, the folder's images, and which are in the split.
+class _Listing(NamedTuple):
+    """The folder that holds a split, all classes, the folder's files, and which are in the split.
 
-    Images are paths inside ``root``, those of the split a bool [n].
+    Images are paths inside the root, those of the split a bool [n]; ``others`` are passed over.
     """
+
+    folder: Path
+    classes: list[str]
+    files: list[str]
+    others: list[str]
+    here: np.ndarray
+
+
+def _listing(root: Path, split: str) -> _Listing:
     if _has_splits(root):
         splits = split_names(root)
         classes = sorted({path.name for other in splits for path in _folders(root / other)})
         everything = split == ALL and ALL not in splits
         names = splits if everything else [_split_folder(root, split)]
-        files = [file for name in names for file in _files(root, name)]
-        listed = root if everything else root / names[0]
-        return listed, classes, files, np.ones(len(files), bool)
+        parts = [_files(root, name) for name in names]
+        files, others = ([file for part in parts for file in part[i]] for i in (0, 1))
+        folder = root if everything else root / names[0]
+        return _Listing(folder, classes, files, others, np.ones(len(files), bool))
     classes = [path.name for path in _folders(root)]
-    files = _files(root, ".")
-    return root, classes, files, _hashed_split(root, files, split)
+    files, others = _files(root, ".")
+    return _Listing(root, classes, files, others, _hashed_split(root, files, split))
 
 
 def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
@@ -98,8 +118,9 @@ def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> in
     root = Path(folder).expanduser()
     total = 0
     for listed in _folders(root) if _has_splits(root) else [root]:
-        files = _files(listed, ".")
-        _check(listed, [path.name for path in _folders(listed)], files)
+        files, others = _files(listed, ".")
+        classes = [path.name for path in _folders(listed)]
+        _check(_Listing(listed, classes, files, others, np.ones(len(files), bool)))
         paths = [f"{listed}/{file}" for file in files]
         total += int(good_images(listed, paths, on_bad_image=on_bad_image, decode=True).sum())
     return total
@@ -154,36 +175,46 @@ def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:
     return np.array(splits) == split
 
 
-def _check(listed: Path, classes: list[str], files: list[str]) -> None:
-    if not files:
+def _check(found: _Listing) -> None:
+    """Tell what is passed over; refuse what is left where it is too little."""
+    others = passed_over(found.others)
+    if not found.files:
         raise InputError(
-            f"no images in {listed}: put them into one folder a class ({', '.join(SUFFIXES)})"
+            f"no images in {found.folder}: put them into one folder a class "
+            f"({', '.join(SUFFIXES)})" + f"; passed over: {others}" * bool(others)
         )
-    if len(classes) < 2:
-        raise InputError(f"{listed} has one class only, '{classes[0]}': give at least two folders")
+    if others:
+        print(f"{found.folder}: passed over: {others}", file=sys.stderr)
+    if len(found.classes) < 2:
+        raise InputError(
+            f"{found.folder} has one class only, '{found.classes[0]}': give at least two folders"
+        )
 
 
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _files(root: Path, split: str) -> list[str]:
-    """The images of one folder of class folders, as paths inside ``root``, sorted."""
-    files = []
-    for path in _folders(root / split):
-        names = sorted(entry.name for entry in os.scandir(path) if _is_image(entry))
-        files += [(path / name).relative_to(root).as_posix() for name in names]
-    return files
+def _files(root: Path, split: str) -> tuple[list[str], list[str]]:
+    """The images of one folder of class folders, as paths inside ``root``, sorted; what else is."""
+    images, others = [], []
+    for folder in _folders(root / split):
+        for name in sorted(entry.name for entry in _visible(folder)):
+            path = folder / name
+            is_image = path.is_file() and is_image_file(path)
+            inside = path.relative_to(root).as_posix() + "/" * path.is_dir()
+            (images if is_image else others).append(inside)
+    others += [entry.name for entry in _visible(root / split) if not entry.is_dir()]
+    return images, others
+
+
+def _visible(folder: Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name[0] != "."]
 
 
 def _holds_image(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(_is_image(entry) for entry in entries)
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-    name = entry.name.lower()
-    return name.endswith(SUFFIXES) and not name.startswith(".") and entry.is_file()
+    return any(entry.is_file() and is_image_file(entry.path) for entry in _visible(folder))
 
 
 def _class(file: str) -> str:

@@ -20,50 +20,24 @@ Without a ``split`` column the rows are split here, 80 % train, 10 % validation,
 """
 
 import csv
-import dataclasses
 import hashlib
 import io
 import os
-import re
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.decoding import is_decodable
-from cbam_jax.datasets.progress import few, progress
+from cbam_jax.datasets.image_files import ImageFiles, good_images
 from cbam_jax.datasets.retrieval import RetrievalDataset
-from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, read_file, shown
+from cbam_jax.foreign_files import MOST_TABLE, read_file
 
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
 LABELS = ("label", "item_id", "series")
 ALL = "all"  # The split of every row, unless the column has that name.
-_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFiles(Sequence):
-    """Paths of image files, read when they are indexed."""
-
-    paths: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        try:
-            return read_file(self.paths[index])
-        except OSError as error:
-            raise InputError(
-                f"cannot read {self.paths[index]} ({error.strerror}): restore the file, or in a "
-                "manifest remove its row"
-            ) from error
 
 
 def open_manifest(
@@ -74,11 +48,11 @@ def open_manifest(
     The whole table is checked, whatever the split, and labels are numbered over the whole table in
     sorted order, so that the splits agree. ``item`` and ``series`` are numbered the same way.
 
-    Bad images: ``"fail"`` checks that every file exists and begins like an image that OpenCV reads;
-    a damaged one beyond that fails when it is decoded. ``"skip"`` has to know what to skip, so it
-    decodes every file of the table once (at an eighth of the resolution), leaves out what fails,
-    and writes the list beside the CSV, as ``<name>.skipped.txt``, which later calls read until a
-    file changes.
+    Bad images: ``"fail"`` checks that every file exists, begins like an image and has its end, so
+    that half-copied ones are found; one that is damaged within fails when it is decoded. ``"skip"``
+    has to know what to skip, so it decodes every file of the table once (at an eighth of the
+    resolution), leaves out what fails, and writes the list beside the CSV, as
+    ``<name>.skipped.txt``, which later calls read until a file changes.
 
     Args:
         path: the CSV file, UTF-8 with or without BOM.
@@ -168,45 +142,6 @@ def assign_splits(table: dict[str, list]) -> list[str]:
         names = ["test"] * tenth + ["validation"] * tenth + ["train"] * (len(ordered) - 2 * tenth)
         split_of |= dict(zip(ordered, names, strict=True))
     return [split_of[item] for item in items]
-
-
-def good_images(
-    path: Path, files: Sequence[str], *, on_bad_image: str, decode: bool = False
-) -> np.ndarray:
-    """bool [n], which image files can be used; reports what is bad, and skips it or fails.
-
-    Args:
-        path: the manifest, for the messages and for the list of what was skipped.
-        files: paths of image files.
-        on_bad_image: ``"fail"`` or ``"skip"``.
-        decode: decode every file now, also where ``"fail"`` would not, or ``"skip"`` has a list
-            that holds for these files (same sizes and times).
-
-    Raises:
-        InputError: a bad image and ``"fail"``, or nothing left with ``"skip"``.
-    """
-    skip = on_bad_image == "skip"
-    known = _read_skipped(path, files) if skip and not decode else None
-    if known is not None:
-        problems: list[str | None] = [known.get(file) for file in files]
-    elif skip or decode:
-        with ThreadPoolExecutor() as pool:
-            checked = pool.map(_decode_problem, files)
-            problems = list(progress(checked, "checking images", total=len(files)))
-    else:
-        problems = [_file_problem(file) for file in files]
-    bad = {file: problem for file, problem in zip(files, problems, strict=True) if problem}
-    told = few([f"{shown(file)} ({problem})" for file, problem in bad.items()])
-    found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {told}"
-    if bad and not skip:
-        raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
-    if len(bad) == len(files):
-        raise InputError(f"{found}: nothing is left; paths are relative to {path.parent}")
-    if skip:
-        skipped = _write_skipped(path, files, bad)
-    if bad:
-        print(f"skipped: {found}; the whole list is in {skipped}", file=sys.stderr)
-    return np.array([not problem for problem in problems])
 
 
 def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
@@ -299,68 +234,6 @@ def _box(path: Path, row: int, texts: tuple[str, ...]) -> tuple[float, ...]:
     if not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
         raise InputError(f"{path} row {row}: the box {box} is empty: x1 < x2 and y1 < y2 must hold")
     return tuple(box)
-
-
-def _file_problem(file: str) -> str | None:
-    if not os.path.isfile(file):
-        return "not a regular file" if os.path.lexists(file) else "no such file"
-    if problem := _name_problem(file):
-        return problem
-    return None if cv2.haveImageReader(file) else "not an image"
-
-
-def _name_problem(file: str) -> str | None:
-    # Results are lines of text, and name it.
-    return "its name holds control characters or is not UTF-8" if _NO_TEXT.search(file) else None
-
-
-def _decode_problem(file: str) -> str | None:
-    problem = _file_problem(file)
-    if problem:
-        return problem
-    try:
-        return None if is_decodable(read_file(file)) else "cannot be decoded"
-    except OSError as error:
-        return error.strerror or "cannot be read"
-    except InputError:
-        return f"larger than {MOST_IMAGE >> 20} MiB"
-
-
-def _skipped_path(path: Path) -> Path:
-    return path.with_suffix(".skipped.txt")
-
-
-def _files_line(files: Sequence[str]) -> str:
-    # The list holds as long as no file appears, disappears or changes.
-    def state(file: str) -> str:
-        stat = os.stat(file) if os.path.isfile(file) else None
-        return f"{file} {stat.st_size} {stat.st_mtime_ns}" if stat else file
-
-    return f"# checked: {_digest(chr(10).join(map(state, files))).hex()}"
-
-
-def _read_skipped(path: Path, files: Sequence[str]) -> dict[str, str] | None:
-    try:
-        text = read_file(_skipped_path(path), MOST_TABLE).decode(errors="backslashreplace")
-        first, *lines = text.splitlines()
-    except (OSError, ValueError):
-        return None
-    if first != _files_line(files):
-        return None
-    bad = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
-    return bad | {file: problem for file in files if (problem := _name_problem(file))}
-
-
-def _write_skipped(path: Path, files: Sequence[str], bad: dict[str, str]) -> str:
-    text = "".join(f"{file}\t{problem}\n" for file, problem in bad.items())
-    part = Path(f"{_skipped_path(path)}.{os.getpid()}")
-    try:
-        text = f"{_files_line(files)}\n{text}"
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        part.replace(_skipped_path(path))
-    except OSError as error:  # a read-only folder is no reason to stop
-        return f"{_skipped_path(path)}, which could not be written ({error.strerror})"
-    return str(_skipped_path(path))
 
 
 def _digest(text: str) -> bytes:

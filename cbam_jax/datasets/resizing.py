@@ -18,6 +18,7 @@ import cv2
 from cbam_jax import InputError
 from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, open_dataset
 from cbam_jax.datasets.decoding import decode_image, jpeg_size
+from cbam_jax.datasets.image_files import ImageFiles, good_images
 from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.foreign_files import read_file, read_json
@@ -113,10 +114,10 @@ def shrink(encoded: bytes, *, short_side: int, quality: int, name: str = "an ima
 
 def _rows_of_manifest(path: Path, on_bad_image: str) -> list[Row]:
     table = manifest.read_table(path)
-    usable = manifest.good_images(path, table["path"], on_bad_image=on_bad_image)
+    usable = good_images(path, table["path"], on_bad_image=on_bad_image)
     rows = manifest.read_rows(path)
     splits = [row["split"] for row in rows] if "split" in table else manifest.assign_splits(table)
-    images = manifest.ImageFiles(tuple(table["path"]))
+    images = ImageFiles(tuple(table["path"]))
     return [
         (
             row | {"path": _inside(row["path"]), "split": splits[index]},

@@ -1,0 +1,199 @@
+"""Image files of one's own: checked when a dataset is opened, read when they are asked for."""
+
+import collections
+import dataclasses
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.datasets import decoding
+from cbam_jax.datasets.progress import few, progress
+from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, open_regular, read_file, shown
+
+# Endings that photos have; a file of another one is looked into.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_QUICK = 20_000  # Files whose ends are looked at in about a second: no progress is shown.
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles(Sequence):
+    """Paths of image files, read when they are indexed."""
+
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            return read_file(self.paths[index])
+        except OSError as error:
+            raise InputError(
+                f"cannot read {self.paths[index]} ({error.strerror}): restore the file, or in a "
+                "manifest remove its row"
+            ) from error
+
+
+def good_images(
+    path: Path, files: Sequence[str], *, on_bad_image: str, decode: bool = False
+) -> np.ndarray:
+    """bool [n], which image files can be used; reports what is bad, and skips it or fails.
+
+    Args:
+        path: the manifest, for the messages and for the list of what was skipped.
+        files: paths of image files.
+        on_bad_image: ``"fail"`` or ``"skip"``.
+        decode: decode every file now, also where ``"fail"`` would not, or ``"skip"`` has a list
+            that holds for these files (same sizes and times).
+
+    Raises:
+        InputError: a bad image and ``"fail"``, or nothing left with ``"skip"``.
+    """
+    skip = on_bad_image == "skip"
+    known = _read_skipped(path, files) if skip and not decode else None
+    if known is not None:
+        problems: list[str | None] = [known.get(file) for file in files]
+    else:
+        with ThreadPoolExecutor() as pool:
+            slow = skip or decode or len(files) > _QUICK
+            checked = pool.map(_decode_problem if skip or decode else _quick_problem, files)
+            told = progress(checked, "checking images", total=len(files)) if slow else checked
+            problems = list(told)
+    bad = {file: problem for file, problem in zip(files, problems, strict=True) if problem}
+    told = few([f"{shown(file)} ({problem})" for file, problem in bad.items()])
+    found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {told}"
+    if bad and not skip:
+        raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
+    if len(bad) == len(files):
+        raise InputError(f"{found}: nothing is left; paths are relative to {path.parent}")
+    if skip:
+        skipped = _write_skipped(path, files, bad)
+    if bad:
+        print(f"skipped: {found}; the whole list is in {skipped}", file=sys.stderr)
+    return np.array([not problem for problem in problems])
+
+
+def is_image_file(path: str | os.PathLike) -> bool:
+    """Whether a file is an image by its ending or, whatever its ending, by its first bytes.
+
+    Not one that only an extra reads, where that is not installed.
+    """
+    if str(path).lower().endswith(SUFFIXES):
+        return True
+    try:
+        with open_regular(path, MOST_IMAGE) as file:
+            kind = decoding.image_format(file.read(decoding.HEAD))
+    except (OSError, InputError):
+        return False
+    return not decoding.not_installed(kind) if kind else cv2.haveImageReader(str(path))
+
+
+def passed_over(paths: Iterable[str]) -> str:
+    """Count by ending what is no image; a folder ends in ``/``.
+
+    >>> passed_over(["hat/a.txt", "hat/README", "hat/b.TXT", "hat/blue/"])
+    '2 .txt, 1 inner folder (photos lie directly in the class folders), 1 without an ending'
+    """
+    kinds = [
+        "inner folder" if path.endswith("/") else Path(path).suffix.lower() or "without an ending"
+        for path in paths
+    ]
+    remedy = {kind: f" ({decoding.HEIC_REMEDY})" for kind in (".heic", ".heif", ".hif")}
+    remedy["inner folder"] = " (photos lie directly in the class folders)"
+    counts = sorted(collections.Counter(kinds).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}{remedy.get(kind, '')}" for kind, count in counts)
+
+
+def _quick_problem(file: str) -> str | None:
+    """What is wrong with a file by its name and its two ends; half-copied ones lack the second."""
+    if problem := _name_problem(file):
+        return problem
+    try:
+        with open_regular(file, MOST_IMAGE) as opened:
+            kind = decoding.image_format(opened.read(decoding.HEAD))
+            cut_off = decoding.is_cut_off(opened)
+    except (OSError, InputError) as error:
+        return _reason(error, file)
+    if kind is None and not cv2.haveImageReader(file):
+        return "not an image"
+    if decoding.not_installed(kind):
+        return decoding.HEIC_REMEDY
+    if cut_off is None:
+        return _decode_problem(file)
+    return "cut off" if cut_off else None
+
+
+def _decode_problem(file: str) -> str | None:
+    if problem := _name_problem(file):
+        return problem
+    try:
+        encoded = read_file(file)
+    except (OSError, InputError) as error:
+        return _reason(error, file)
+    if decoding.not_installed(decoding.image_format(encoded)):
+        return decoding.HEIC_REMEDY
+    return None if decoding.is_decodable(encoded) else "cannot be decoded"
+
+
+def _name_problem(file: str) -> str | None:
+    # Results are lines of text, and name it.
+    return "its name holds control characters or is not UTF-8" if _NO_TEXT.search(file) else None
+
+
+def _reason(error: OSError | InputError, file: str) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, InputError):
+        large = os.path.isfile(file)
+        return f"larger than {MOST_IMAGE >> 20} MiB" if large else "not a regular file"
+    return error.strerror or "cannot be read"
+
+
+def _skipped_path(path: Path) -> Path:
+    return path.with_suffix(".skipped.txt")
+
+
+def _files_line(files: Sequence[str]) -> str:
+    # The list holds as long as no file appears, disappears or changes.
+    def state(file: str) -> str:
+        stat = os.stat(file) if os.path.isfile(file) else None
+        return f"{file} {stat.st_size} {stat.st_mtime_ns}" if stat else file
+
+    return f"# checked: {_digest(chr(10).join(map(state, files))).hex()}"
+
+
+def _read_skipped(path: Path, files: Sequence[str]) -> dict[str, str] | None:
+    try:
+        text = read_file(_skipped_path(path), MOST_TABLE).decode(errors="backslashreplace")
+        first, *lines = text.splitlines()
+    except (OSError, ValueError):
+        return None
+    if first != _files_line(files):
+        return None
+    bad = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
+    return bad | {file: problem for file in files if (problem := _name_problem(file))}
+
+
+def _write_skipped(path: Path, files: Sequence[str], bad: dict[str, str]) -> str:
+    text = "".join(f"{file}\t{problem}\n" for file, problem in bad.items())
+    part = Path(f"{_skipped_path(path)}.{os.getpid()}")
+    try:
+        text = f"{_files_line(files)}\n{text}"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        part.replace(_skipped_path(path))
+    except OSError as error:  # a read-only folder is no reason to stop
+        return f"{_skipped_path(path)}, which could not be written ({error.strerror})"
+    return str(_skipped_path(path))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
