@@ -9,6 +9,7 @@ import pytest
 from cbam_jax import InputError
 from cbam_jax.datasets import open_dataset, synthetic_garments
 from cbam_jax.datasets import prepared as opening
+from cbam_jax.datasets.__main__ import main as datasets_command
 from cbam_jax.datasets.garments import (
     CATEGORIES,
     DOMAINS,
@@ -281,3 +282,21 @@ def test_sheet_command(tmp_path, capsys):
     np.testing.assert_array_equal(sheet[:32, -32:], first["image"])
     assert main(["--sheet", str(tmp_path / "none" / "sheet.png"), *options]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_photos_are_drawn_into_class_folders_and_again_goes_on(tmp_path, capsys):
+    command = ["draw", str(tmp_path / "photos"), "--image_size=32"]
+    assert datasets_command([*command, "--number=20"]) == 0
+    files = sorted(path.relative_to(tmp_path / "photos") for path in tmp_path.rglob("*.jpg"))
+    assert len(files) == 20
+    assert {file.parent.name for file in files} == set(CATEGORIES)
+    first = tmp_path / "photos" / CATEGORIES[0] / "0000_0.jpg"
+    content = first.read_bytes()
+    first.unlink()
+    assert datasets_command([*command, "--number=40"]) == 0
+    assert "21 photos drawn" in capsys.readouterr().out
+    assert first.read_bytes() == content
+    assert len({path.read_bytes() for path in tmp_path.rglob("*.jpg")}) == 40
+    assert datasets_command([*command, "--number=0"]) == 2
+    (tmp_path / "file").touch()
+    assert datasets_command(["draw", str(tmp_path / "file")]) == 2

@@ -1,6 +1,7 @@
-"""Prepares a dataset, checks or shrinks one's own photos, or verifies a copy of DeepFashion.
+"""Prepares a dataset, checks, shrinks or draws photos, or verifies a copy of DeepFashion.
 
-``python -m cbam_jax.datasets prepare NAME``, ``... resize NAME FOLDER``, ``... verify NAME``.
+``python -m cbam_jax.datasets prepare NAME``, ``... resize NAME FOLDER``, ``... verify NAME``,
+``... draw FOLDER``.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "verify":
             return _verify(options.name, options.manual_dir, options.all)
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
-        {"prepare": _prepare, "resize": _resize}[options.command](**arguments)
+        {"prepare": _prepare, "resize": _resize, "draw": _draw}[options.command](**arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("name", help="deepfashion_inshop[/highres], ..., as for prepare")
     verify.add_argument("--manual_dir", required=True, help="the folder of what was fetched")
     verify.add_argument("--all", action="store_true", help="print every finding, not ten of a kind")
+    draw = commands.add_parser(
+        "draw", help="draw garments as photos, one folder a category, to try things out with"
+    )
+    draw.add_argument("folder", help="where to; the same command again goes on")
+    draw.add_argument("--number", type=int, default=200, help="of photos; default: 200")
+    draw.add_argument("--image_size", type=int, default=192, help="in pixels; default: 192")
+    draw.add_argument("--seed", type=int, default=0, help="another one draws other garments")
     return parser
 
 
@@ -94,6 +102,12 @@ def _resize(name: str, folder: str, **options) -> None:
 
     count = resize_dataset(name, folder, **options)
     print(f"{count} images; train on them with --config.data.name={folder.rstrip('/')}/{MANIFEST}")
+
+
+def _draw(folder: str, **options) -> None:
+    from cbam_jax.datasets.garments import draw_folder
+
+    print(f"{draw_folder(folder, **options)} photos drawn in {folder}")
 
 
 if __name__ == "__main__":
