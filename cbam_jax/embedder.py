@@ -280,7 +280,7 @@ def load(
         ((2, 128), [])
     """
     folder = Path(source).expanduser()
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise InputError(f"{folder} is a file: give its folder")
     if runs.is_run(folder):
         config = runs.read_config(folder)
@@ -327,8 +327,8 @@ def _read(file: str | bytes, row: int) -> tuple[bytes, str]:
     if isinstance(file, bytes):
         return file, _name(file, row)
     path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError("not a file" if path.exists() else "no such file")
+    if not os.path.isfile(path):
+        raise InputError("not a file" if os.path.lexists(path) else "no such file")
     return read_file(path), shown(path.name)
 
 

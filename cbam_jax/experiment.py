@@ -5,7 +5,6 @@ function turns one section of the config into the thing it describes. Nothing he
 """
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from flax import nnx
 from cbam_jax import InputError, data, evaluation, losses, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
+from cbam_jax.foreign_files import read_json
 from cbam_jax.models import MODELS, EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import IMAGENET, fetch_imagenet
@@ -163,7 +163,7 @@ def check_classifier(config: Config) -> None:
 
 def check_source_exists(source: str | None) -> None:
     """Raise InputError where the weights to start from are neither published nor there."""
-    if source and source not in IMAGENET and not Path(source).exists():
+    if source and source not in IMAGENET and not os.path.exists(source):
         raise InputError(
             f"model.pretrained={source!r} is not there: give a file, the folder of a run, or "
             f"one of {', '.join(IMAGENET)}"
@@ -174,8 +174,7 @@ def check_source(config: Config, source: str) -> None:
     """Raise InputError where published weights can't be had, or a run's gates have another form."""
     if source in IMAGENET:
         fetch_imagenet(MODELS[config.model.name][0], source)
-    path = Path(source) / "config.json"  # Of a run, or of hub.save_pretrained.
-    saved = json.loads(path.read_text())["model"] if path.exists() else {}
+    saved = saved_model(Path(source) / "config.json")
     has_attention = MODELS.get(str(saved.get("name")), ("", ""))[1] != ""
     theirs = saved.get("attention_init", "paper")
     if has_attention and theirs != config.model.attention_init:
@@ -183,6 +182,15 @@ def check_source(config: Config, source: str) -> None:
             f"model.attention_init={config.model.attention_init!r}, but the gates in {source} were "
             f"trained in the form {theirs!r}: set it to that"
         )
+
+
+def saved_model(path: Path) -> dict[str, Any]:
+    """Return the model's fields in the config of a run or of save_pretrained; of others' none."""
+    try:
+        model = read_json(path)["model"]
+    except (OSError, ValueError, TypeError, LookupError):  # Of another library, or damaged.
+        return {}
+    return model if isinstance(model, dict) else {}
 
 
 def check_labels(config: Config, training: RetrievalDataset, validation: RetrievalDataset) -> None:

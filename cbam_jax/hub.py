@@ -1,8 +1,9 @@
 """Trained models as folders that others can load: weights, how to build the model, a card.
 
 A folder holds ``model.safetensors`` (our names, ``backbone.conv1.kernel``, float32),
-``config.json`` (``create_model``'s arguments, the preprocessing, the metrics) and ``README.md``,
-the model card that the Hugging Face hub shows. Nothing in it is code. Apart from ``pretrained``,
+``config.json`` (``create_model``'s arguments, the preprocessing, the metrics, hashes) and
+``README.md``, the model card that the Hugging Face hub shows. Nothing in it is code, and a damaged
+byte of the first two is noticed when it is loaded. Apart from ``pretrained``,
 which works on any module, since this module builds models.
 
 ``python -m cbam_jax.hub export RUN FOLDER`` makes such a folder of a run.
@@ -23,16 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cbam_jax import InputError, __version__, command_line, evaluation, experiment, runs, steps
+from cbam_jax import (
+    InputError,
+    __version__,
+    command_line,
+    evaluation,
+    experiment,
+    hub_config,
+    runs,
+    steps,
+)
+from cbam_jax.foreign_files import read_json, shown
 from cbam_jax.metrics import METRIC_DEFINITIONS
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.runlog import read_log
 from cbam_jax.whole_files import written_whole
-
-# Raised when a folder needs something that earlier versions can't read.
-FORMAT_VERSION = 1
 
 _CARD = """---
 library_name: cbam_jax
@@ -106,9 +114,12 @@ def save_pretrained(
     document = _document(config, preprocessing, metrics)
     arrays = _arrays(model)
     _check_config(config, arrays)
-    text = json.dumps(document, indent=2) + "\n"
-    card = _card(document, model.embedding_dim, description)
     values = {name: np.array(variable[...]) for name, variable in arrays.items()}
+    for name, value in values.items():
+        if not np.all(np.isfinite(value)):
+            raise InputError(f"{name} is not finite: no model to be used; nothing was written")
+    text = json.dumps(hub_config.with_hashes(document, values), indent=2) + "\n"
+    card = _card(document, model.embedding_dim, description)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:  # All three are there before any takes its place.
@@ -129,7 +140,7 @@ def _document(
     if "image_size" not in preprocessing:
         raise InputError("preprocessing must name the image_size, in pixels")
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": hub_config.FORMAT_VERSION,
         "cbam_jax_version": __version__,
         "model": _as_json(config, "config"),
         "preprocessing": {**preprocessing, **Preprocessing.from_dict(preprocessing).to_dict()},
@@ -199,13 +210,15 @@ def from_pretrained(
     if runs.is_run(folder):
         model, document = from_run(runs.read_config(folder), folder)
     else:
-        model, document = _from_folder(folder if folder.is_dir() else _fetch(str(source), revision))
+        model, document = _from_folder(
+            folder if os.path.isdir(folder) else _fetch(str(source), revision)
+        )
     model.train() if training else model.eval()
     return model, document
 
 
 def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
-    document = _read_config(folder / "config.json")
+    document = hub_config.read_config(folder / "config.json")
     model = _build(document["model"])
     report = load_pretrained(model, folder / "model.safetensors")
     if report.fresh:
@@ -213,6 +226,8 @@ def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
             f"{folder}: {len(report.fresh)} tensors of the model are not in model.safetensors, "
             f"the first {report.fresh[0]}; save it again"
         )
+    arrays = {name: np.asarray(variable[...]) for name, variable in _arrays(model).items()}
+    hub_config.check_weights(arrays, document, folder / "model.safetensors")
     return model, document
 
 
@@ -242,8 +257,8 @@ def from_run(
 def measured_metrics(config: Any, workdir: Path, step: int) -> dict[str, Any]:
     """Return what was measured of a run's checkpoint: on the test split, else in training."""
     path = workdir / "eval" / "test" / "metrics.json"
-    with contextlib.suppress(OSError, ValueError):
-        report = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # Damaged, or another's.
+        report = read_json(path)
         if report["step"] == step:
             return {"dataset": report["dataset"], "split": "test", "step": step} | report["metrics"]
     split = config.data.eval_split
@@ -289,8 +304,10 @@ def _build(config: Mapping[str, Any]) -> EmbeddingModel:
         if "dtype" in arguments:
             arguments["dtype"] = experiment.DTYPES[jnp.dtype(arguments["dtype"]).name]
         return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"no model can be built from {arguments}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"no model can be built from {shown(str(arguments))}: {shown(str(error))}"
+        ) from error
 
 
 def _arrays(model: nnx.Module) -> dict[str, Any]:
@@ -302,35 +319,9 @@ def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
     return arrays[name].shape if name in arrays else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-        foreign = isinstance(document, dict) and "format_version" not in document
-        if not foreign and not isinstance(document["model"], dict):
-            raise TypeError("model is not an object")
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing: neither the workdir of a run nor a folder of save_pretrained"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}): fetch or save it again") from error
-    if foreign:
-        raise InputError(
-            f"{path} is of no model that save_pretrained wrote; checkpoints of a run "
-            "are missing, or this is another folder"
-        )
-    version = document["format_version"]
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format {version}, written by cbam_jax {document.get('cbam_jax_version')}; "
-            f"this is {__version__}, which reads up to {FORMAT_VERSION}: upgrade it"
-        )
-    return document
-
-
 def _fetch(source: str, revision: str | None) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise InputError(f"no folder {source}, and no id of the hub either (user/model)")
+        raise InputError(f"no folder {shown(source, 80)}, and no id of the hub either (user/model)")
     try:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -7,6 +7,7 @@ does both and writes what was found; ``run_figures`` draws it.
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ State = tuple[Any, Any]  # A model's parameters and its BatchNorm statistics.
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's workdir."""
-    return (folder / "checkpoints").is_dir()
+    return os.path.isdir(folder / "checkpoints")
 
 
 def read_config(workdir: Path) -> Config:

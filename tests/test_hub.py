@@ -52,6 +52,7 @@ def edited(saved, tmp_path, edit):
     for file in ("config.json", "model.safetensors"):
         (folder / file).write_bytes((saved[1] / file).read_bytes())
     document = json.loads((folder / "config.json").read_text())
+    document.pop("checksum")  # As those do who change a config on purpose.
     edit(document)
     (folder / "config.json").write_text(json.dumps(document))
     return folder
@@ -74,6 +75,29 @@ def test_the_card_says_what_it_is(saved):
     card = (saved[1] / "README.md").read_text()
     for text in ("# resnet18_cbam", "Trained on photos", "| map@5 | 0.8123 |", "[b, 64, 64, 3]"):
         assert text in card
+
+
+def test_damaged_bytes_of_the_weights_are_noticed(saved, tmp_path, rng):
+    whole = (saved[1] / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    place = start + 4 * rng.integers((len(whole) - start) // 4)
+    folder = edited(saved, tmp_path, lambda d: None)
+    (folder / "model.safetensors").write_bytes(
+        whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]  # A number's least bit.
+    )
+    with pytest.raises(InputError, match=r"model.safetensors is damaged, .*: 1 tensors are not"):
+        from_pretrained(folder)
+
+
+def test_what_is_not_finite_is_not_saved(saved, tmp_path):
+    model, _ = saved
+    bias = model.projection.bias
+    kept = bias[...]
+    bias.set_value(kept.at[1].set(jnp.nan))
+    with pytest.raises(InputError, match=r"projection.bias is not finite"):
+        save_pretrained(model, tmp_path / "x", config=CONFIG, preprocessing=PREPROCESSING)
+    bias.set_value(kept)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_of_format_1_loads(tmp_path):

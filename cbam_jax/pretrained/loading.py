@@ -135,6 +135,10 @@ def _misfits(
         return [f"shape: {name} is {array.shape}, the model's is {expected}"]
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return [f"dtype: {name} is {array.dtype}, not a floating-point number"]
+    if not np.all(np.isfinite(array)):
+        return [f"value: {name} has NaN or infinity"]
+    if path[-1] == "var" and np.any(array < 0):
+        return [f"value: {name} has variances below zero"]
     return []
 
 

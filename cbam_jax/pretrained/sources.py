@@ -1,14 +1,16 @@
 """Where weights are read from: files, folders of runs and of models, mappings of arrays."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import open_regular, shown
 from cbam_jax.pretrained.published import IMAGENET, check_hash
 from cbam_jax.pretrained.torch_files import read_torch
 from cbam_jax.whole_files import written_whole
@@ -25,6 +27,9 @@ _SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# Bytes. The format allows headers up to 100 MB; those of a model of images have some 100 kB.
+_MOST_BYTES = 16 << 30
+_LONGEST_HEADER = 100_000_000
 # No model of images comes near these. A file of a few hundred bytes can hold dicts within dicts
 # with more ways through them than there is time, and any number of views of the same numbers.
 _MOST_PLACES = 100_000
@@ -41,14 +46,14 @@ def read_arrays(source: Source) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(
-            f"no weights at {path}: give a file, a folder, or one of {', '.join(IMAGENET)}"
+            f"no weights at {shown(path)}: give a file, a folder, or one of {', '.join(IMAGENET)}"
         )
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file: give a file of weights")
+    if not os.path.isfile(path):
+        raise InputError(f"{shown(path)} is not a regular file: give a file of weights")
     check_hash(path)
     saved = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(saved, Mapping):
@@ -57,7 +62,7 @@ def read_arrays(source: Source) -> Mapping[str, Any]:
 
 
 def _read_folder(folder: Path) -> Mapping[str, Any]:
-    if (folder / "model.safetensors").exists():
+    if os.path.lexists(folder / "model.safetensors"):
         return _read_safetensors(folder / "model.safetensors")
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} has neither model.safetensors nor checkpoints: give a file")
@@ -73,9 +78,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     import safetensors
 
     try:
-        tensors = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+        with open_regular(path, _MOST_BYTES) as file:
+            _check_length(file)
+            tensors = safetensors.deserialize(file.read())
+    except FileNotFoundError:
+        raise InputError(f"no weights at {shown(path)}: fetch or save it again") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(
+            f"{shown(path)}: damaged or truncated ({shown(str(error))}); fetch it again"
+        ) from error
     unknown = sorted({tensor["dtype"] for _, tensor in tensors} - _SAFETENSORS_DTYPES.keys())
     if unknown:
         raise InputError(
@@ -88,6 +99,22 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         )
         for name, tensor in tensors
     }
+
+
+def _check_length(file: BinaryIO) -> None:
+    """Raise OSError where a file is longer than its header says: nothing would be worth reading."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, _LONGEST_HEADER):
+        raise OSError("its header is longer than the file, or than such headers are")
+    try:
+        tensors = [t for name, t in json.loads(file.read(length)).items() if name != "__metadata__"]
+        ends = [tensor["data_offsets"][1] for tensor in tensors]
+        if 8 + length + max(ends, default=0) != size:
+            raise ValueError(f"it has {size} bytes")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise OSError(f"its header does not fit it: {error}") from error
+    file.seek(0)
 
 
 def unwrap(saved: Mapping[str, Any]) -> Mapping[str, Any]:

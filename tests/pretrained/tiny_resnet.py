@@ -1,6 +1,5 @@
 """A small ResNet and its numbers."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,8 +20,10 @@ def tiny(attention=None, embedding_dim=None, seed=0):
 
     model = nnx.eval_shape(build)
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
-    nnx.update(model, jax.tree.map(draw, nnx.state(model)))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        drawn = rng.normal(size=variable.shape)
+        drawn = np.abs(drawn) if path[-1] == "var" else drawn
+        variable.set_value(jnp.asarray(drawn, jnp.float32))
     return model
 
 
