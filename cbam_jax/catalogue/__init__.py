@@ -7,7 +7,7 @@
 * ``sources``, ``reading``, ``near`` and ``indexing``: from what is given to rows of the file;
 * ``embedders``, ``gallery``, ``filters``, ``queries`` and ``nearest``: from a query to neighbours;
 * ``catalogue``: all of it as one object, `Catalogue`;
-* ``printing`` and ``commands``: what is typed, and what is answered.
+* ``commands``, ``printing`` and ``contact_sheets``: what is typed, and what is answered.
 """
 
 from cbam_jax.catalogue.catalogue import Catalogue, Item, Neighbour

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from cbam_jax import InputError, command_line
-from cbam_jax.catalogue import embedders, printing, sources
+from cbam_jax.catalogue import contact_sheets, embedders, printing, sources
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.indexing import KINDS
 from cbam_jax.catalogue.queries import Part, part_of
+from cbam_jax.foreign_files import shown
+from cbam_jax.whole_files import written_whole
 
 _SHOWN = 10  # Lines of what may be many.
 
@@ -60,9 +63,31 @@ def find(options: argparse.Namespace) -> int:
             unlike=[part_of(text) for text in options.unlike],
             max_distance=options.max_distance,
         )
-    answers = list(zip(names, found, strict=True))
-    print(_printer(options, "answers")(answers))
+        photos = [_photos(catalogue, parts) for parts in asked]
+    box = sources.parse_box(options.box) if options.box else None
+    _draw(options, [contact_sheets.Shown(*a, box) for a in zip(names, photos, found, strict=True)])
+    print(_printer(options, "answers")(list(zip(names, found, strict=True))))
     return 0
+
+
+def _photos(catalogue: Catalogue, parts: Sequence[Part]) -> list[str]:
+    """The paths of a query's photos."""
+    known = [catalogue.item(part).path if isinstance(part, int) else part for part in parts]
+    return [part for part in known if isinstance(part, str)]
+
+
+def _draw(options: argparse.Namespace, answers: Sequence[contact_sheets.Shown]) -> None:
+    """Write the contact sheets that were asked for."""
+    try:
+        if options.html:
+            command_line.write_text(options.html, contact_sheets.page(answers))
+        if options.png:
+            pixels = cv2.cvtColor(contact_sheets.sheet(answers), cv2.COLOR_RGB2BGR)
+            with written_whole(options.png) as partial:
+                partial.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    except OSError as error:
+        path = options.html or options.png
+        raise InputError(f"cannot write {path}: {error.strerror}; name another file") from error
 
 
 def list_(options: argparse.Namespace) -> int:
@@ -138,6 +163,14 @@ def _find_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--box", metavar="X1,Y1,X2,Y2", help="the garment in the query, in pixels")
     parser.add_argument("--max-distance", type=float, help="leave out what is farther")
     _format_flags(parser)
+    _sheet_flags(parser)
+
+
+def _sheet_flags(parser: argparse.ArgumentParser) -> None:
+    text = "also write a page with the photos, one file"
+    parser.add_argument("--html", type=command_line.path, metavar="FILE", help=text)
+    text = "also write a picture of them"
+    parser.add_argument("--png", type=command_line.path, metavar="FILE", help=text)
 
 
 def _list_flags(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +254,6 @@ def _tell_vanished(paths: Sequence[str], name: Path) -> None:
     if not paths:
         return
     for path in paths[:_SHOWN]:
-        print(f"not there any more: {path}")
+        print(f"not there any more: {shown(path)}")
     more = f"... {len(paths) - _SHOWN} more; " if len(paths) > _SHOWN else ""
     print(f"{more}to forget them: cbam-jax catalogue remove {name} --missing")

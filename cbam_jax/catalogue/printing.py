@@ -7,6 +7,7 @@ from typing import Any
 
 from cbam_jax.catalogue.catalogue import Item, Neighbour
 from cbam_jax.command_line import to_json
+from cbam_jax.foreign_files import shown
 
 Answer = tuple[str, Sequence[Neighbour]]  # What was asked, and what was found.
 
@@ -22,8 +23,8 @@ def answers_text(answers: Sequence[Answer]) -> str:
     for name, found in answers:
         lines.append(name)
         for rank, (number, path, payload, distance) in enumerate(found, 1):
-            line = f"{rank:4}  {distance:.4f}  {number:7}  {path}  {payload_text(payload)}"
-            lines.append(line.rstrip())
+            told = f"{shown(path)}  {payload_text(payload)}".rstrip()
+            lines.append(f"{rank:4}  {distance:.4f}  {number:7}  {told}")
         if not found:
             lines.append("  nothing found")
     return "\n".join(lines)
@@ -68,7 +69,7 @@ def items_text(items: Iterable[Item]) -> str:
     lines = []
     for number, path, payload, problem in items:
         told = f"[{problem}]" if problem else payload_text(payload)
-        lines.append(f"{number:7}  {path}  {told}".rstrip())
+        lines.append(f"{number:7}  {shown(path)}  {told}".rstrip())
     return "\n".join(lines)
 
 
@@ -92,7 +93,7 @@ def payload_text(payload: Mapping[str, Any]) -> str:
     >>> payload_text({"category": "dress", "price": 12.5})
     'category=dress price=12.5'
     """
-    return " ".join(f"{name}={value}" for name, value in payload.items())
+    return " ".join(shown(f"{name}={value}") for name, value in payload.items())
 
 
 def _csv(header: list[str], rows: Sequence[tuple[dict[str, Any], Mapping[str, Any]]]) -> str:

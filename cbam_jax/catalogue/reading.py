@@ -9,8 +9,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from cbam_jax import InputError
 from cbam_jax.catalogue.sources import Photo
-from cbam_jax.datasets import jpeg_size
+from cbam_jax.datasets import decode_image, jpeg_size
+from cbam_jax.foreign_files import read_file
 
 LARGEST = 2**28  # Bytes of a photo's file: no camera writes as many.
 
@@ -41,16 +43,15 @@ def read_photo(photo: Photo) -> Read:
     path = Path(photo.path)
     try:
         photo.path.encode()
-        if not path.is_file():  # A pipe would be waited for.
+        if not path.is_file():
             return Read(photo, problem="not a file" if path.exists() else "no such file")
-        state = path.stat()
-        if state.st_size > LARGEST:
-            return Read(photo, problem=f"{state.st_size} bytes are more than a photo's {LARGEST}")
-        seen = time.time_ns()
-        content = path.read_bytes()
+        state, seen = path.stat(), time.time_ns()
+        content = read_file(path, LARGEST)
     except UnicodeEncodeError:
         name = os.fsencode(photo.path).decode(errors="backslashreplace")
         return Read(photo._replace(path=name), problem="its name is not UTF-8: rename it")
+    except InputError:
+        return Read(photo, problem=f"more than the {LARGEST} bytes that a photo may have")
     except OSError as error:
         return Read(photo, problem=error.strerror or "cannot be read")
     digest = hashlib.sha256(content).digest()
@@ -67,18 +68,28 @@ def look_of(content: bytes) -> int | None:
     >>> look_of(b"no image") is None
     True
     """
-    large = min(jpeg_size(content) or (0,)) >= 256  # Then a quarter of its sides is enough.
-    flag = cv2.IMREAD_REDUCED_GRAYSCALE_4 if large else cv2.IMREAD_GRAYSCALE
     try:
-        grey = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
-    except cv2.error:
+        image = small_image(content, 64)
+    except InputError:
         return None
-    if grey is None:
-        return None
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     frequencies = cv2.dct(small)[:8, :8].ravel()
     bits = frequencies > np.median(frequencies[1:])
     return int(np.packbits(bits).view(">i8")[0])
+
+
+def small_image(content: bytes, side: int) -> np.ndarray:
+    """An image of a file, uint8 [h, w, 3], as small as its decoder makes it at once.
+
+    Its shorter side is still ``side`` pixels, or as many as the file has.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    shortest = min(jpeg_size(content) or (0, 0))
+    reduction = next((n for n in (8, 4, 2) if shortest >= n * side), 1)
+    return decode_image(content, reduction=reduction)
 
 
 def differing_bits(look: int, looks: np.ndarray) -> np.ndarray:

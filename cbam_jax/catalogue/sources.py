@@ -1,17 +1,17 @@
 """What a catalogue is given, as one list of photos: files, folders with all below, manifests.
 
-A folder's photos are those of its files that end like one; the name of the folder that a photo lies
-in is its ``category``, unless that is the folder given. A manifest is a CSV file as
+A folder's photos are those of its files that end or begin like one; the name of the folder that a
+photo lies in is its ``category``, unless that is the folder given. A manifest is a CSV file as
 ``cbam_jax.datasets`` reads it, whose columns, but for the path and the box, become the payload; of
 them only ``path`` must be there.
 """
 
 import csv
+import io
 import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from cbam_jax import InputError
 from cbam_jax.command_line import to_json
 from cbam_jax.datasets import is_manifest
-from cbam_jax.datasets.class_folders import SUFFIXES
+from cbam_jax.datasets.image_files import is_image_file, passed_over
+from cbam_jax.foreign_files import MOST_TABLE, read_file
 
 _BOX = ("x1", "y1", "x2", "y2")
 
@@ -127,18 +128,18 @@ def _of(path: Path) -> Iterator[Photo]:
 
 def _in_folder(root: Path) -> Iterator[Photo]:
     """All photos below a folder, by path; hidden files and folders are left out."""
-    others: Counter[str] = Counter()
+    others = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(name for name in names if not name.startswith("."))
         payload = {} if folder == str(root) else {"category": os.path.basename(folder)}
         for name in sorted(file for file in files if not file.startswith(".")):
-            if name.lower().endswith(SUFFIXES):
-                yield Photo(os.path.join(folder, name), payload)
+            path = os.path.join(folder, name)
+            if is_image_file(path):
+                yield Photo(path, payload)
             else:
-                others[os.path.splitext(name)[1].lower() or name] += 1
+                others.append(path)
     if others:
-        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        print(f"{root}: left out what is no photo by its name: {found}", file=sys.stderr)
+        print(f"{root}: passed over {passed_over(others)}: no photos", file=sys.stderr)
 
 
 def _in_manifest(path: Path) -> Iterator[Photo]:
@@ -157,8 +158,8 @@ def _in_manifest(path: Path) -> Iterator[Photo]:
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True)]
+        text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
         raise InputError(f"cannot read the manifest {path}: {reason}") from error

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import cv2
 import numpy as np
 import pytest
 from fakes import FakeEmbedder, write_photos
@@ -84,6 +85,19 @@ def test_find_answers_as_text_json_and_csv(run, shop, photos):
     rows = list(csv.DictReader(io.StringIO(run("find", shop, photos[2], "-k", 3, "--csv")[1])))
     assert [int(row["id"]) for row in rows] == [n["id"] for n in answers[0]["neighbours"]]
     assert rows[1]["category"] in ("dress", "hat")
+
+
+def test_find_writes_contact_sheets(run, shop, photos, tmp_path):
+    status, out, _ = run("find", shop, photos[0], "7", "--html=a.html", "--png=a.png", "-k", 3)
+    assert status == 0
+    assert out.startswith(f"{photos[0]}\n   1  0.0000        1  ")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<img") == 8
+    assert cv2.imread(str(tmp_path / "a.png")).shape == (604, 1020, 3)
+    status, _, err = run("find", shop, "1", "--html=nowhere/a.html")
+    assert (status, err) == (
+        2, "error: cannot write nowhere/a.html: No such file or directory; name another file\n",
+    )  # fmt: skip
 
 
 def test_find_by_several_of_one_garment_and_by_embeddings(run, shop, photos, tmp_path):
