@@ -1,9 +1,11 @@
 """What a run leaves to look at: ``metrics.jsonl``, TensorBoard scalars, lines or a progress bar."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -15,6 +17,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from cbam_jax.foreign_files import MOST_TABLE, read_file
 from cbam_jax.whole_files import written_whole
 
 # Steps whose scalars are left on the device while later ones are dispatched: reading them at once
@@ -209,27 +212,53 @@ class StepMonitor:
 
 
 def read_log(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the records of ``metrics.jsonl``; a last line cut off by an interruption is left out.
+    """Return the records of ``metrics.jsonl``, without lines that are cut off or damaged.
+
+    Raises:
+        InputError: something else than a file stands there.
 
     >>> import tempfile
     >>> read_log(tempfile.mkdtemp())
     []
     """
-    path = Path(workdir, "metrics.jsonl")
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return _read(Path(workdir, "metrics.jsonl"))[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a log, and how many lines are none but for a last one that was cut off."""
+    try:
+        lines = read_file(path, MOST_TABLE).split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return [], 0
+    records = [_record(line) for line in lines]
+    damaged = sum(
+        record is None and bool(line) for record, line in zip(records, lines, strict=True)
+    )
+    cut_off = records[-1] is None and bool(lines[-1])  # No line end: killed while writing it.
+    return [record for record in records if record is not None], damaged - cut_off
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Keep the records up to a step; a damaged log stays aside, whole, for who wants to mend it."""
+    records, damaged = _read(path)
+    if damaged:
+        aside = next(
+            name
+            for number in itertools.count(1)
+            if not os.path.lexists(name := path.with_name(f"metrics.damaged-{number}.jsonl"))
+        )
+        shutil.copyfile(path, aside)
+        print(f"{damaged} damaged lines of {path} are left out; kept in {aside.name}", flush=True)
     if not path.exists():
         return
-    kept = [record for record in read_log(path.parent) if record["step"] <= step]
+    kept = [record for record in records if record["step"] <= step]
     with written_whole(path) as partial:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))

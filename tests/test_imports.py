@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "figures": {"whole_files"},
     "report_text": set(),
     "report": {"report_text"},
-    "runlog": {"whole_files"},
+    "runlog": {"foreign_files", "whole_files"},
     "steps": {"compiler_options"},
     "datasets": {"foreign_files", "whole_files"},
     "preprocessing": set(),
