@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cbam_jax.attention import CBAM, GATE_INITS, SqueezeExcite
-from cbam_jax.backbones import googlenet, resnet, vgg
+from cbam_jax.backbones import efficientnet, googlenet, resnet, vgg
 from cbam_jax.distances import l2_normalize
 from cbam_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_images
 
@@ -22,6 +22,7 @@ BACKBONES = {
     "vgg16": vgg.VGG16,
     "vgg16_bn": vgg.VGG16BN,
     "googlenet": googlenet.GoogLeNet,
+    "efficientnet_lite0": efficientnet.EfficientNetLite,
 }
 ATTENTIONS = {"": None, "_se": SqueezeExcite, "_cbam": CBAM}
 MODELS = {

@@ -41,7 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
     data.crop_fraction = 0.875  # evaluation: short side is image_size / crop_fraction
 
     config.model = model = ml_collections.ConfigDict()
-    # resnet{18,34,50,101,152}, vgg16, vgg16_bn or googlenet, alone or with _se or _cbam.
+    # resnet{18,34,50,101,152}, vgg16, vgg16_bn, googlenet or efficientnet_lite0, alone or with _se
+    # or _cbam.
     model.name = "resnet50_cbam"
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
     model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike

