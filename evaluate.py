@@ -1,7 +1,7 @@
 """Measure a trained run: embed a split, search, and print every metric with its definition.
 
 python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained]
-    [--data=PATH] [--out=DIR] [--figures] [--queries=ID,ID] [--html] [--focus]
+    [--data=PATH] [--out=DIR] [--figures] [--query=ID]... [--html] [--focus]
 
 ``cbam_jax.runs.evaluate`` does it. An installed package has it as ``cbam-jax evaluate``.
 """

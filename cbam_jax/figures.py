@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbam_jax import fonts
+from cbam_jax.report_text import display_width
 from cbam_jax.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
 Images = np.ndarray | Sequence[np.ndarray]
 
-_RELEVANT, _OTHER = "red", "0.75"
+# Of a frame around a hit: ours, and the paper's.
+HIT_COLORS = {"green": "#1a8a3c", "red": "red"}
+_OTHER = "0.75"
 # Inches of one image's cell, with its text.
 _WIDTH, _HEIGHT = 1.5, 1.85
 
@@ -32,10 +36,11 @@ def result_rows(
     *,
     distances: np.ndarray,
     titles: Sequence[str],
+    frames: str = "green",
 ) -> "Figure":
-    """Draw one row a query: the query, then its nearest images, the relevant ones framed in red.
+    """Draw one row a query: the query, then its nearest images, the relevant ones framed, ticked.
 
-    That is the paper's Figure 4; ours says in the figure what frame and number mean.
+    That is the paper's Figure 4, whose frames are red; ours says what frame and number mean.
 
     Args:
         queries: of each query, its image, uint8 [h, w, 3]; sizes may differ.
@@ -43,6 +48,7 @@ def result_rows(
         matches: bool [q, k], True for a relevant neighbour.
         distances: [q, k], written below each neighbour.
         titles: of each query, its category.
+        frames: colour of the frames, of ``HIT_COLORS``.
 
     Raises:
         ValueError: when there is no query, or the arguments are not of one length.
@@ -53,6 +59,8 @@ def result_rows(
     ...     distances=np.array([[0.31, 0.55]]), titles=["dress"])
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['dress', '0.310', '0.550']
+    >>> [axes.get_title() for axes in figure.axes]
+    ['query', '1 ✓', '2']
     """
     _check_lengths(
         {
@@ -61,18 +69,19 @@ def result_rows(
         }
     )  # fmt: skip
     caption = (
-        "Each query and its nearest gallery images, nearest first. Red frame: same category as "
-        "the query. Number: Euclidean distance of the embeddings."
+        f"Each query and its nearest gallery images, nearest first. {frames.title()} frame and "
+        "tick: same category as the query. Number: Euclidean distance of the embeddings."
     )
     figure, grid = _grid(len(queries), 1 + max(map(len, neighbours)), caption)
     for row, (query, nearest) in enumerate(zip(queries, neighbours, strict=True)):
         _show(grid[row, 0], query, "query", titles[row], "black")
         for rank, image in enumerate(nearest):
-            color = _RELEVANT if matches[row, rank] else _OTHER
-            _show(grid[row, rank + 1], image, str(rank + 1), f"{distances[row, rank]:.3f}", color)
+            hit, below = bool(matches[row, rank]), f"{distances[row, rank]:.3f}"
+            color = HIT_COLORS[frames] if hit else _OTHER
+            _show(grid[row, rank + 1], image, f"{rank + 1}{' ✓' * hit}", below, color, bold=hit)
         for empty in grid[row, len(nearest) + 1 :]:
             empty.remove()
-    return figure
+    return _fitted(figure)
 
 
 def heat_rows(
@@ -104,7 +113,7 @@ def heat_rows(
         _show(grid[row, 0], image, "image", title, "black")
         for axes, (name, heat) in zip(grid[row, 1:], heats.items(), strict=True):
             _show_heat(axes, image, heat[row], name)
-    return figure
+    return _fitted(figure)
 
 
 def pair_rows(
@@ -145,7 +154,7 @@ def pair_rows(
         _show_heat(grid[row, 1], query, query_heats[row], "query, like the result")
         _show_heat(grid[row, 2], result, result_heats[row], "result, like the query")
         _show(grid[row, 3], result, "result", f"{distances[row]:.3f}", _OTHER)
-    return figure
+    return _fitted(figure)
 
 
 def gate_rows(
@@ -174,7 +183,7 @@ def gate_rows(
         for axes, (name, gate) in zip(grid[row, 1:], gates.items(), strict=True):
             span = f"{gate[row].min():.3f} to {gate[row].max():.3f}"
             _show(axes, gate[row], name, span, _OTHER)
-    return figure
+    return _fitted(figure)
 
 
 def _check_lengths(parts: Mapping[str, Any]) -> None:
@@ -205,14 +214,32 @@ def _show_heat(axes: "Axes", image: np.ndarray, heat: np.ndarray, above: str) ->
     axes.plot([0, 1], [0, 1], color=_OTHER, transform=axes.transAxes, linewidth=1)
 
 
-def _show(axes: "Axes", image: np.ndarray, above: str, below: str, color: str) -> None:
+def _show(
+    axes: "Axes", image: np.ndarray, above: str, below: str, color: str, *, bold: bool = False
+) -> None:
     axes.imshow(image, cmap="gray")  # The map is for gates: photos have their own colours.
     axes.set(xticks=[], yticks=[])
     # Names of categories are text, whatever dollar signs they hold.
-    axes.set_title(above, fontsize=8, pad=4)
-    axes.set_xlabel(textwrap.fill(below, 20), fontsize=8, parse_math=False)
+    axes.set_title(above, fontsize=8, pad=4, color=color if bold else "black")
+    axes.set_xlabel(_lines(below), fontsize=8, parse_math=False)
     for spine in axes.spines.values():
-        spine.set(color=color, linewidth=3 if color == _RELEVANT else 1)
+        spine.set(color=color, linewidth=3 if bold else 1)
+
+
+def _lines(text: str) -> str:
+    """At most three lines, each as wide as a cell: of 20 characters, or 10 that are twice as wide.
+
+    >>> _lines("连衣裙" * 8).split()
+    ['连衣裙连衣裙连衣裙连', '衣裙连衣裙连衣裙连衣', '裙连衣裙']
+    """
+    width = 20 * len(text) // max(display_width(text), 1)
+    lines = textwrap.wrap(text, max(width, 1), max_lines=3, placeholder="…")
+    return "\n".join(lines)
+
+
+def _fitted(figure: "Figure") -> "Figure":
+    fonts.fit_fonts(figure)
+    return figure
 
 
 def training_curve(records: Sequence[Mapping[str, Any]], *, metric: str) -> "Figure":
@@ -243,7 +270,7 @@ def training_curve(records: Sequence[Mapping[str, Any]], *, metric: str) -> "Fig
     _mark_metric(below, records, metric)
     below.set_xlabel("step (batches)")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return _fitted(figure)
 
 
 def _mark_metric(axes: "Axes", records: Sequence[Mapping[str, Any]], metric: str) -> None:
@@ -310,7 +337,7 @@ def metric_bars(
     figure.legend(loc="outside upper center", ncols=len(values), fontsize=9)
     columns = int(12 * figure.get_figwidth())
     figure.supxlabel(textwrap.fill(caption, columns), fontsize=8, parse_math=False)
-    return figure
+    return _fitted(figure)
 
 
 def save(figure: "Figure", path: str | os.PathLike) -> None:

@@ -1,23 +1,34 @@
 """An evaluation as one HTML page that opens from disk: no script, nothing fetched.
 
 Images are data URIs, text is escaped, and a content security policy in the page itself forbids
-everything else. Readable on light and dark screens; what a colour says is said in words too.
+everything else. Readable on light and dark screens and on a phone; what a colour says is said in
+words too, and no folder of the machine that made the page is named in it.
 """
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from cbam_jax import __version__
+from cbam_jax.report_text import (
+    counts,
+    first_k,
+    is_number,
+    plain_words,
+    shown_categories,
+    told_categories,
+)
 
-_HEIGHT = 140  # Pixels of a thumbnail.
+_CATEGORIES = 40  # Of more the best and the worst half of that are shown.
 _LEGEND = (
-    "Each query and the images found nearest to it. A hit, framed in red, is of the query's "
-    "category; the number is the Euclidean distance of the embeddings."
+    "Each query and the images found nearest to it. A hit, with a green frame and a tick, is of "
+    "the query's category; the number is the Euclidean distance of the embeddings. A click "
+    "enlarges a picture, another one closes it."
 )
 
 
@@ -34,13 +45,16 @@ class Neighbour(NamedTuple):
 class Query(NamedTuple):
     """A query's image, uint8 [h, w, 3], its category, id, and what was found, nearest first.
 
-    ``value`` is its part in the metric that the report has an interval of.
+    ``value`` is its part in the metric that the report has an interval of, NaN where there is
+    nothing to find for it; ``hits`` is the number of hits among the first K, of which not all need
+    be ``neighbours``.
     """
 
     image: np.ndarray
     category: str
     id: str
     value: float
+    hits: int
     neighbours: Sequence[Neighbour]
 
 
@@ -60,17 +74,18 @@ def evaluation_page(
     queries: Mapping[str, Sequence[Query]],
     pictures: Sequence[Picture] = (),
 ) -> str:
-    """Return the page: metrics with their definitions, categories, queries, figures, config.
+    """Return the page: plain words, metrics, categories, queries, focus, figures, config.
 
     Args:
-        report: an evaluation's ``metrics.json``.
+        report: an evaluation's ``metrics.json``, and under ``focus`` its ``focus.json``.
         model: its name, for the title.
         config: of the run: section -> field -> value.
         queries: heading -> queries with their nearest images, such as the best and the worst.
         pictures: figures, below.
 
     >>> pixel = np.zeros((1, 1, 3), np.uint8)
-    >>> metrics = {"num_queries": 1.0, "num_left_out": 0.0, "map@1": 1.0}
+    >>> metrics = {"num_queries": 1.0, "num_left_out": 0.0, "map@1": 1.0, "precision@1": 1.0,
+    ...     "recall@1": 1.0}
     >>> report = {"dataset": "<mine>", "split": "test", "step": 5, "ks": [1], "num_gallery": 2,
     ...     "protocol": "leave one out", "metrics": metrics, "definitions": {"map@K": "mean"},
     ...     "interval": {"metric": "map@1", "of": [0.5, 1.0]}, "per_category": {"hat": metrics}}
@@ -78,36 +93,34 @@ def evaluation_page(
     >>> "<mine>" in page, "&lt;mine&gt;" in page
     (False, True)
     """
-    title = f"{model} on {report['dataset']}, split {report['split']}"
-    figures = [_section("Figures", *map(_picture, pictures))] if pictures else []
+    title = f"{model} on {without_folder(report['dataset'])}, split {report['split']}"
     body = [
         _tag("h1", title),
-        _summary(report),
+        _tag("p", plain_words(report), 'class="plain"'),
+        _tag("p", f"Checkpoint of step {report['step']}. {counts(report)}."),
         _section("Metrics", _metrics(report), _interval(report)),
         _section("Categories", _categories(report)),
-        *(
-            _section(
-                heading,
-                _tag("p", _LEGEND),
-                *(_query(query, report["interval"]["metric"]) for query in shown),
-            )
-            for heading, shown in queries.items()
-        ),
-        *figures,
+        *(_queries(heading, shown, report) for heading, shown in queries.items() if shown),
+        *([_section("Focus", _focus(report["focus"]))] if "focus" in report else []),
+        *([_section("Figures", *map(_picture, pictures))] if pictures else []),
         _section("Config", *(_fields(name, fields) for name, fields in config.items())),
         _tag("footer", f"cbam_jax {__version__}"),
     ]
-    return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
+    page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
+    return page.encode(errors="replace").decode()  # Names of files may be no UTF-8.
 
 
-def _summary(report: Mapping[str, Any]) -> str:
-    metrics = report["metrics"]
-    return _tag(
-        "p",
-        f"Checkpoint of step {report['step']}. {metrics['num_queries']:.0f} queries, "
-        f"{report['num_gallery']} gallery images ({report['protocol']}); "
-        f"{metrics['num_left_out']:.0f} queries left out of all means for having no relevant item.",
-    )
+def without_folder(value: Any) -> str:
+    """Write a value, of a path from the root the last part alone.
+
+    >>> without_folder("/home/me/photos.csv"), without_folder("/home/me/photos/")
+    ('photos.csv', 'photos/')
+    """
+    text = f"{value}"
+    for path in (PurePosixPath(text), PureWindowsPath(text)):
+        if path.is_absolute() and path.name:
+            return path.name + "/" * text.endswith(("/", "\\"))
+    return text
 
 
 def _metrics(report: Mapping[str, Any]) -> str:
@@ -128,11 +141,13 @@ def _metrics(report: Mapping[str, Any]) -> str:
         [name, _number(metrics[name]), *[""] * (len(ks) - 1), html.escape(definitions[name])]
         for name in single
     ]
-    return _table(["metric", *(f"@{k}" for k in ks), "definition"], rows, len(ks))
+    return _table(["metric", *(f"@{k}" for k in ks), "definition"], rows, len(ks), "metrics")
 
 
 def _interval(report: Mapping[str, Any]) -> str:
     low, high = report["interval"]["of"]
+    if not is_number(low):
+        return ""
     return _tag(
         "p",
         f"95 % bootstrap interval of {report['interval']['metric']} over queries: {_number(low)} "
@@ -141,55 +156,90 @@ def _interval(report: Mapping[str, Any]) -> str:
 
 
 def _categories(report: Mapping[str, Any]) -> str:
-    """Bars of one metric, one line a category, the best first."""
-    ks, categories = report["ks"], report["per_category"]
-    name = f"map@{10 if 10 in ks else max(ks)}"
-    share = {category: values[name] or 0.0 for category, values in categories.items()}
-    rows = []
-    for category in sorted(categories, key=lambda category: -share[category]):
-        values = categories[category]
-        bar = f'<div class="bar" style="width:{100 * share[category]:.1f}%"></div>'
-        cells = [html.escape(category), f"{values['num_queries']:.0f}", _number(values[name]), bar]
-        rows.append(cells)
-    return _table(["category", "queries", name, f"{name}, full width is 1"], rows, numbers=2)
+    """Bars of one metric, one line a category."""
+    k, categories = first_k(report["ks"]), report["per_category"]
+    name = f"map@{k}"
+    shown = shown_categories(categories, name, _CATEGORIES)
+    rows = [_category(category, categories[category], k) for category in shown[0] + shown[1]]
+    head = ["category", "queries", f"alike of {k}", name, f"{name}, full width is 1"]
+    alike = f"alike of {k}: how many of the first {k} images found are of the query's category."
+    return _tag("p", f"{told_categories(categories, shown)} {alike}") + _table(head, rows, 3)
 
 
-def _query(query: Query, metric: str) -> str:
+def _category(category: str, values: Mapping[str, float | None], k: int) -> list[str]:
+    value, share = values[f"map@{k}"], values[f"precision@{k}"]
+    width = 100 * value if value is not None and is_number(value) else 0.0
+    alike = f"{k * share:.1f}" if share is not None and is_number(share) else ""
+    bar = f'<div class="bar" style="width:{width:.1f}%"></div>'
+    return [html.escape(category), f"{values['num_queries']:.0f}", alike, _number(value), bar]
+
+
+def _focus(focus: Mapping[str, Any]) -> str:
+    """Where the model looks: its heat on the garments, and beside it what says nothing scores."""
+    rows = [["an even map; the centre", _number(focus["area"]), _number(focus["pointing_center"])]]
+    for name, means in focus["targets"].items():
+        means = (_number(means["heat_inside"]), _number(means["pointing"]))
+        rows.append([html.escape(f"heat of {name}"), *means])
+    gates = [
+        [html.escape(name), _number(means["inside"]), _number(means["outside"])]
+        for name, means in focus["gates"].items()
+    ]
+    told = (
+        f"{focus['num_images']} images, {focus['num_left_out']} left out for having the garment "
+        f"out of view; tolerance {focus['tolerance']:.1f} pixels."
+    )
+    tables = [_table(["what", "heat_inside", "pointing"], rows, 2)]
+    if gates:
+        tables.append(_table(["spatial gate", "inside", "outside"], gates, 2))
+    definitions = [[html.escape(word) for word in pair] for pair in focus["definitions"].items()]
+    return _tag("p", told) + "".join(tables) + _table(["word", "definition"], definitions)
+
+
+def _queries(heading: str, shown: Sequence[Query], report: Mapping[str, Any]) -> str:
+    k, metric = first_k(report["ks"]), report["interval"]["metric"]
+    return _section(heading, _tag("p", _LEGEND), *(_query(query, k, metric) for query in shown))
+
+
+def _query(query: Query, k: int, metric: str) -> str:
     """One line of a query and what was found."""
     asked = _cell(query.image, f"Query: {query.category}", "query", query.category, query.id)
     found = [
         _cell(
             neighbour.image,
             f"Rank {rank}: {neighbour.category}, {'a hit' if neighbour.relevant else 'no hit'}",
-            f"{rank}, hit" if neighbour.relevant else f"{rank}",
+            f"{rank} ✓ hit" if neighbour.relevant else f"{rank}",
             f"{neighbour.category}, {neighbour.distance:.3f}",
             neighbour.id,
             "hit" if neighbour.relevant else "",
         )
         for rank, neighbour in enumerate(query.neighbours, start=1)
     ]
-    value = _tag("p", f"{metric} of this query: {query.value:.3f}")
-    return f'{value}<div class="row">{asked}{"".join(found)}</div>'
+    told = f"{query.hits} of the first {k} are of its category; {metric} {query.value:.3f}"
+    if not is_number(query.value):
+        told = "There is no other image of its category to find."
+    return f'{_tag("p", told)}<div class="row">{asked}{"".join(found)}</div>'
 
 
 def _cell(image: np.ndarray, alt: str, above: str, below: str, name: str, class_: str = "") -> str:
+    picture = _enlarging(jpeg_uri(image), alt, f"{below}, {name}")
     return (
-        f'<figure class="{class_}" title="{html.escape(name)}"><span>{html.escape(above)}</span>'
-        f'<img src="{thumbnail(image)}" alt="{html.escape(alt)}">'
-        f"{_tag('figcaption', below)}</figure>"
+        f'<figure class="{class_}">{_tag("span", above)}{picture}'
+        f"<figcaption>{_tag('b', below)} {_tag('small', name)}</figcaption></figure>"
     )
 
 
-def thumbnail(image: np.ndarray) -> str:
-    """Return a data URI of an image, uint8 [h, w, 3] RGB, at most 140 pixels high, as JPEG.
+def _enlarging(source: str, alt: str, told: str) -> str:
+    """A picture that a click enlarges, and another one closes, without a script."""
+    image = f'<img src="{source}" alt="{html.escape(alt)}">'
+    return f'<details name="enlarged"><summary>{image}</summary>{_tag("p", told)}</details>'
 
-    >>> thumbnail(np.zeros((300, 200, 3), np.uint8))[:23]
+
+def jpeg_uri(image: np.ndarray) -> str:
+    """Return a data URI of an image, uint8 [h, w, 3] RGB, as JPEG.
+
+    >>> jpeg_uri(np.zeros((30, 20, 3), np.uint8))[:23]
     'data:image/jpeg;base64,'
     """
-    height, width = image.shape[:2]
-    if height > _HEIGHT:
-        size = max(1, round(width * _HEIGHT / height)), _HEIGHT
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
     return _data_uri("image/jpeg", encoded.tobytes())
@@ -200,22 +250,27 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    source = _data_uri("image/png", picture.png)
-    return (
-        f'<figure class="picture"><img src="{source}" alt="{html.escape(picture.alt)}">'
-        f"{_tag('figcaption', picture.caption)}</figure>"
-    )
+    image = _enlarging(_data_uri("image/png", picture.png), picture.alt, picture.caption)
+    return f'<figure class="picture">{image}{_tag("figcaption", picture.caption)}</figure>'
 
 
 def _fields(section: str, fields: Any) -> str:
     named = fields.items() if isinstance(fields, Mapping) else [("", fields)]
-    rows = [[html.escape(f"{section}.{name}".strip(".")), html.escape(f"{v}")] for name, v in named]
+    rows = [
+        [html.escape(f"{section}.{name}".strip(".")), html.escape(without_folder(value))]
+        for name, value in named
+    ]
     return _table(["field", "value"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0, class_: str = ""
+) -> str:
     """A table whose rows' cells are HTML; ``numbers`` columns after the first are numbers."""
-    head = "".join(_tag("th", text, 'scope="col"') for text in header)
+    head = "".join(
+        _tag("th", text, 'scope="col" class="number"' if 0 < i <= numbers else 'scope="col"')
+        for i, text in enumerate(header)
+    )
     lines = []
     for first, *rest in rows:
         cells = "".join(
@@ -225,7 +280,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 
         lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     body = "\n".join(lines)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return f'<div class="wide {class_}">{table}</div>'
 
 
 def _section(heading: str, *parts: str) -> str:
@@ -237,7 +292,7 @@ def _tag(name: str, text: str, attributes: str = "") -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:.4f}"
+    return f"{value:.4f}" if value is not None and is_number(value) else ""
 
 
 _PAGE = """\
@@ -257,28 +312,59 @@ _PAGE = """\
 </html>
 """
 _STYLE = """
-:root { color-scheme: light dark; --line: #bbb; --bar: #2a6fb0; --hit: #d00000; }
-@media (prefers-color-scheme: dark) { :root { --line: #555; --bar: #6aa9e0; --hit: #ff5a5a; } }
+:root { color-scheme: light dark; --line: #bbb; --bar: #2a6fb0; --hit: #1a8a3c; --soft: #555;
+  --sheet: #fffffff4; }
+@media (prefers-color-scheme: dark) { :root { --line: #555; --bar: #6aa9e0; --hit: #4cc36a;
+  --soft: #aaa; --sheet: #111111f4; } }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2rem; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.plain { font-size: 1.25rem; }
 table { border-collapse: collapse; margin: .5rem 0 1rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left;
-  vertical-align: top; }
-tbody th { font-weight: normal; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+  vertical-align: top; overflow-wrap: anywhere; }
+tbody th { font-weight: normal; overflow-wrap: break-word; max-width: 20rem; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 .wide { overflow-x: auto; }
 .bar { background: var(--bar); height: 1rem; margin-top: .2rem; min-width: 1px; }
-td:has(.bar) { min-width: 20rem; }
-.row { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-end; margin-bottom: 1rem; }
-figure { margin: 0; font-size: .8rem; }
-.row figure { max-width: 12rem; }
+td:has(.bar) { width: 24rem; min-width: 4rem; }
+.row { display: flex; flex-wrap: wrap; gap: .8rem .6rem; margin-bottom: 2rem; }
+.row figure { width: calc((100% - 5 * .6rem) / 6); }
+figure { margin: 0; font-size: .85rem; }
 figure span { display: block; }
-.row img { border: 4px solid var(--line); max-width: 100%; }
+.row img { border: 4px solid var(--line); height: 10rem; width: 100%; object-fit: contain;
+  box-sizing: border-box; }
 .row .hit img { border-color: var(--hit); }
-.picture { margin: 1rem 0; font-size: .9rem; }
-.picture img { max-width: min(100%, 48rem); background: #fff; }
+.row .hit span { color: var(--hit); font-weight: bold; }
 figcaption { overflow-wrap: anywhere; }
+figcaption b { font-weight: normal; display: block; }
+small { color: var(--soft); }
+.picture { margin: 1rem 0 2rem; font-size: .9rem; }
+.picture img { max-width: min(100%, 48rem); background: #fff; }
+summary { display: block; cursor: zoom-in; }
+details > p { display: none; }
+details[open] > summary { position: fixed; inset: 0; z-index: 1; cursor: zoom-out;
+  background: var(--sheet); display: grid; place-items: center; padding: 1rem 1rem 4rem; }
+details[open] > summary img { max-width: 100%; max-height: 100%; width: 100%; height: 100%;
+  min-height: 0; object-fit: contain; }
+.row details[open] > summary img { max-width: 60rem; border: 0; }
+details[open] > p { display: block; position: fixed; inset: auto 1rem .5rem; z-index: 2; margin: 0;
+  text-align: center; overflow-wrap: anywhere; pointer-events: none; }
 footer { margin: 2rem 0; font-size: .8rem; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; }
+  th, td { padding-right: .5rem; }
+  .row figure { width: calc((100% - 2 * .6rem) / 3); }
+  .row img { height: 8rem; }
+  td:has(.bar) { width: 5rem; }
+  /* A metric's definition goes below its numbers. */
+  .metrics thead th:last-child { display: none; }
+  .metrics tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line); }
+  .metrics th, .metrics td { border: 0; }
+  .metrics tr > :first-child { flex: 1 0 6rem; }
+  .metrics .number { flex: 0 0 3.6rem; }
+  .metrics td:last-child { flex: 1 0 100%; font-size: .85rem; color: var(--soft); }
+}
 """

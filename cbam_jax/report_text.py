@@ -28,7 +28,7 @@ def plain_words(report: Mapping[str, Any]) -> str:
     >>> plain_words({"ks": [10], "metrics": {"precision@10": 0.72, "recall@10": 0.97},
     ...     "chance": {"precision@10": 0.14}})
     'Of the first 10 images found, 7.2 are of the same category as the query; by chance \
-1.4 would be. 97 of 100 queries have at least one among them.'
+1.4 would be. 97 of 100 queries find at least one.'
     """
     k = first_k(report["ks"])
     metrics = report["metrics"]
@@ -39,7 +39,7 @@ def plain_words(report: Mapping[str, Any]) -> str:
     return (
         f"Of the first {k} images found, {k * hits:.1f} are of the same category as the query"
         + (f"; by chance {k * chance:.1f} would be. " if is_number(chance) else ". ")
-        + f"{_percent(some)} of 100 queries have at least one among them."
+        + f"{_percent(some)} of 100 queries find at least one."
     )
 
 
@@ -126,7 +126,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             *wrapped(counts(report)),
             "",
             *_metrics(report),
-            interval,
+            *([interval] if is_number(low) else []),
             *_definitions(report),
             "",
             *_categories(report["per_category"], first_k(report["ks"])),

@@ -1,6 +1,7 @@
 """What an evaluation of a run shows: result rows, heat, gates, the training curve, the page."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,12 @@ from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
+from cbam_jax.report_text import first_k
 from cbam_jax.runlog import read_log
 from cbam_jax.whole_files import save_arrays
 
+# Longer side, in pixels, of an image in a figure's cell, and of one that the page can enlarge.
+_CELL, _ENLARGED = 256, 400
 # Of the page's figures: a caption, and what is seen, in words.
 _CAPTIONS = {
     "training.png": (
@@ -53,14 +57,21 @@ class Measured(NamedTuple):
     report: dict[str, Any]
 
 
-def draw(measured: Measured, chosen: Sequence[int], *, html: bool) -> None:
-    """Draw the figures of an evaluation, of the chosen queries, and the page if it is asked for."""
+def draw(measured: Measured, chosen: Sequence[int], *, html: bool, frames: str = "green") -> None:
+    """Draw the figures of an evaluation, of the chosen queries, and the page if it is asked for.
+
+    ``frames`` is the colour of a hit's frame in the result rows, of ``figures.HIT_COLORS``.
+    """
     rows = chosen_rows(measured.result, chosen)
-    save_result_rows(measured, rows)
-    names = save_heat_figures(measured, rows)
+    if len(rows):
+        save_result_rows(measured, rows, frames)
+    else:
+        print("no figures of queries: none has an image of its category to find", flush=True)
+    names = save_heat_figures(measured, rows) if len(rows) else []
     curve = save_training_curve(measured)
     if html:
-        save_page(measured, [curve, *(measured.folder / name for name in names)])
+        drawn = [curve, *(measured.folder / name for name in names)]
+        save_page(measured, {"Chosen queries" if chosen else "Some queries": rows}, drawn)
 
 
 def chosen_rows(result: evaluation.Evaluation, chosen: Sequence[int]) -> np.ndarray:
@@ -81,18 +92,50 @@ def ranked_queries(result: evaluation.Evaluation) -> np.ndarray:
     return counted[np.lexsort((hits, result.headline[counted]))]
 
 
-def save_result_rows(measured: Measured, drawn: np.ndarray) -> None:
+def save_result_rows(measured: Measured, drawn: np.ndarray, frames: str) -> None:
     """Draw the nearest five of some queries, and of those with the worst results."""
     dataset, result = measured.dataset, measured.result
     for name, rows in {"results": drawn, "worst": ranked_queries(result)[:8]}.items():
+        if not len(rows):
+            continue  # Queries with nothing to find can be chosen, but are not the worst.
         figure = figures.result_rows(
-            [dataset.image(i) for i in result.query[rows]],
-            [[dataset.image(i) for i in line if i >= 0] for line in result.neighbour[rows, :5]],
+            [shown_image(dataset, i, _CELL) for i in result.query[rows]],
+            [
+                [shown_image(dataset, i, _CELL) for i in line if i >= 0]
+                for line in result.neighbour[rows, :5]
+            ],
             result.match[rows, :5],
             distances=result.distance[rows, :5],
             titles=class_names(dataset, result.query[rows]),
+            frames=frames,
         )
         _save(figure, measured.folder / f"{name}.png")
+
+
+def shown_image(dataset: RetrievalDataset, index: int, longest: int) -> np.ndarray:
+    """Read an image at the size at which it is shown, uint8 [h, w, 3].
+
+    A photo's own pixels, of 12 megapixels or more, are neither all decoded nor kept.
+
+    Args:
+        dataset: of the image.
+        index: of the image.
+        longest: its longer side is at most so many pixels.
+
+    Raises:
+        InputError: the image cannot be read.
+    """
+
+    def size(height: int, width: int) -> tuple[int, int]:
+        scale = min(1.0, longest / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    return data.decode_resized(
+        dataset.encoded(index),
+        part=lambda height, width: (0, 0, height, width),
+        size=size,
+        name=f"{dataset.id[index]} of {dataset.name}",
+    )
 
 
 def class_names(dataset: RetrievalDataset, rows: Iterable[int]) -> list[str]:
@@ -182,16 +225,18 @@ def save_training_curve(measured: Measured) -> Path:
     return folder / "training.png"
 
 
-def save_page(measured: Measured, drawn: Sequence[Path]) -> None:
-    """Write the evaluation as one HTML page, with the best and worst queries and the figures."""
+def save_page(measured: Measured, some: Mapping[str, np.ndarray], drawn: Sequence[Path]) -> None:
+    """Write the evaluation as one HTML page, with some, best and worst queries and the figures."""
     worst = ranked_queries(measured.result)
-    headings = {"Best queries": worst[::-1][:8], "Worst queries": worst[:8]}
+    headings = {**some, "Best queries": worst[::-1][:8], "Worst queries": worst[:8]}
+    names = short_names(measured.dataset.id.tolist())
     page = evaluation_page(
         measured.report,
         model=measured.config.model.name,
         config=measured.config.to_dict(),
         queries={
-            name: [describe_query(measured, row) for row in rows] for name, rows in headings.items()
+            heading: [describe_query(measured, row, names) for row in rows]
+            for heading, rows in headings.items()
         },
         pictures=[Picture(path.read_bytes(), *_CAPTIONS[path.name]) for path in drawn],
     )
@@ -200,13 +245,24 @@ def save_page(measured: Measured, drawn: Sequence[Path]) -> None:
     print(f"wrote {path}", flush=True)
 
 
-def describe_query(measured: Measured, row: int) -> Query:
+def short_names(ids: Sequence[str]) -> list[str]:
+    """Names of images for others to read: of paths from the root what differs between them.
+
+    >>> short_names(["/home/me/hat/1.jpg", "/home/me/2.jpg", "coat/3.jpg"])
+    ['hat/1.jpg', '2.jpg', 'coat/3.jpg']
+    """
+    rooted = [os.path.dirname(name) for name in ids if os.path.isabs(name)]
+    common = os.path.commonpath(rooted) if rooted else ""
+    return [os.path.relpath(name, common) if os.path.isabs(name) else str(name) for name in ids]
+
+
+def describe_query(measured: Measured, row: int, names: Sequence[str]) -> Query:
     """Return a query as the page shows it, with the nearest five images."""
     dataset, result = measured.dataset, measured.result
 
     def describe(index: int) -> tuple[np.ndarray, str, str]:
-        name = dataset.label_names[dataset.label[index]]
-        return dataset.image(index), name, str(dataset.id[index])
+        category = dataset.label_names[dataset.label[index]]
+        return shown_image(dataset, index, _ENLARGED), category, names[index]
 
     found = zip(result.neighbour[row], result.distance[row], result.match[row], strict=True)
     neighbours = [
@@ -214,4 +270,5 @@ def describe_query(measured: Measured, row: int) -> Query:
         for i, distance, match in list(found)[:5]
         if i >= 0
     ]
-    return Query(*describe(result.query[row]), float(result.headline[row]), neighbours)
+    hits = int(result.match[row, : first_k(measured.report["ks"])].sum())
+    return Query(*describe(result.query[row]), float(result.headline[row]), hits, neighbours)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,11 +34,13 @@ from cbam_jax import (
 from cbam_jax.config_files import Config
 from cbam_jax.configs import default
 from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.figures import HIT_COLORS
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.run_figures import Measured
 from cbam_jax.whole_files import save_arrays
 
+_DRAWN = 50  # Most queries of one figure, each a row of it.
 State = tuple[Any, Any]  # A model's parameters and its BatchNorm statistics.
 
 
@@ -215,6 +218,7 @@ def evaluate(
     figures: bool = False,
     queries: Sequence[str] = (),
     html: bool = False,
+    frames: str = "green",
     measure: bool = False,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
@@ -228,6 +232,7 @@ def evaluate(
         figures: draw them.
         queries: ids of those to draw; without any, eight of all.
         html: write the page, with the figures.
+        frames: colour of a hit's frame in the figures, ``"green"`` or the paper's ``"red"``.
         measure: measure the focus too.
         overrides: ``--config.FIELD=VALUE`` of the sections ``data`` and ``eval``.
         out: folder of what is written; None: ``RUN/eval/SPLIT``, or for another dataset than the
@@ -249,6 +254,7 @@ def evaluate(
     told = "" if others else f" (data.name comes from {workdir}/config.json; or give --data=PATH)"
     dataset = open_for_evaluation(config, split, told)
     chosen = find_queries(dataset, queries)
+    tell_nothing_to_find(config, dataset)
     if measure:
         dataset.mask(0)  # A dataset that can't tell where the garment is says so here.
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
@@ -261,7 +267,7 @@ def evaluate(
     if measure:
         write_focus(measured)
     if figures or html:
-        run_figures.draw(measured, chosen, html=html)
+        run_figures.draw(measured, chosen, html=html, frames=frames)
     return report
 
 
@@ -311,15 +317,35 @@ def make_writable(folder: Path) -> None:
 
 
 def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:
-    """Return the rows of queries by their ids; InputError where one is none."""
-    rows = {name: row for row, name in enumerate(dataset.id) if dataset.is_query[row]}
+    """Return the rows of queries by their ids; InputError where one is none, or for too many."""
+    if len(ids) > _DRAWN:
+        raise InputError(f"--query names {len(ids)} images: a figure holds {_DRAWN}; give fewer")
+    rows = {str(name): row for row, name in enumerate(dataset.id)}
     for name in ids:
-        if name not in rows:
-            raise InputError(
-                f"--queries: {name!r} is no query of {dataset.name}/{dataset.split}: ids look like "
-                f"{', '.join(map(repr, list(rows)[:3]))}, and embeddings.npz has them all"
-            )
-    return [rows[name] for name in ids]
+        if name not in rows or not dataset.is_query[rows[name]]:
+            raise InputError(_no_query(dataset, name, known=name in rows))
+    return [rows[name] for name in dict.fromkeys(ids)]
+
+
+def _no_query(dataset: RetrievalDataset, name: str, *, known: bool) -> str:
+    first = " ".join(f"--query={shlex.quote(str(one))}" for one in dataset.id[dataset.is_query][:3])
+    why = "is only searched among, and no query" if known else "is no query"
+    return (
+        f"--query={shlex.quote(name)} {why} of {dataset.name}, split {dataset.split}: give such as "
+        f"{first}; neighbours.csv has them all (in --queries, a comma parts two ids)"
+    )
+
+
+def tell_nothing_to_find(config: Config, dataset: RetrievalDataset) -> None:
+    """Say in one line that a split has nothing to measure, where it has not."""
+    protocol = experiment.split_protocol(config, dataset)
+    if not evaluation.relevant_images(dataset.label, protocol).any():
+        print(
+            f"no image of {dataset.name}, split {dataset.split}, has another one of its category "
+            "to find: every metric will be empty, and figures of queries left out; give --split a "
+            "split with more images of a category",
+            file=sys.stderr,
+        )
 
 
 def write_metrics(measured: Measured) -> None:
@@ -368,8 +394,9 @@ DESCRIPTION = """Measure a trained run: embed a split, search, print metrics wit
 
 Writes metrics.json, embeddings.npz and neighbours.csv (what was found for each query, by name) to
 RUN/eval/SPLIT (and figures; report.html, a page of all of it; focus.json: how much of the heat lies
-on the garment); the last line on stdout is one JSON document. The untrained network's go to RUN/eval/SPLIT-untrained. Fields of the run's config for the
-data and the evaluation can be set: --config.eval.ks='(1,10)' --config.eval.batch_size=16.
+on the garment); the last line on stdout is one JSON document. The untrained network's go to
+RUN/eval/SPLIT-untrained. Fields of the run's config for the data and the evaluation can be set:
+--config.eval.ks='(1,10)' --config.eval.batch_size=16.
 """
 
 
@@ -385,7 +412,11 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--data", help="another dataset than the run's, or where it lies now")
     parser.add_argument("--out", type=path, help="folder of the results; the run is only read then")
     parser.add_argument("--figures", action="store_true", help="draw result rows and heat maps")
-    parser.add_argument("--queries", help="ids of those to draw, ID,ID; default: eight of all")
+    parser.add_argument(
+        "--query", action="append", default=[], help="id of one to draw; repeatable; default: eight"
+    )
+    parser.add_argument("--queries", default="", help="ids of those to draw, ID,ID, without commas")
+    parser.add_argument("--frames", choices=HIT_COLORS, default="green", help="around a hit")
     parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
     parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
     known, overrides = parser.parse_known_args()
@@ -416,8 +447,9 @@ def main() -> None:
         flags.split,
         which,
         figures=flags.figures,
-        queries=flags.queries.split(",") if flags.queries else (),
+        queries=[*flags.query, *filter(None, flags.queries.split(","))],
         html=flags.html,
+        frames=flags.frames,
         measure=flags.focus,
         overrides=overrides,
         out=flags.out,

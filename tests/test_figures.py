@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 
-from cbam_jax import figures
+from cbam_jax import figures, fonts
 
 TITLES = ["a dress that costs $5 or $", "coat", "t_shirt with very long sleeves and a hood"]
 
@@ -43,17 +43,18 @@ def test_every_cell_shows_its_image_its_text_and_its_frame(drawn):
         for rank, image in enumerate(neighbours[row]):
             cell = next(cells)
             np.testing.assert_array_equal(cell.images[0].get_array(), image)
-            assert cell.get_title() == str(rank + 1)
+            assert cell.get_title() == f"{rank + 1}{' ✓' * int(matches[row, rank])}"
             assert float(cell.get_xlabel()) == pytest.approx(distances[row, rank], abs=5e-4)
             frame = cell.spines["left"]
-            assert (frame.get_edgecolor() == to_rgba("red")) == matches[row, rank]
+            green = to_rgba(figures.HIT_COLORS["green"])
+            assert (frame.get_edgecolor() == green) == matches[row, rank]
             assert (frame.get_linewidth() > 2) == matches[row, rank]
     assert next(cells, None) is None
 
 
 def test_the_caption_explains_frame_and_number(drawn):
     caption = drawn[0].get_suptitle().replace("\n", " ")
-    assert "Red frame: same category as the query" in caption
+    assert "Green frame and tick: same category as the query" in caption
     assert "Number: Euclidean distance" in caption
 
 
@@ -145,21 +146,73 @@ def test_no_text_is_clipped_or_covered(name, drawn, heat_figures):
             assert empty, [texts(figure)[k].get_text() for k in (i, j)]
 
 
-def test_saved_png_has_red_only_where_a_hit_is(drawn, tmp_path):
-    figure, _, neighbours, matches, distances = drawn
-    figures.save(figure, tmp_path / "hits.png")
-    without = figures.result_rows(
-        [neighbours[0][0]] * 3, neighbours, ~matches & False, distances=distances, titles=TITLES
+@pytest.mark.parametrize("frames", ["green", "red"])
+def test_saved_png_has_the_frames_colour_only_where_a_hit_is(frames, drawn, tmp_path):
+    _, queries, neighbours, matches, distances = drawn
+
+    def colored(matches):
+        figure = figures.result_rows(
+            queries, neighbours, matches, distances=distances, titles=TITLES, frames=frames
+        )
+        figures.save(figure, tmp_path / "drawn.png")
+        assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
+        blue, green, red = cv2.split(cv2.imread(str(tmp_path / "drawn.png")).astype(int))
+        strongest, other = (red, green) if frames == "red" else (green, red)
+        return int(np.sum((strongest > 120) & (other < 60) & (blue < 90)))
+
+    assert colored(matches) > 1000
+    assert colored(matches & False) == 0
+
+
+SCRIPTS = [
+    "连衣裙",
+    "ワンピース",
+    "فستان",
+    "платье",
+    "कपड़े",
+    "👗",
+    "ex\u0301te\u0301",
+    "\udce9t\xe9",
+    "a\x07",
+]
+
+
+def test_class_names_in_any_script_are_drawn(rng, tmp_path, capsys):
+    image = rng.integers(0, 256, (8, 6, 3), np.uint8)
+    n = len(SCRIPTS)
+    figure = figures.result_rows(
+        [image] * n, [[]] * n, np.zeros((n, 0), bool), distances=np.zeros((n, 0)), titles=SCRIPTS
     )
-    figures.save(without, tmp_path / "none.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hits.png", "none.png"]
+    # A glyph that is missing would be a warning, an error here.
+    figures.save(figure, tmp_path / "drawn.png")
+    shown = [axes.get_xlabel() for axes in figure.axes]
+    assert shown[3] == "платье"
+    assert shown[7] == "□t\xe9"
+    for title, label in zip(SCRIPTS, shown, strict=True):
+        assert len(label) == len(title)
+        assert {a for a, b in zip(label, title, strict=True) if a != b} <= {"□"}
 
-    def red(name):
-        blue, green, red = cv2.split(cv2.imread(str(tmp_path / name)).astype(int))
-        return int(np.sum((red > 200) & (green < 60) & (blue < 60)))
 
-    assert red("hits.png") > 1000
-    assert red("none.png") == 0
+def test_a_font_that_has_the_characters_is_found(capsys):
+    # Of matplotlib's own fonts the default has none of these, its monospaced one has the first two.
+    assert fonts._fonts_for(frozenset(map(ord, "⌒⌓\udfff")))[1] == {0xDFFF}
+    [told] = capsys.readouterr().err.splitlines()
+    assert told.startswith(
+        "no font of this system draws '?': figures show squares instead; install"
+    )
+    families, missing = fonts._fonts_for(frozenset(map(ord, "⌒⌓")))
+    assert not missing
+    assert {ord("⌒"), ord("⌓")} <= set().union(*(fonts._system_fonts()[f] for f in families))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_without_end_takes_three_lines(rng):
+    image = rng.integers(0, 256, (8, 6, 3), np.uint8)
+    for title in ("x" * 500, "so many words " * 50, "界" * 300):
+        figure = figures.heat_rows([image], {"a": np.ones((1, 8, 6))}, titles=[title])
+        [lines] = [axes.get_xlabel().split("\n") for axes in figure.axes[:1]]
+        assert len(lines) == 3
+        assert lines[2].endswith("…")
 
 
 def test_lengths_that_differ_are_named():

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from cbam_jax.focus import DEFINITIONS
 from cbam_jax.metrics import METRIC_DEFINITIONS
 from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
 
@@ -56,20 +57,23 @@ def rows(page):
 @pytest.fixture
 def report():
     metrics = {f"{name}@{k}": 0.9 - k / 100 for name in ("map", "recall") for k in (5, 10)}
+    metrics |= {"precision@5": 0.71, "precision@10": 0.615}
     metrics |= {"mrr": 0.625, "num_queries": 7.0, "num_left_out": 2.0}
     categories = {
-        NASTY: {"map@10": 0.25, "num_queries": 3.0},
-        "coat": {"map@10": 0.75, "num_queries": 4.0},
-        "alone": {"map@10": None, "num_queries": 1.0},
+        NASTY: {"map@10": 0.25, "precision@10": 0.33, "num_queries": 3.0},
+        "blouse": {"map@10": 1.0, "precision@10": 0.1, "num_queries": 2.0},
+        "coat": {"map@10": 0.75, "precision@10": 0.72, "num_queries": 4.0},
+        "alone": {"map@10": None, "precision@10": None, "num_queries": 1.0},
     }
     return {
-        "dataset": f"{NASTY}.csv",
+        "dataset": f"/home/someone/photos/{NASTY.replace('/', '|')}.csv",
         "split": "test",
         "step": 40,
         "protocol": "leave one out",
         "num_gallery": 8,
         "ks": [5, 10],
         "metrics": metrics,
+        "chance": {"precision@5": 0.2, "precision@10": 0.21},
         "definitions": dict(METRIC_DEFINITIONS),
         "interval": {"metric": "map@10", "of": [0.625, 0.875]},
         "per_category": categories,
@@ -86,13 +90,18 @@ def text(report, image):
     small = np.full((20, 40, 3), (250, 10, 10), np.uint8)
     found = [
         Neighbour(image, NASTY, f"{NASTY}/1.jpg", 0.125, True),
-        Neighbour(small, "coat", "coat/2.jpg", 0.5, False),
+        Neighbour(small, "coat", "coat/\udce9.jpg", 0.5, False),
     ]
+    nothing = Query(small, "alone", "a.jpg", float("nan"), 0, [])
     return evaluation_page(
         report,
         model="resnet18_cbam",
-        config={"data": {"name": NASTY}, "seed": 3},
-        queries={"Best queries": [Query(image, NASTY, "q.jpg", 0.75, found)], "Worst": []},
+        config={"data": {"name": NASTY, "manual_dir": "/home/someone/photos/"}, "seed": 3},
+        queries={
+            "Best queries": [Query(image, NASTY, "q.jpg", 0.75, 8, found)],
+            "Chosen": [nothing],
+            "Worst": [],
+        },
         pictures=[
             Picture(cv2.imencode(".png", image[..., ::-1])[1].tobytes(), "A curve", "It falls")
         ],
@@ -123,21 +132,68 @@ def test_the_numbers_are_the_reports(page):
     assert table["data.name"] == ["data.name", NASTY]
     assert table["seed"] == ["seed", "3"]
     # Not measured, so not there.
-    assert "precision" not in table
+    assert "map_all" not in table
     said = page.find("body")[0]["text"]
     assert "7 queries, 8 gallery images (leave one out); 2 queries left out" in said
     assert "95 % bootstrap interval of map@10 over queries: 0.6250 to 0.8750" in said
-    assert page.find("h1")[0]["text"] == f"resnet18_cbam on {NASTY}.csv, split test"
+    title = f"resnet18_cbam on {NASTY.replace('/', '|')}.csv, split test"
+    assert page.find("h1")[0]["text"] == title
 
 
-def test_categories_are_bars_the_best_first(page):
+def test_it_begins_with_what_a_shop_understands(page):
+    first = page.find("p")[0]
+    assert first["text"].startswith("Of the first 10 images found, 6.2 are of the same category")
+    assert "by chance 2.1 would be" in first["text"]
+    said = page.find("body")[0]["text"]
+    assert said.index("Of the first 10") < said.index("Metrics") < said.index("Categories")
+
+
+def test_no_folder_of_the_machine_is_named(text, page):
+    assert "someone" not in text
+    assert rows(page)["data.manual_dir"] == ["data.manual_dir", "photos/"]
+
+
+def test_categories_are_bars_those_of_most_queries_first(page):
     table = rows(page)
-    names = [name for name in table if name in (NASTY, "coat", "alone")]
-    assert names == ["coat", NASTY, "alone"]
-    assert table[NASTY][1:3] == ["3", "0.2500"]
-    assert table["alone"][1:3] == ["1", ""]
+    names = [name for name in table if name in (NASTY, "coat", "alone", "blouse")]
+    assert names == ["coat", NASTY, "blouse", "alone"]
+    assert table[NASTY][1:4] == ["3", "3.3", "0.2500"]
+    assert table["alone"][1:4] == ["1", "", ""]
     bars = [e["style"] for e in page.find("div") if e.get("class") == "bar"]
-    assert bars == ["width:75.0%", "width:25.0%", "width:0.0%"]
+    assert bars == ["width:75.0%", "width:25.0%", "width:100.0%", "width:0.0%"]
+
+
+def test_of_very_many_categories_forty_are_shown(report):
+    category = {"map@10": 0.5, "precision@10": 0.5, "num_queries": 3.0}
+    report["per_category"] = {f"item {i}": category for i in range(11318)}
+    page = Page(evaluation_page(report, model="resnet18", config={}, queries={}))
+    assert sum(name.startswith("item ") for name in rows(page)) == 40
+    assert "20 best and the 20 worst of 11318 categories" in page.find("body")[0]["text"]
+
+
+def test_the_focus_is_on_it(report):
+    report["focus"] = {
+        "num_images": 9, "num_left_out": 2, "tolerance": 4.25, "area": 0.5, "pointing_center": 0.75,
+        "targets": {"energy": {"heat_inside": 0.625, "pointing": 0.875, "num_empty": 0}},
+        "gates": {"backbone.<gate>.spatial": {"inside": 0.375, "outside": 0.125}},
+        "definitions": DEFINITIONS,
+    }  # fmt: skip
+    table = rows(Page(evaluation_page(report, model="resnet18", config={}, queries={})))
+    assert table["an even map; the centre"][1:] == ["0.5000", "0.7500"]
+    assert table["heat of energy"][1:] == ["0.6250", "0.8750"]
+    assert table["backbone.<gate>.spatial"][1:] == ["0.3750", "0.1250"]
+    for name, definition in DEFINITIONS.items():
+        assert table[name][1:] == [definition]
+
+
+def test_every_picture_enlarges_and_its_name_is_seen(page):
+    for figure in (element for element in page.find("figure")):
+        assert figure["text"].strip()
+    assert len(page.find("details")) == len(page.find("summary")) == len(page.find("img"))
+    # One at a time.
+    assert {element["name"] for element in page.find("details")} == {"enlarged"}
+    names = [element["text"] for element in page.find("small")]
+    assert names == ["q.jpg", f"{NASTY}/1.jpg", "coat/?.jpg", "a.jpg"]
 
 
 def test_queries_show_what_was_found_in_words_too(page, image):
@@ -146,22 +202,26 @@ def test_queries_show_what_was_found_in_words_too(page, image):
         f"Query: {NASTY}",
         f"Rank 1: {NASTY}, a hit",
         "Rank 2: coat, no hit",
+        "Query: alone",
         "It falls",
     ]
     frames = [e for e in page.find("figure") if e.get("class") != "picture"]
-    assert [e["class"] == "hit" for e in frames] == [False, True, False]
-    assert [e["title"] for e in frames] == ["q.jpg", f"{NASTY}/1.jpg", "coat/2.jpg"]
+    assert [e["class"] == "hit" for e in frames] == [False, True, False, False]
+    assert ["✓" in e["text"] for e in frames] == [False, True, False, False]
     assert "0.125" in frames[1]["text"]
-    assert "map@10 of this query: 0.750" in page.find("body")[0]["text"]
+    said = page.find("body")[0]["text"]
+    assert "8 of the first 10 are of its category; map@10 0.750" in said
+    assert "There is no other image of its category to find." in said
+    assert "nan" not in said
 
     def decode(element):
         encoded = base64.b64decode(element["src"].partition(",")[2])
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
         return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
 
-    # Reduced to 140 pixels of height, never enlarged; red stays red.
-    assert decode(images[0]).shape == (140, 93, 3)
+    # As they were given; red stays red.
+    assert decode(images[0]).shape == (300, 200, 3)
     assert decode(images[2]).shape == (20, 40, 3)
     assert np.abs(decode(images[2]).astype(int) - (250, 10, 10)).max() < 12
     # A figure is the file's own bytes.
-    np.testing.assert_array_equal(decode(images[3]), image)
+    np.testing.assert_array_equal(decode(images[4]), image)
