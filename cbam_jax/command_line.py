@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ def path(text: str) -> Path:
     True
     """
     return Path(text).expanduser()
+
+
+def listed(each: Sequence[str], together: str) -> list[str]:
+    """Return names that were given one by one, and those that were given parted by commas.
+
+    >>> listed(["a, b.png"], "c.png,d.png"), listed([], "")
+    (['a, b.png', 'c.png', 'd.png'], [])
+    """
+    return [*each, *filter(None, together.split(","))]
 
 
 def to_json(document: Any, indent: int | None = None) -> str:

@@ -447,7 +447,7 @@ def main() -> None:
         flags.split,
         which,
         figures=flags.figures,
-        queries=[*flags.query, *filter(None, flags.queries.split(","))],
+        queries=command_line.listed(flags.query, flags.queries),
         html=flags.html,
         frames=flags.frames,
         measure=flags.focus,

@@ -68,7 +68,9 @@ print(json.dumps({"finished": finished}))
 EVALUATE = """\
 import json, pathlib, sys
 import numpy as np
-flags = dict(argument[2:].partition("=")[::2] for argument in sys.argv[1:])
+flags = {}
+for name, _, value in (argument[2:].partition("=") for argument in sys.argv[1:]):
+    flags[name] = [*flags.get(name, []), value] if name == "query" else value
 run, split = pathlib.Path(flags.pop("workdir")), flags["split"]
 with open(pathlib.Path(__file__).parent / "calls.jsonl", "a") as file:
     file.write(json.dumps(["evaluate", run.name, flags]) + "\\n")
@@ -83,11 +85,11 @@ report = {
 folder = run / "eval" / split
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "metrics.json").write_text(json.dumps(report))
-ids = np.array([f"q{i}" for i in range(9)])
+ids = np.array(["q0", "q1", "q2,", *(f"q{i}" for i in range(3, 9))])
 np.savez(folder / "embeddings.npz", id=ids, label=np.array([0] * 7 + [1, 0]),
     is_query=np.arange(9) < 8)
 if "figures" in flags:
-    chosen = flags["queries"].split(",")
+    chosen = flags["query"]
     for picture in ("results", "worst"):
         (folder / f"{picture}.png").write_text(f"{picture} {run.name} {chosen}")
     n = len(chosen)
@@ -337,11 +339,13 @@ def test_rows_are_trained_by_the_package():
 def test_figures_of_all_rows_show_the_same_queries(checkout, run, tmp_path):
     assert run("--table=1", "--seeds=2")[0] == 0
     calls(checkout)
-    status, stdout, stderr = run("--seed=1", "--queries=q3,q1", command="figures")
+    status, stdout, stderr = run("--seed=1", "--query=q3", "--queries=q1", command="figures")
     assert (status, stderr) == (0, "")
     made = calls(checkout)
     assert [name for _, name, _ in made] == [f"{row}-seed1" for row in TABLES[1]]
-    assert {flags["queries"] for _, _, flags in made} == {"q3,q1"}
+    assert [flags["query"] for _, _, flags in made] == [["q3", "q1"]] * len(made)
+    # As in the paper.
+    assert {flags["frames"] for _, _, flags in made} == {"red"}
     folder = tmp_path / "work" / "figures"
     shown = (folder / "figure4-resnet50_se.png").read_text()
     assert shown == "results resnet50_se-seed1 ['q3', 'q1']"
@@ -356,7 +360,7 @@ def test_sampled_queries_are_spread_and_have_something_to_find(checkout, run):
     assert run("--table=1", "--seeds=1")[0] == 0
     _, stdout, _ = run(command="figures")
     # q7 is alone in its category, q8 no query.
-    assert json.loads(stdout.splitlines()[-1])["queries"] == ["q0", "q1", "q2", "q3", "q4", "q6"]
+    assert json.loads(stdout.splitlines()[-1])["queries"] == ["q0", "q1", "q2,", "q3", "q4", "q6"]
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def run_main(monkeypatch, capsys, main, *arguments):
 def test_evaluate_writes_files_that_agree_with_brute_force(uninterrupted, monkeypatch, capsys):
     workdir = uninterrupted[0]
     chosen = ["test_hat_1.png", "test_coat_0.png"]
-    arguments = (f"--workdir={workdir}", "--html", f"--queries={','.join(chosen)}")
+    arguments = (f"--workdir={workdir}", "--html", *(f"--query={name}" for name in chosen))
     status, stdout, stderr = run_main(
         monkeypatch, capsys, evaluate.main, *arguments, "--checkpoint=6"
     )
@@ -360,11 +360,11 @@ def test_evaluate_writes_files_that_agree_with_brute_force(uninterrupted, monkey
         assert heat["heat"].shape == heat["image"].shape[:3] == (2, 32, 32)
     page = (folder / "report.html").read_text()
     assert f"{report['metrics']['map_min@10']:.4f}" in page
-    # Best and worst: eight queries each with five found; the figures.
-    assert page.count("<img ") == 2 * 8 * 6 + page.count('class="picture"')
+    # Two chosen, eight best and eight worst queries, each with five found; the figures.
+    assert page.count("<img ") == (2 + 2 * 8) * 6 + page.count('class="picture"')
     assert page.count('class="picture"') >= 2
     assert f"{total} queries" in stdout
-    assert report["definitions"]["map@K"] in stdout
+    assert report["definitions"]["map@K"] in " ".join(stdout.split())
 
 
 def with_boxes(manifest, workdir, copied):
@@ -533,7 +533,7 @@ def test_workdir_beyond_the_steps(uninterrupted, manifest, monkeypatch, capsys):
     [
         (["--split=tests"], "split 'tests'"),
         (["--checkpoint=4"], "no checkpoint 4 in"),
-        (["--queries=a.png"], "'a.png' is no query of"),
+        (["--queries=a.png"], "--query=a.png is no query of"),
         (["--checkpoint=newest"], "--checkpoint=newest: give best, last, untrained or a step"),
         (["--workdir=/no/such/run"], "no run in /no/such/run"),
         (["--focus"], "has neither masks nor boxes to tell where the garment is"),

@@ -77,7 +77,7 @@ def run_figures(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any
     """Draw the figures that the flags ask for."""
     if rest:
         raise InputError(f"unknown argument {rest[0]!r}: see python -m cbam_jax.paper --help")
-    queries = flags.queries.split(",") if flags.queries else []
+    queries = command_line.listed(flags.query, flags.queries)
     drawn = make_figures(flags.workdir, seed=flags.seed, split=flags.split, queries=queries)
     return {"workdir": str(flags.workdir), **drawn}
 
@@ -124,7 +124,10 @@ def _add_tables(command: argparse.ArgumentParser) -> None:
 
 def _add_figures(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workdir", required=True, type=Path, help="of the tables")
-    command.add_argument("--queries", help="ids, ID,ID; default: six spread over the split")
+    command.add_argument(
+        "--query", action="append", default=[], help="an id; repeatable; default: six of the split"
+    )
+    command.add_argument("--queries", default="", help="ids without commas, ID,ID")
     command.add_argument("--seed", type=int, default=0, help="whose runs are drawn")
 
 

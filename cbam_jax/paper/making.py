@@ -120,8 +120,9 @@ def _evaluate_queries(
 ) -> Path:
     """Have a finished run evaluated once more, with figures of some queries; where they are."""
     run = run_folder(workdir, row, seed)
-    arguments = [f"--workdir={run}", f"--split={split}", f"--queries={','.join(queries)}"]
-    call(workdir, f"{row}-figures", [*script("evaluate"), "--figures", *arguments])
+    arguments = [f"--workdir={run}", f"--split={split}", "--figures", "--frames=red"]
+    arguments += [f"--query={name}" for name in queries]
+    call(workdir, f"{row}-figures", [*script("evaluate"), *arguments])
     return run / "eval" / split
 
 
@@ -129,8 +130,8 @@ def sample_queries(evaluated: Path, number: int = 6) -> list[str]:
     """Return ids of queries spread evenly over an evaluation's ``embeddings.npz``."""
     with np.load(evaluated / "embeddings.npz") as saved:
         label, is_query, ids = saved["label"], saved["is_query"], saved["id"]
-    # Alone in its category, a query has nothing to find; a comma parts the ids of --queries.
+    # Alone in its category, a query has nothing to find.
     alone = np.bincount(label)[label] < 2
-    usable = [name for name in ids[is_query & ~alone].tolist() if "," not in name]
+    usable = ids[is_query & ~alone].tolist()
     places = np.linspace(0, len(usable) - 1, min(number, len(usable))).astype(int)
     return [usable[place] for place in places]
