@@ -1,12 +1,12 @@
 """A catalogue of photos, opened: add, find, list, remove."""
 
-import functools
 import itertools
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -51,9 +51,14 @@ class Catalogue:
         ...     shop.find("new.jpg", k=12, where={"category": "dress"})
     """
 
-    def __init__(self, store: Store, embedder: "Embedder | str | os.PathLike | None" = None):
+    def __init__(
+        self,
+        store: Store,
+        embedder: "Embedder | None" = None,
+        source: str | None = None,
+    ):
         self.store = store
-        self._embedder = embedder
+        self._embedder, self._source = embedder, source
         self._gallery: Gallery | None = None
 
     @classmethod
@@ -75,14 +80,19 @@ class Catalogue:
         Raises:
             InputError: no catalogue, a damaged one, or one that another model's embeddings are in.
         """
+        source = os.fspath(embedder) if isinstance(embedder, str | os.PathLike) else None
+        if isinstance(embedder, str | os.PathLike):
+            # A model that is none leaves no file behind.
+            new = create and not Path(path).expanduser().exists()
+            embedder = embedders.load_named(embedder) if new else None
         store = Store(path, create=create)
         try:
-            if embedder is not None and not isinstance(embedder, str | os.PathLike):
+            if embedder is not None:
                 embedders.check_fingerprint(store, embedder)
         except BaseException:
             store.close()
             raise
-        return cls(store, embedder)
+        return cls(store, embedder, source)
 
     def __enter__(self) -> Self:
         return self
@@ -98,14 +108,12 @@ class Catalogue:
         """How many photos can be found."""
         return self.store.rows("SELECT count(*) FROM item WHERE embedding IS NOT NULL")[0][0]
 
-    @functools.cached_property
+    @property
     def embedder(self) -> "Embedder":
         """The model, loaded when it is first needed."""
-        given = self._embedder
-        if given is None or isinstance(given, str | os.PathLike):
-            source = None if given is None else os.fspath(given)
-            return embedders.load_embedder(source, self.store)
-        return given
+        if self._embedder is None:
+            self._embedder = embedders.load_embedder(self._source, self.store)
+        return self._embedder
 
     @property
     def gallery(self) -> Gallery:
@@ -140,7 +148,7 @@ class Catalogue:
         started = time.monotonic()
         one = isinstance(photos, str | os.PathLike)
         given, folders = sources.listed([photos] if one else photos, payload)  # pyright: ignore
-        if self._embedder is not None and given:
+        if given and (self._embedder or self._source):
             self._claim()
         left = indexing.to_read(self.store, given, checksum=checksum, skip_near=skip_near)
         counts = Counter(unchanged=len(given) - len(left))
@@ -154,11 +162,11 @@ class Catalogue:
 
     def _claim(self) -> None:
         """Write down whose embeddings the catalogue holds."""
-        given, embedder = self._embedder, self.embedder
+        embedder = self.embedder
         embedders.check_fingerprint(self.store, embedder)
         about = {"fingerprint": embedder.fingerprint, "dimension": embedder.dimension}
-        if isinstance(given, str | os.PathLike):
-            about["model"] = embedders.lasting(given)
+        if self._source is not None:
+            about["model"] = embedders.lasting(self._source)
         if any(self.store.about(key) != value for key, value in about.items()):
             with self.store.transaction():
                 embedders.check_fingerprint(self.store, embedder)

@@ -22,7 +22,7 @@ def load_embedder(source: str | None, store: Store) -> "Embedder":
     if source is None and remembered is None:
         raise InputError(no_model(store.path))
     try:
-        embedder = cbam_jax.load(source or remembered)
+        embedder = load_named(source or remembered)
     except InputError as error:
         if source is not None:
             raise
@@ -31,6 +31,11 @@ def load_embedder(source: str | None, store: Store) -> "Embedder":
         ) from None
     check_fingerprint(store, embedder)
     return embedder
+
+
+def load_named(source: str | os.PathLike) -> "Embedder":
+    """Load a model by its folder or name; raises as `cbam_jax.load`."""
+    return cbam_jax.load(source)
 
 
 def no_model(path: Path) -> str:

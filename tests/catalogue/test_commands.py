@@ -145,4 +145,5 @@ def test_a_mistake_is_one_line(run, shop, arguments, message):
 def test_a_catalogue_that_was_not_made_leaves_no_file(run, photos, tmp_path):
     run("add", "new.db", "photos")
     run("add", "newer.db", "nowhere", "--model=runs/mine")
+    run("add", "newest.db", "photos", "--model=runs/none")
     assert not list(tmp_path.glob("new*"))
