@@ -1,17 +1,21 @@
 """Checkpoints of a run: model, optimizer, data iterator and config as separate Orbax items.
 
 Arrays are stored under flat dotted names (``params.backbone.conv1.kernel``), so that a part can be
-read without building the rest. Orbax notices a truncated file, but not overwritten bytes: each
-array's CRC-32 is stored beside it and compared on the way back, and a damaged checkpoint falls
-back to the one before.
+read without building the rest. Orbax notices a truncated file, but not overwritten bytes: the
+CRC-32 of each array and of both JSON documents is stored beside them and compared on the way back,
+and a damaged checkpoint falls back to the one before.
 """
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import signal
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import read_json, shown
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -114,7 +119,7 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         """Return itself; closed on the way out."""
@@ -161,6 +166,7 @@ class Checkpoints:
                     "rate or clip the gradient; earlier checkpoints are kept"
                 )
         checksums = {item: _checksums(value) for item, value in arrays.items()}
+        checksums |= {"data": _checksum_of_json(data), "config": _checksum_of_json(config)}
         items = {
             **{item: ocp.args.StandardSave(value) for item, value in arrays.items()},
             "data": ocp.args.JsonSave(data),
@@ -207,13 +213,17 @@ class Checkpoints:
         arrays = ("model", "optimizer") if optimizer else ("model",)
         items = {item: ocp.args.StandardRestore() for item in arrays}
         items |= {item: ocp.args.JsonRestore() for item in ("data", "config", "checksums")}
+        strange = _strange_file(Path(self.directory, str(step)))
+        if strange:
+            return f"checkpoint {step} is damaged ({strange} is not a regular file)"
+        _ignore_closed_loops()
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many kinds, by the file that is damaged.
             return f"checkpoint {step} is damaged ({type(error).__name__})"
-        for item in arrays:
-            if _checksums(read[item]) != read["checksums"][item]:
-                return f"checkpoint {step} is damaged (the {item}'s checksums differ)"
+        problem = _problem(step, read, arrays)
+        if problem:
+            return f"checkpoint {step} is damaged ({problem})"
         kept = read["optimizer"] if optimizer else {}
         return Checkpoint(step, read["model"], kept, read["data"], read["config"])
 
@@ -284,6 +294,68 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+class _Manager(ocp.CheckpointManager):
+    """One that opens a folder whose metrics are damaged: it reads all of them, and would fail."""
+
+    def metrics(self, step: int) -> Any:
+        path = Path(self.directory, str(step), "metrics", "metrics")
+        try:
+            metrics = read_json(path)
+        except FileNotFoundError:  # Saved without an evaluation.
+            return None
+        except (OSError, ValueError) as error:
+            _tell_once(f"the metrics of checkpoint {step} are damaged ({shown(str(error))})")
+            return None
+        return metrics if isinstance(metrics, dict) else None
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    print(f"{line}: it is not taken for the best by them", file=sys.stderr)
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Keep the answers of TensorStore off stderr that come after Orbax gave up.
+
+    At the first damaged array Orbax closes its event loop, while the other arrays are still being
+    read: each of them would print a traceback.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _strange_file(folder: Path) -> str | None:
+    """The name of what is neither a file nor a folder in a checkpoint: a pipe is waited for."""
+    names = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+    return next((shown(os.path.basename(name)) for name in names if not os.path.isfile(name)), None)
+
+
+def _problem(step: int, read: Any, arrays: Iterable[str]) -> str | None:
+    """What is wrong with a checkpoint that was read; earlier ones have no sums of documents."""
+    checksums, data = read["checksums"], read["data"]
+    if not isinstance(checksums, dict) or not isinstance(data, dict):
+        return "its documents are none"
+    for item in arrays:
+        if _checksums(read[item]) != checksums.get(item):
+            return f"the {item}'s checksums differ"
+    for item in ("data", "config"):
+        found = _checksum_of_json(read[item])
+        if checksums.get(item, found) != found:
+            return f"the {item}'s checksum differs"
+    return None if data.get("next_step", step) == step else "it goes on at another step"
+
+
+def _checksum_of_json(document: Any) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def _checksums(arrays: Arrays) -> dict[str, int]:

@@ -1,10 +1,13 @@
+import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cbam_jax import InputError
+from cbam_jax import InputError, checkpoint
 from cbam_jax.checkpoint import Checkpoints, flatten, unflatten
 
 
@@ -145,3 +148,85 @@ def test_unflatten_is_strict():
         unflatten(tree, arrays)
     restored = unflatten({"a": np.zeros(2)}, {"a": np.ones(2)})
     np.testing.assert_array_equal(restored["a"], np.ones(2))
+
+
+def edited(checkpoints, item, edit):
+    """The checkpoint of step 2 with a JSON document that is another one."""
+    path = Path(checkpoints.directory, "2", item, "metadata")
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("item", "edit", "reason"),
+    [
+        ("data", lambda d: d.update(next_step=3), "the data's checksum differs"),
+        ("data", lambda d: d.pop("next_step"), "the data's checksum differs"),
+        ("config", lambda d: d.update(seed=4), "the config's checksum differs"),
+        ("checksums", lambda d: d.pop("model"), "the model's checksums differ"),
+        ("checksums", lambda d: d["model"].clear(), "the model's checksums differ"),
+    ],
+)
+def test_a_document_that_was_changed_is_damage(checkpoints, capsys, item, edit, reason):
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    edited(checkpoints, item, edit)
+    assert checkpoints.restore().step == 1
+    assert f"checkpoint 2 is damaged ({reason})" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_step_is_damage(checkpoints, capsys):
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    os.rename(Path(checkpoints.directory, "2"), Path(checkpoints.directory, "3"))
+    with Checkpoints(checkpoints.directory, best_metric="map@10", read_only=True) as opened:
+        assert opened.steps() == [1, 3]
+        assert opened.restore().step == 1
+    assert "checkpoint 3 is damaged (it goes on at another step)" in capsys.readouterr().out
+
+
+def test_checkpoints_of_before_have_no_sums_of_documents(checkpoints):
+    save(checkpoints, 2)
+    edited(checkpoints, "checksums", lambda d: [d.pop("data"), d.pop("config")])
+    edited(checkpoints, "config", lambda d: d.update(seed=4))
+    assert checkpoints.restore().config == {"seed": 4}
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"[" * 100_000, None])
+def test_damaged_metrics_do_not_keep_a_folder_from_being_opened(checkpoints, capsys, content):
+    save(checkpoints, 1, 0.2)
+    save(checkpoints, 2, 0.9)
+    path = Path(checkpoints.directory, "2", "metrics", "metrics")
+    path.unlink()
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    checkpoint._tell_once.cache_clear()
+    with Checkpoints(checkpoints.directory, best_metric="map@10", read_only=True) as opened:
+        assert opened.best_step() == 1
+        if content is not None:
+            assert opened.restore().step == 2
+    if content != b"[]":
+        assert "the metrics of checkpoint 2 are damaged" in capsys.readouterr().err
+
+
+def test_a_pipe_in_a_checkpoint_is_damage(checkpoints, capsys):
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    path = array_files(checkpoints.directory, 2)[0]
+    path.unlink()
+    os.mkfifo(path)
+    assert checkpoints.restore().step == 1
+    assert "is not a regular file" in capsys.readouterr().out
+
+
+def test_answers_that_come_after_orbax_gave_up_are_not_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    checkpoint._ignore_closed_loops.__wrapped__()
+    late, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "something else")
+    )
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert shown == [other]

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "whole_files": set(),
     "foreign_files": set(),
     "command_line": {"whole_files"},
-    "checkpoint": set(),
+    "checkpoint": {"foreign_files"},
     "fonts": set(),
     "report_text": set(),
     "figures": {"fonts", "report_text", "whole_files"},
