@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,8 @@ class Checkpoints:
 
     Args:
         directory: where they lie; made when needed.
-        best_metric: the metric, larger is better, that decides which one is the best.
+        best_metric: the metric, larger is better, that decides which one is the best; or what
+            chooses it among the metrics that an evaluation has.
         keep: how many of the newest stay beside the best; 2, so that a damaged one has another
             behind it.
         read_only: nothing is made, cleaned up or saved.
@@ -96,12 +97,13 @@ class Checkpoints:
         self,
         directory: str | os.PathLike,
         *,
-        best_metric: str,
+        best_metric: str | Callable[[Mapping[str, float]], str],
         keep: int = 2,
         read_only: bool = False,
     ):
         def metric(metrics: dict[str, float]) -> float:
-            value = metrics.get(best_metric, float("nan"))
+            name = best_metric if isinstance(best_metric, str) else best_metric(metrics)
+            value = metrics.get(name, float("nan"))
             return -float("inf") if np.isnan(value) else value
 
         policies = [

@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +25,21 @@ ACCURACY_DEFINITIONS = {
     "accuracy": "fraction of all images whose largest logit is the label's",
     "accuracy@5": "fraction of all images whose label's logit is among the largest 5",
 }
-# Chooses the best checkpoint, and gets the interval; without a K of 10 that of the largest K does.
-HEADLINE = "map@10"
 _RANKED = 4096
 _COLUMNS = (
     "query", "query_category", "rank", "neighbour", "neighbour_category", "distance",
     "same_category",
 )  # fmt: skip
+
+
+def headline(names: Iterable[str]) -> str:
+    """The metric that chooses the best checkpoint: map@10, or without it that of the largest K.
+
+    >>> headline(["map@5", "map@10", "map@20"]), headline(["map@3", "precision@20", "map@R"])
+    ('map@10', 'map@3')
+    """
+    ks = [int(name[4:]) for name in names if re.fullmatch(r"map@[0-9]+", name)]
+    return "map@10" if 10 in ks or not ks else f"map@{max(ks)}"
 
 
 class Protocol(NamedTuple):
@@ -93,11 +102,12 @@ def make_protocol(
     place = np.full(len(is_gallery), -1)
     place[gallery] = np.arange(len(gallery))
     own = place[query]
-    searched = len(gallery) - int(np.any(own >= 0))
+    searched = searched_images(is_query, is_gallery)
     if not len(query) or searched < max(ks):
+        remedy = f"; or set '--config.eval.ks={_literal(fitting_ks(ks, searched))}'"
         raise InputError(
             f"{len(query)} queries among {searched} gallery images cannot give ks={tuple(ks)}: "
-            "use a split with more images, or smaller eval.ks"
+            "use a split with more images" + remedy * (len(query) > 0 and searched > 0)
         )
     name = "leave one out" if np.all(is_query & is_gallery) else "queries in a gallery"
     if not ignore_same_series:
@@ -109,6 +119,24 @@ def make_protocol(
     group = np.unique(np.stack([item, series], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
     name += ", without the query's own item and series"
     return Protocol(query, gallery, own, group[query], group[gallery], name)
+
+
+def searched_images(is_query: np.ndarray, is_gallery: np.ndarray) -> int:
+    """Return among how many images every query is searched at least; itself is left out."""
+    return int(is_gallery.sum()) - int(np.any(is_query & is_gallery))
+
+
+def fitting_ks(ks: Sequence[int], searched: int) -> tuple[int, ...]:
+    """Return those K that can be measured among so many images, or where none can the largest K.
+
+    >>> fitting_ks((5, 10, 20), 17), fitting_ks((5, 10, 20), 3)
+    ((5, 10), (3,))
+    """
+    return tuple(k for k in ks if k <= searched) or (searched,)
+
+
+def _literal(ks: Sequence[int]) -> str:
+    return f"({','.join(map(str, ks))}{',' * (len(ks) == 1)})"
 
 
 def relevant_images(label: np.ndarray, protocol: Protocol) -> np.ndarray:
@@ -181,8 +209,8 @@ def evaluate_embeddings(
         gallery_group=protocol.gallery_group,
     )
     match = label_matches(index, query_label, gallery_label)
-    chosen = HEADLINE if 10 in ks else f"map@{max(ks)}"
-    headline = per_query_metrics(match, relevant, ks)[chosen]
+    chosen = headline(f"map@{k}" for k in ks)
+    by_query = per_query_metrics(match, relevant, ks)[chosen]
     categories = per_category_metrics(match, relevant, query_label, ks)
     report = {
         "protocol": protocol.name,
@@ -190,13 +218,13 @@ def evaluate_embeddings(
         "ks": list(ks),
         "metrics": retrieval_metrics(match, relevant, ks),
         "chance": {f"precision@{k}": chance_precision(relevant, searched, k) for k in ks},
-        "interval": {"metric": chosen, "confidence": 0.95, "of": bootstrap_interval(headline)},
+        "interval": {"metric": chosen, "confidence": 0.95, "of": bootstrap_interval(by_query)},
         "per_category": {label_names[i]: metrics for i, metrics in categories.items()},
         "definitions": dict(METRIC_DEFINITIONS),
     }
     k = max(ks)
     neighbour = np.where(index[:, :k] >= 0, protocol.gallery[index[:, :k]], -1)
-    return Evaluation(report, protocol.query, neighbour, distance[:, :k], match[:, :k], headline)
+    return Evaluation(report, protocol.query, neighbour, distance[:, :k], match[:, :k], by_query)
 
 
 def classification_metrics(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:

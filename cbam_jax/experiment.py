@@ -28,6 +28,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 LOSSES = ("triplet", "cross_entropy")
 
+DEFAULT_KS = (5, 10, 20)  # eval.ks of configs/default.py, which adapts to splits of few images
+
 
 def with_whole_paths(config: Config) -> Config:
     """Return a copy whose paths hold in any folder: absolute, ``~`` expanded.
@@ -77,11 +79,6 @@ def check_config(config: Config) -> None:
         )
     if not 0 <= config.train.ema_decay < 1:
         raise InputError(f"train.ema_decay={config.train.ema_decay}: give a share in [0, 1)")
-    if 10 not in config.eval.ks:
-        raise InputError(
-            f"eval.ks={tuple(config.eval.ks)}: give positive ks with 10 among them, since "
-            f"{evaluation.HEADLINE} chooses the best checkpoint"
-        )
     check_choices(config)
 
 
@@ -212,7 +209,7 @@ def check_same_run(config: Config, saved: Config) -> None:
         for section, fields in config.to_dict().items()
         if section != "seed"
         for field, value in fields.items()
-        if before[section][field] != value
+        if before[section][field] != value and (field, value) != ("ks", DEFAULT_KS)
     ]
     changed += ["seed"] if config.seed != saved.seed else []
     for field in changed:
@@ -260,9 +257,45 @@ def dataset_name(config: Config) -> str:
     return Path(config.data.name).name if is_path(config.data.name) else config.data.name
 
 
+def headline(config: Config) -> str:
+    """Return the metric that chooses the config's best checkpoint."""
+    return evaluation.headline(f"map@{k}" for k in config.eval.ks)
+
+
+def with_fitting_ks(
+    config: Config, dataset: RetrievalDataset, *, chosen: bool | None = None
+) -> Config:
+    """Return a copy whose ``eval.ks`` a split can give; what the user chose stays as it is.
+
+    Args:
+        config: of the run.
+        dataset: the split.
+        chosen: whether the user chose the ks; None: unless they are the default's.
+    """
+    ks = tuple(config.eval.ks)
+    searched = evaluation.searched_images(dataset.is_query, dataset.is_gallery)
+    fitting = evaluation.fitting_ks(ks, searched)
+    chosen = ks != DEFAULT_KS if chosen is None else chosen
+    if chosen or fitting == ks or searched < 1:
+        return config
+    if jax.process_index() == 0:
+        print(
+            f"eval.ks={fitting} in place of {ks}: in split {dataset.split!r} a query is searched "
+            f"among {searched} images",
+            flush=True,
+        )
+    config = config.copy_and_resolve_references()
+    config.eval.ks = fitting
+    return config
+
+
 def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Protocol:
-    """Return who is searched among whom in a split, as the config asks."""
-    return evaluation.make_protocol(
+    """Return who is searched among whom in a split, as the config asks.
+
+    Raises:
+        InputError: too few images for ``eval.ks``, or none that is relevant to any query.
+    """
+    protocol = evaluation.make_protocol(
         dataset.is_query,
         dataset.is_gallery,
         item=dataset.item,
@@ -270,6 +303,13 @@ def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Prot
         ignore_same_series=config.eval.ignore_same_series,
         ks=config.eval.ks,
     )
+    if not evaluation.relevant_images(dataset.label, protocol).any():
+        raise InputError(
+            f"split {dataset.split!r} of {dataset.name} holds no two images of one label that "
+            "could find each other: give every label two images or none there, by its folder or "
+            "the split column"
+        )
+    return protocol
 
 
 def preprocessing(config: Config) -> Preprocessing:

@@ -265,7 +265,7 @@ def measured_metrics(config: Any, workdir: Path, step: int) -> dict[str, Any]:
     found = [
         {name.removeprefix(f"{split}/"): value for name, value in record.items() if "/" in name}
         for record in read_log(workdir)
-        if record["step"] == step and f"{split}/{evaluation.HEADLINE}" in record
+        if record["step"] == step and f"{split}/{experiment.headline(config)}" in record
     ]
     if not found:
         return {}

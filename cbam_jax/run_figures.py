@@ -218,7 +218,7 @@ def save_training_curve(measured: Measured) -> Path:
     """Draw the run's loss and its best-deciding metric over the steps, once for all splits."""
     shared = measured.workdir / "eval"
     folder = shared if measured.folder.parent == shared else measured.folder
-    metric = f"{measured.config.data.eval_split}/{evaluation.HEADLINE}"
+    metric = f"{measured.config.data.eval_split}/{experiment.headline(measured.config)}"
     _save(
         figures.training_curve(read_log(measured.workdir), metric=metric), folder / "training.png"
     )

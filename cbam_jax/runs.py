@@ -96,7 +96,7 @@ def _with_defaults(document: Any) -> Config:
 def _checkpoints(workdir: Path) -> checkpoint.Checkpoints:
     """A run's checkpoints, to be read only."""
     folder = Path(workdir) / "checkpoints"
-    return checkpoint.Checkpoints(folder, best_metric=evaluation.HEADLINE, read_only=True)
+    return checkpoint.Checkpoints(folder, best_metric=evaluation.headline, read_only=True)
 
 
 @contextlib.contextmanager
@@ -253,6 +253,9 @@ def evaluate(
     model, state, step = restore_model(config, workdir, which, mesh)
     told = "" if others else f" (data.name comes from {workdir}/config.json; or give --data=PATH)"
     dataset = open_for_evaluation(config, split, told)
+    chosen_ks = any(argument.startswith("--config.eval.ks=") for argument in overrides)
+    config = experiment.with_fitting_ks(config, dataset, chosen=chosen_ks)
+    experiment.split_protocol(config, dataset)
     chosen = find_queries(dataset, queries)
     tell_nothing_to_find(config, dataset)
     if measure:
@@ -289,7 +292,7 @@ def evaluation_config(workdir: Path, overrides: Sequence[str]) -> Config:
 
 
 def open_for_evaluation(config: Config, split: str, told: str) -> RetrievalDataset:
-    """Open a split and check all that its evaluation will ask of it.
+    """Open a split and check that its classes are the run's.
 
     Raises:
         InputError: followed by ``told`` where the dataset cannot be opened.
@@ -299,7 +302,6 @@ def open_for_evaluation(config: Config, split: str, told: str) -> RetrievalDatas
     except InputError as error:
         raise InputError(f"{error}{told}") from error
     experiment.check_classes(config, dataset)
-    experiment.split_protocol(config, dataset)
     return dataset
 
 

@@ -61,9 +61,11 @@ def train_and_evaluate(config: Config, workdir: str | Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.locked(workdir))
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", best_metric=evaluation.HEADLINE)
+            Checkpoints(workdir / "checkpoints", best_metric=evaluation.headline)
         )
         training, validation, source = open_data(config, workdir, checkpoints)
+        config = experiment.with_fitting_ks(config, validation)
+        experiment.split_protocol(config, validation)
         model, mesh = build_model(config, source), steps.data_mesh()
         optimizer, learning_rate = experiment.build_optimizer(config)
         loss = experiment.build_loss(config)
@@ -122,7 +124,6 @@ def open_data(
     training = experiment.open_split(config, config.data.train_split)
     validation = experiment.open_split(config, config.data.eval_split)
     experiment.check_labels(config, training, validation)
-    experiment.split_protocol(config, validation)
     experiment.train_batches(config, training, step=0).close()
     if source:
         experiment.check_source(config, source)
@@ -256,7 +257,9 @@ def record_evaluation(
     metrics = report["metrics"]
     split = config.data.eval_split
     log.scalars(step, {f"{split}/{name}": value for name, value in metrics.items()})
-    names = [name for name in ("map@10", "precision@10", "mrr", "accuracy") if name in metrics]
+    best = experiment.headline(config)
+    names = [best, best.replace("map", "precision"), "mrr", "accuracy"]
+    names = [name for name in names if name in metrics]
     shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
     log.line(f"step {step:6d}  {split}  {shown}" + ("  (untrained)" if step == 0 else ""))
     return metrics
@@ -267,12 +270,13 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the run's last line: where it stands, how fast it was, what training added."""
     split, best = config.data.eval_split, checkpoints.best_step()
-    shown = [f"map@{min(config.eval.ks)}", evaluation.HEADLINE, "precision@10"]
+    headline = experiment.headline(config)
+    shown = [f"map@{min(config.eval.ks)}", headline, headline.replace("map", "precision")]
     shown = dict.fromkeys(shown + ["accuracy"] * experiment.classifies(config))
     evaluations = {
         record["step"]: {name: record.get(f"{split}/{name}") for name in shown}
         for record in read_log(workdir)
-        if f"{split}/{evaluation.HEADLINE}" in record
+        if f"{split}/{headline}" in record
     }
     batch = config.data.classes_per_batch * config.data.images_per_class
     speed = round(monitor.images / monitor.seconds, 2) if monitor.seconds else None

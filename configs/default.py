@@ -91,7 +91,9 @@ def get_config() -> ml_collections.ConfigDict:
     train.ema_decay = 0.0  # moving average of the parameters that is evaluated; 0: none
 
     config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.ks = (5, 10, 20)  # 10 among them: map@10 chooses the best checkpoint
+    # map@10 chooses the best checkpoint, or without a K of 10 that of the largest K. These adapt to
+    # splits of few images; any others are taken at their word.
+    evaluation.ks = (5, 10, 20)
     evaluation.batch_size = 64  # images
     # Leave gallery images of the query's own item and series out, where a dataset has them.
     evaluation.ignore_same_series = False

@@ -139,6 +139,18 @@ def test_assign_splits_is_stratified_disjoint_and_independent_of_row_order(rng):
     assert assign_splits(shuffled) == [splits[i] for i in order]
 
 
+@pytest.mark.parametrize("count", range(1, 40))
+def test_assign_splits_gives_a_label_two_images_or_none(count):
+    names = [f"{i}.jpg" for i in range(count)]
+    splits = assign_splits({"label": ["hat"] * count, "id": names})
+    train, validation, test = (splits.count(name) for name in ("train", "validation", "test"))
+    assert train >= min(count, 2)
+    assert validation >= 2 if count >= 4 else validation == 0
+    assert test >= 2 if count >= 6 else test == 0
+    if count >= 15:
+        assert validation == test == round(count / 10)
+
+
 def test_manifest_without_split_column_is_split_and_says_so(tmp_path, rng, capsys):
     names = photos(tmp_path, rng, 20)
     rows = [{"path": name, "label": "hat"} for name in names]

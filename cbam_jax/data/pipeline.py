@@ -384,7 +384,8 @@ def _check_classes(
     if len(images) < classes_per_batch:
         raise InputError(
             f"{_name(dataset)} has {len(images)} classes, fewer than "
-            f"classes_per_batch={classes_per_batch}; lower it or choose another split"
+            f"classes_per_batch={classes_per_batch}; set --config.data.classes_per_batch="
+            f"{max(len(images), 2)} or choose another split"
         )
     _check_class_sizes(dataset, images, images_per_class)
 

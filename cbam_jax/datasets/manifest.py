@@ -120,14 +120,15 @@ def assign_splits(table: dict[str, list]) -> list[str]:
 
     All photos of one ``item_id`` stay together (of one ``path``, without that column). Within each
     label the items are put in the order of the SHA-256 of their names; the first tenth (rounded) is
-    test, the second validation. So the splits are stratified, and don't depend on the order of the
-    rows. A label with five items or fewer is in train only.
+    test, the second validation, but of few items two each, since one alone would have nothing to
+    find. So the splits are stratified, and don't depend on the order of the rows. A label of four
+    or five items gives two to validation and none to test; one of fewer is in train only.
 
     Example:
         >>> table = {"label": ["hat"] * 10, "id": [f"{i}.jpg" for i in range(10)]}
         >>> splits = assign_splits(table)
         >>> {name: splits.count(name) for name in ("train", "validation", "test")}
-        {'train': 8, 'validation': 1, 'test': 1}
+        {'train': 6, 'validation': 2, 'test': 2}
     """
     items = table.get("item_id") or table["id"]
     label_of: dict[str, str] = {}
@@ -138,8 +139,10 @@ def assign_splits(table: dict[str, list]) -> list[str]:
         members.setdefault(label_of[item], []).append(item)
     split_of: dict[str, str] = {}
     for ordered in members.values():
-        tenth = round(len(ordered) / 10)
-        names = ["test"] * tenth + ["validation"] * tenth + ["train"] * (len(ordered) - 2 * tenth)
+        tenth = max(2, round(len(ordered) / 10))
+        test, validation = tenth * (len(ordered) >= 6), tenth * (len(ordered) >= 4)
+        names = ["test"] * test + ["validation"] * validation
+        names += ["train"] * (len(ordered) - len(names))
         split_of |= dict(zip(ordered, names, strict=True))
     return [split_of[item] for item in items]
 

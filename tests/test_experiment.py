@@ -1,0 +1,121 @@
+"""What a config means for a dataset at hand: few photos, the K that can be measured among them."""
+
+import cv2
+import numpy as np
+import pytest
+
+from cbam_jax import InputError, evaluation, experiment
+from cbam_jax.configs import default
+from cbam_jax.datasets import RetrievalDataset
+
+
+def make_dataset(label, **columns):
+    everyone = np.ones(len(label), bool)
+    fields = {
+        "name": "photos.csv",
+        "split": "validation",
+        "label": np.asarray(label, np.int32),
+        "label_names": ("coat", "dress", "hat"),
+        "id": np.array([f"{i}.png" for i in range(len(label))]),
+        "is_query": everyone,
+        "is_gallery": everyone,
+        "item": None,
+        "series": None,
+        "bbox": None,
+        "images": [b""] * len(label),
+    }
+    return RetrievalDataset(**fields | columns)
+
+
+def make_config(**fields):
+    config = default.get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(40, (5, 10, 20)), (12, (5, 10)), (6, (5,)), (4, (3,)), (2, (1,))]
+)
+def test_the_default_ks_are_those_that_a_split_can_give(count, expected, capsys):
+    config, dataset = make_config(), make_dataset(np.arange(count) % 2 * 0)
+    fitted = experiment.with_fitting_ks(config, dataset)
+    assert tuple(fitted.eval.ks) == expected
+    assert tuple(config.eval.ks) == (5, 10, 20)
+    told = capsys.readouterr().out
+    assert told.count("\n") == (expected != (5, 10, 20))
+    assert not told or f"eval.ks={expected} in place of (5, 10, 20)" in told
+    experiment.split_protocol(fitted, dataset)
+
+
+def test_chosen_ks_are_kept_and_refused_with_the_flag_to_type():
+    config, dataset = make_config(**{"eval.ks": (1, 5, 9)}), make_dataset([0, 0, 1, 1, 2, 2])
+    assert tuple(experiment.with_fitting_ks(config, dataset).eval.ks) == (1, 5, 9)
+    with pytest.raises(InputError, match=r"ks=\(1, 5, 9\): .*'--config.eval.ks=\(1,5\)'$"):
+        experiment.split_protocol(config, dataset)
+    config.eval.ks = (8,)
+    with pytest.raises(InputError, match=r"'--config.eval.ks=\(5,\)'$"):
+        experiment.split_protocol(config, dataset)
+    # An evaluation after training adapts whatever the run was trained with.
+    fitted = experiment.with_fitting_ks(config, dataset, chosen=False)
+    assert tuple(fitted.eval.ks) == (5,)
+
+
+def test_without_a_query_or_a_second_image_no_ks_help():
+    nobody = np.zeros(3, bool)
+    for dataset in (make_dataset([0]), make_dataset([0, 0, 1], is_query=nobody)):
+        fitted = experiment.with_fitting_ks(make_config(), dataset)
+        with pytest.raises(InputError, match="use a split with more images$"):
+            experiment.split_protocol(fitted, dataset)
+
+
+def test_a_split_in_which_nothing_can_be_found_is_refused():
+    config = make_config(**{"eval.ks": (1,)})
+    with pytest.raises(InputError, match=r"'validation' of photos\.csv holds no two images of one"):
+        experiment.split_protocol(config, make_dataset([0, 1, 2]))
+    experiment.split_protocol(config, make_dataset([0, 1, 1]))
+    # Queries whose like is in the gallery, and queries whose like is not.
+    sides = {"is_query": np.array([True, False, False]), "is_gallery": ~np.eye(3, dtype=bool)[0]}
+    experiment.split_protocol(config, make_dataset([0, 0, 1], **sides))
+    with pytest.raises(InputError, match="no two images of one label"):
+        experiment.split_protocol(config, make_dataset([0, 1, 1], **sides))
+
+
+@pytest.mark.parametrize("ks", [(5, 10, 20), (1, 5), (3,)])
+def test_the_best_checkpoint_is_chosen_by_the_same_metric_everywhere(ks):
+    config = make_config(**{"eval.ks": ks})
+    names = [f"{family}@{k}" for k in ks for family in ("precision", "map", "map_all", "recall")]
+    expected = "map@10" if 10 in ks else f"map@{max(ks)}"
+    assert experiment.headline(config) == evaluation.headline([*names, "map@R"]) == expected
+
+
+@pytest.mark.parametrize("counts", [(10, 10, 10), (15, 15), (12, 9, 9), (20, 20, 18), (26, 4)])
+@pytest.mark.parametrize("as_folders", [True, False])
+def test_thirty_photos_can_be_trained_on_and_measured(tmp_path, rng, counts, as_folders):
+    lines = ["path,label"]
+    for label, count in enumerate(counts):
+        (tmp_path / f"class {label}").mkdir()
+        for i in range(count):
+            name = f"class {label}/{i}.png"
+            lines.append(f"{name},class {label}")
+            cv2.imwrite(str(tmp_path / name), rng.integers(0, 256, (12, 10, 3), np.uint8))
+    (tmp_path / "photos.csv").write_text("\n".join(lines))
+    name = f"{tmp_path}/" if as_folders else f"{tmp_path}/photos.csv"
+    config = make_config(**{"data.name": name, "data.classes_per_batch": 2})
+    training = experiment.open_split(config, "train")
+    experiment.train_batches(config, training, step=0).close()
+    for split in ("validation", "test"):
+        dataset = experiment.open_split(config, split)
+        fitted = experiment.with_fitting_ks(config, dataset)
+        relevant = evaluation.relevant_images(
+            dataset.label, experiment.split_protocol(fitted, dataset)
+        )
+        assert relevant.min() >= 1
+
+
+def test_resuming_with_the_default_ks_is_no_change(capsys):
+    saved, config = make_config(**{"eval.ks": (3,)}), make_config()
+    experiment.check_same_run(config, saved)
+    assert "eval.ks" not in capsys.readouterr().out
+    config.eval.ks = (2,)
+    experiment.check_same_run(config, saved)
+    assert "resuming with changed fields: eval.ks" in capsys.readouterr().out
