@@ -1,6 +1,7 @@
 """What the commands share: one clear line for a mistake, quiet libraries, whole files, a cache."""
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -22,6 +23,9 @@ def run(main: Callable[[], Any]) -> int:
     """
     # Orbax and TFDS tell much that nobody asked for through absl's logger.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names that the terminal cannot show, or that are no UTF-8, end no command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main() or 0
     except (InputError, FloatingPointError) as error:

@@ -14,6 +14,7 @@ import numpy as np
 from cbam_jax import data, gradcam, steps
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.datasets.progress import progress
+from cbam_jax.report_text import wrapped
 
 DEFINITIONS = {
     "area": "share of the image's pixels that the garment covers: heat_inside of an even map",
@@ -200,10 +201,13 @@ def _mean(values: np.ndarray) -> float:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Lay a report out as text."""
-    lines = [
+    """Lay a report out as text of at most 80 columns, with its definitions."""
+    told = (
         f"focus on the garment, {report['num_images']} images, {report['num_left_out']} left out "
-        f"for having it out of view; tolerance {report['tolerance']:.1f} px",
+        f"for having it out of view; tolerance {report['tolerance']:.1f} px"
+    )
+    lines = [
+        *wrapped(told),
         f"{'heat of':30}{'heat_inside':>12}{'pointing':>12}{'empty':>8}",
         f"{'an even map; the center':30}{report['area']:12.4f}{report['pointing_center']:12.4f}",
     ]
@@ -215,4 +219,6 @@ def format_report(report: Mapping[str, Any]) -> str:
     for name, means in report["gates"].items():
         name = name.removeprefix("backbone.").removesuffix(".spatial")
         lines.append(f"{name:30}{means['inside']:12.4f}{means['outside']:12.4f}")
+    for name, definition in report["definitions"].items():
+        lines += wrapped(f"{name:17}{definition}", 17)
     return "\n".join(lines)

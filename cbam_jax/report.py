@@ -163,7 +163,9 @@ def _categories(report: Mapping[str, Any]) -> str:
     rows = [_category(category, categories[category], k) for category in shown[0] + shown[1]]
     head = ["category", "queries", f"alike of {k}", name, f"{name}, full width is 1"]
     alike = f"alike of {k}: how many of the first {k} images found are of the query's category."
-    return _tag("p", f"{told_categories(categories, shown)} {alike}") + _table(head, rows, 3)
+    return _tag("p", f"{told_categories(categories, shown)} {alike}") + _table(
+        head, rows, 3, "bars"
+    )
 
 
 def _category(category: str, values: Mapping[str, float | None], k: int) -> list[str]:
@@ -313,9 +315,9 @@ _PAGE = """\
 """
 _STYLE = """
 :root { color-scheme: light dark; --line: #bbb; --bar: #2a6fb0; --hit: #1a8a3c; --soft: #555;
-  --sheet: #fffffff4; }
+  --sheet: #fff; }
 @media (prefers-color-scheme: dark) { :root { --line: #555; --bar: #6aa9e0; --hit: #4cc36a;
-  --soft: #aaa; --sheet: #111111f4; } }
+  --soft: #aaa; --sheet: #111; } }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
@@ -325,8 +327,8 @@ table { border-collapse: collapse; margin: .5rem 0 1rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
 tbody th { font-weight: normal; overflow-wrap: break-word; max-width: 20rem; }
-th.number, td.number { text-align: right; font-variant-numeric: tabular-nums;
-  overflow-wrap: normal; }
+thead th { overflow-wrap: normal; }
+.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 .wide { overflow-x: auto; }
 .bar { background: var(--bar); height: 1rem; margin-top: .2rem; min-width: 1px; }
 td:has(.bar) { width: 24rem; min-width: 4rem; }
@@ -352,19 +354,26 @@ details[open] > summary img { max-width: 100%; max-height: 100%; width: 100%; he
 .row details[open] > summary img { max-width: 60rem; border: 0; }
 details[open] > p { display: block; position: fixed; inset: auto 1rem .5rem; z-index: 2; margin: 0;
   text-align: center; overflow-wrap: anywhere; pointer-events: none; }
+/* A figure's text is small: it may be larger than the screen, and has its caption in it. */
+.picture details[open] > p { display: none; }
+.picture details[open] > summary { overflow: auto; place-items: start; }
+.picture details[open] > summary img { width: max(100%, 60rem); max-width: none; height: auto;
+  max-height: none; }
 footer { margin: 2rem 0; font-size: .8rem; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; }
   th, td { padding-right: .5rem; }
+  table { font-size: .9rem; }
   .row figure { width: calc((100% - 2 * .6rem) / 3); }
   .row img { height: 8rem; }
   td:has(.bar) { width: 5rem; }
+  .bars thead th:last-child { font-size: 0; }
   /* A metric's definition goes below its numbers. */
   .metrics thead th:last-child { display: none; }
   .metrics tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line); }
   .metrics th, .metrics td { border: 0; }
   .metrics tr > :first-child { flex: 1 0 6rem; }
-  .metrics .number { flex: 0 0 3.6rem; }
+  .metrics .number { flex: 0 0 3.4rem; }
   .metrics td:last-child { flex: 1 0 100%; font-size: .85rem; color: var(--soft); }
 }
 """

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -34,6 +36,13 @@ def test_other_errors_are_ours_and_keep_their_traceback():
 def test_status_of_what_went_well():
     assert command_line.run(lambda: None) == 0
     assert command_line.run(lambda: 3) == 3
+
+
+def test_names_that_the_terminal_cannot_show_end_no_command(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert command_line.run(lambda: print("连衣裙 \udce9t\xe9", flush=True)) == 0
+    assert written.getvalue() == b"\\u8fde\\u8863\\u88d9 \\udce9t\\xe9\n"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

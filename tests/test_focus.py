@@ -143,6 +143,9 @@ def test_measured_over_a_dataset_as_image_by_image(garments, rng):
     assert f"{inside:.4f}" in text
     assert f"layers.1{'':22}" in text
     assert f"{outside:.4f}" in text
+    assert max(map(len, text.splitlines())) <= 80
+    for name, definition in focus.DEFINITIONS.items():
+        assert f"{name} {definition}" in " ".join(text.split())
 
 
 def test_a_mask_is_cut_as_its_image_is(garments):

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "config_files": set(),
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {"config_files", "command_line", "datasets", "figures", "metrics"},
-    "focus": {"data", "datasets", "gradcam", "steps"},
+    "focus": {"data", "datasets", "gradcam", "report_text", "steps"},
     # What a config means, then what a run does and is; the commands stand on top.
     "experiment": {
         "config_files",
