@@ -6,7 +6,6 @@ does both and writes what was found; ``run_figures`` draws it.
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -29,10 +28,10 @@ from cbam_jax import (
     focus,
     report_text,
     run_figures,
+    saved_config,
     steps,
 )
 from cbam_jax.config_files import Config
-from cbam_jax.configs import default
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.figures import HIT_COLORS
 from cbam_jax.models import EmbeddingModel
@@ -58,16 +57,16 @@ def read_config(workdir: Path) -> Config:
         InputError: there is no run, or no copy that is whole.
     """
     path = Path(workdir) / "config.json"
-    if (path.parent / "model.safetensors").exists() and not is_run(Path(workdir)):
+    if os.path.lexists(path.parent / "model.safetensors") and not is_run(Path(workdir)):
         raise InputError(
             f"{workdir} is an exported model, not a run, which alone can be measured: give the "
             "workdir of a training; cbam_jax.load reads both"
         )
-    if not path.exists() and not is_run(Path(workdir)):
+    if not os.path.lexists(path) and not is_run(Path(workdir)):
         raise InputError(f"no run in {workdir}: {path} is missing; train first, or check --workdir")
     try:
-        return _with_defaults(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return saved_config.read(path)
+    except (OSError, ValueError) as error:
         with _checkpoints(workdir) as checkpoints:
             kept = checkpoints.read_config()
         if kept is None:
@@ -75,22 +74,10 @@ def read_config(workdir: Path) -> Config:
                 f"{path} cannot be read ({error}), and no checkpoint has a copy: restore it"
             ) from error
         print(f"{path} cannot be read ({error}): taken from a checkpoint", file=sys.stderr)
-        return _with_defaults(kept)
-
-
-def _with_defaults(document: Any) -> Config:
-    """The default config with a saved one's fields; an error where they are none of its kind."""
-    config: Config = default.get_config()
-    if not isinstance(document, dict) or not isinstance(document.get("data"), dict):
-        raise ValueError("not the config of a run")
-    config.seed = document.get("seed", config.seed)
-    for section in {*config} & document.keys() - {"seed"}:
-        if not isinstance(document[section], dict):
-            raise ValueError(f"{section} is {document[section]!r}, not an object")
-        for name in {*config[section]} & document[section].keys():
-            value = document[section][name]
-            config[section][name] = tuple(value) if isinstance(value, list) else value
-    return config
+    try:
+        return saved_config.from_document(kept)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, and a checkpoint's copy too ({error})") from error
 
 
 def _checkpoints(workdir: Path) -> checkpoint.Checkpoints:
@@ -288,7 +275,9 @@ def evaluation_config(workdir: Path, overrides: Sequence[str]) -> Config:
             )
     config = config_files.override(read_config(workdir), overrides)
     experiment.check_evaluation(config)
-    return experiment.with_whole_paths(config)
+    config = experiment.with_whole_paths(config)
+    saved_config.check_trusted(config, overrides, workdir)
+    return config
 
 
 def open_for_evaluation(config: Config, split: str, told: str) -> RetrievalDataset:

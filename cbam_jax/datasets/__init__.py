@@ -24,7 +24,9 @@ __all__ = [
     "decode_image",
     "is_folder",
     "is_manifest",
+    "is_ours",
     "is_path",
+    "is_prepared",
     "jpeg_size",
     "open_dataset",
 ]
@@ -104,6 +106,24 @@ def is_folder(name: str) -> bool:
     (True, True, False)
     """
     return str(name).startswith(("/", ".", "~")) or str(name).endswith("/")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a dataset is one whose builder is part of this package."""
+    from cbam_jax.datasets.prepared import OURS
+
+    return name.partition("/")[0] in OURS
+
+
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+    """Whether a dataset of TFDS lies prepared in a folder, so that opening it writes nothing big.
+
+    Raises:
+        InputError: there is no such dataset.
+    """
+    from cbam_jax.datasets import prepared
+
+    return prepared.is_prepared(prepared.make_builder(name, data_dir, None, "skip"))
 
 
 def check_options(*, manual_dir: str | os.PathLike | None, on_bad_image: str) -> None:

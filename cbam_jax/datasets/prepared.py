@@ -122,10 +122,10 @@ def prepare(
     _check_features(name, builder, label)
     # A builder reads what is on disk when it is made. One without splits was made before another
     # process put the dataset into place, even if it is there by now.
-    if not _is_prepared(builder) or not builder.info.splits:
+    if not is_prepared(builder) or not builder.info.splits:
         with _locked(Path(builder.data_dir_root) / f".{builder.name}.lock", name):
             builder = make_builder(name, data_dir, manual_dir, on_bad_image)
-            if not _is_prepared(builder):
+            if not is_prepared(builder):
                 _write(name, builder, manual_dir)
     _check_skipped(name, builder, on_bad_image)
     return builder
@@ -200,7 +200,8 @@ def _features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
     return dict(cast(Any, builder.info.features) or {})
 
 
-def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether the dataset of a builder is there, whole."""
     # Not builder.is_prepared(), which warns about a folder that is not there. TFDS renames the
     # folder into place when it is complete.
     return (Path(builder.data_dir) / "dataset_info.json").is_file()
