@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.catalogue import embedders, indexing, queries, sources
+from cbam_jax.catalogue import checks, embedders, indexing, queries, sources
 from cbam_jax.catalogue.filters import Where, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
+from cbam_jax.catalogue.near import duplicates
 from cbam_jax.catalogue.nearest import nearest
 from cbam_jax.catalogue.queries import Part
+from cbam_jax.catalogue.rebuilding import rebuild
 from cbam_jax.catalogue.store import Store
 
 if TYPE_CHECKING:
@@ -168,7 +170,7 @@ class Catalogue:
         if self._source is not None:
             about["model"] = embedders.lasting(self._source)
         if any(self.store.about(key) != value for key, value in about.items()):
-            with self.store.transaction():
+            with self.store.transaction(revised=False):
                 embedders.check_fingerprint(self.store, embedder)
                 self.store.tell(**about)
 
@@ -265,6 +267,25 @@ class Catalogue:
                 self.item(number)
                 self.store.run("DELETE FROM item WHERE id = ?", [number])
         return len(numbers)
+
+    def verify(self, sample: int = 16) -> list[str]:
+        """What is wrong, a line each: in the file, with the photos, with ``sample`` embeddings."""
+        return checks.verify(self.store, lambda: self.embedder, sample)
+
+    def duplicates(self, *, near: bool = True) -> list[list[Item]]:
+        """Groups of photos with the same content or, with ``near``, nearly the same; see `near`."""
+        return [[self.item(i) for i in ids] for ids in duplicates(self.store, near=near)]
+
+    @classmethod
+    def rebuild(
+        cls, path: str | os.PathLike, embedder: "Embedder | str | os.PathLike", **options: Any
+    ) -> int:
+        """Embed all photos anew, by another model; see `rebuilding.rebuild`. Returns how many."""
+        source = os.fspath(embedder) if isinstance(embedder, str | os.PathLike) else None
+        with Store(path) as store:
+            if isinstance(embedder, str | os.PathLike):
+                embedder = embedders.load_named(embedder)
+            return rebuild(store, embedder, source, **options)
 
     def _rows(self, gallery: Gallery, where: Where) -> np.ndarray | None:
         if where is None:

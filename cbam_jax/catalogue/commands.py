@@ -1,4 +1,4 @@
-"""``cbam-jax catalogue {add,find,list,remove} CATALOGUE ...``: flags in, answers out."""
+"""``cbam-jax catalogue {add,find,list,remove,verify,...} CATALOGUE ...``: flags in, answers out."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError, command_line
-from cbam_jax.catalogue import contact_sheets, embedders, printing, sources
+from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, sources
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.indexing import KINDS
 from cbam_jax.catalogue.queries import Part, part_of
@@ -93,6 +93,10 @@ def _draw(options: argparse.Namespace, answers: Sequence[contact_sheets.Shown]) 
 def list_(options: argparse.Namespace) -> int:
     """List the photos."""
     with Catalogue.open(options.catalogue, create=False) as catalogue:
+        if options.duplicates:
+            groups = catalogue.duplicates(near=options.duplicates == "near")
+            print(_printer(options, "groups")(groups))
+            return 0
         items = [
             item
             for item in catalogue.items(options.where or None)
@@ -117,6 +121,32 @@ def remove(options: argparse.Namespace) -> int:
     return 0
 
 
+def verify(options: argparse.Namespace) -> int:
+    """Say what is wrong with a catalogue; 1 where something is."""
+    with Catalogue.open(options.catalogue, options.model, create=False) as catalogue:
+        found = catalogue.verify(options.sample)
+        count = len(catalogue)
+    for line in found[: None if options.all else _SHOWN]:
+        print(shown(line))
+    more = f" (the first {_SHOWN}; all by --all)" if len(found) > _SHOWN and not options.all else ""
+    print(f"{len(found)} findings{more}; {count} photos can be found")
+    return int(bool(found))
+
+
+def rebuild(options: argparse.Namespace) -> int:
+    """Embed all photos anew by another model."""
+    count = Catalogue.rebuild(options.catalogue, options.model)
+    print(f"embedded anew by {options.model}; {count} can be found")
+    return 0
+
+
+def doctor_(options: argparse.Namespace) -> int:
+    """Say what is installed and would be used."""
+    for line in doctor.doctor(options.catalogue, options.model):
+        print(line)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=None if sys.argv[0].startswith("cbam-jax") else "python -m cbam_jax.catalogue",
@@ -124,9 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[Any], int], text: str, nargs: str | None = None
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
-        made.add_argument("catalogue", type=command_line.path, help="the file, such as shop.db")
+        what = "the file, such as shop.db"
+        made.add_argument("catalogue", type=command_line.path, nargs=nargs, help=what)
         made.set_defaults(run=run)
         return made
 
@@ -134,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
     _find_flags(command("find", find, "find the photos that look most like others"))
     _list_flags(command("list", list_, "list the photos, or what could not be read"))
     _remove_flags(command("remove", remove, "forget photos; their files stay"))
+    _verify_flags(command("verify", verify, "say what is wrong with a catalogue, if anything"))
+    made = command("rebuild", rebuild, "embed all photos anew, by another model")
+    made.add_argument("--model", required=True, help="a run, a folder or a hub id")
+    _model_flag(command("doctor", doctor_, "say what is installed and would be used", "?"))
     return parser
 
 
@@ -176,6 +213,13 @@ def _sheet_flags(parser: argparse.ArgumentParser) -> None:
 def _list_flags(parser: argparse.ArgumentParser) -> None:
     _where_flag(parser)
     parser.add_argument("--problems", action="store_true", help="only what has no embedding")
+    parser.add_argument(
+        "--duplicates",
+        nargs="?",
+        const="near",
+        choices=["near", "exact"],
+        help="groups of photos that are nearly the same (near, default), or the same (exact)",
+    )
     _format_flags(parser)
 
 
@@ -183,6 +227,13 @@ def _remove_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", nargs="*", type=int, help="of the photos")
     _where_flag(parser)
     parser.add_argument("--missing", action="store_true", help="all whose file is not there")
+
+
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    text = "photos to embed again; 0 needs no model; default: 16"
+    parser.add_argument("--sample", type=int, default=16, help=text)
+    parser.add_argument("--all", action="store_true", help="print every finding, not ten")
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:

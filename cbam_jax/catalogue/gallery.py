@@ -83,8 +83,13 @@ def _header(store: Store) -> _Header:
     return _Header(identity, revision, count, store.about("dimension") or 0)
 
 
+def read_gallery(store: Store) -> Gallery:
+    """The embeddings as the database itself holds them."""
+    return _read(store)[0]
+
+
 def _read(store: Store) -> tuple[Gallery, _Header]:
-    """The embeddings as the database holds them at one moment."""
+    """The embeddings of one moment, and what a copy of them is known by."""
     with store.snapshot():
         header = _header(store)
         ids = np.empty(header.count, np.int64)

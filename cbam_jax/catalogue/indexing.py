@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cbam_jax.catalogue.embedders import check_fingerprint
 from cbam_jax.catalogue.near import Lookout
 from cbam_jax.catalogue.reading import Read, read_photo
 from cbam_jax.catalogue.sources import Photo, parse_box
@@ -60,7 +61,7 @@ def to_read(
     the same where its size and its time of writing are.
     """
     left, told = [], []
-    settled = "1" if skip_near else _SETTLED
+    settled = "1" if skip_near else SETTLED
     for photo in photos:
         known = store.rows(
             f"SELECT id, size, modified, seen, box, payload FROM item WHERE path = ? AND {settled}",
@@ -71,7 +72,7 @@ def to_read(
         elif photo.merged(known[0][5]) != known[0][5]:
             told.append((photo.merged(known[0][5]), known[0][0]))
     if told:
-        with store.transaction():
+        with store.transaction(revised=False):
             for pair in told:
                 store.run("UPDATE item SET payload = ? WHERE id = ?", pair)
     return left
@@ -94,8 +95,8 @@ def add_photos(
     lookout = Lookout(store) if skip_near else None
     started = time.monotonic()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        batches = _read_ahead(pool, photos)
-        for batch in _shown(batches, len(photos), started) if progress else batches:
+        batches = read_ahead(pool, photos)
+        for batch in shown(batches, len(photos), started) if progress else batches:
             counts += _write(store, embedder, batch, lookout)
     return counts
 
@@ -128,7 +129,7 @@ def _storable(path: str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[list[Read]]:
+def read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[list[Read]]:
     """Batches of files, of which the next is read meanwhile."""
     waiting: list[Future[Read]] = []
     given = iter(photos)
@@ -150,7 +151,7 @@ def _read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[l
             future.cancel()
 
 
-def _shown(batches: Iterator[list[Read]], total: int, started: float) -> Iterator[list[Read]]:
+def shown(batches: Iterator[list[Read]], total: int, started: float) -> Iterator[list[Read]]:
     """The batches, telling on stderr how many are done, how fast, and for how long."""
     done, told = 0, started
     for batch in batches:
@@ -169,16 +170,17 @@ def _write(
 ) -> Counter[str]:
     """One batch: decide where each embedding comes from, embed what is new, write all at once."""
     known = _known(store, batch)
-    fresh = _embedded(embedder, [read for read in batch if _key(read) not in known])
+    fresh = embedded(embedder, [read for read in batch if _key(read) not in known])
     counts: Counter[str] = Counter()
     with store.transaction():
+        check_fingerprint(store, embedder)  # Another process may have embedded all anew.
         for read in batch:
             counts[_write_one(store, read, known, fresh, lookout)] += 1
     return counts
 
 
-# What is refused is asked anew: another time it may be wanted.
-_SETTLED = "(embedding IS NOT NULL OR problem NOT LIKE 'nearly %')"
+# Not what was refused as nearly the same: another time it may be wanted.
+SETTLED = "(embedding IS NOT NULL OR problem NOT LIKE 'nearly %')"
 _Key = tuple[bytes | None, str]
 _Found = tuple[bytes | None, str | None]  # An embedding, or why there is none.
 
@@ -193,8 +195,7 @@ def _known(store: Store, batch: Sequence[Read]) -> dict[_Key, _Found]:
     known = {}
     for read in batch:
         found = store.rows(
-            f"SELECT embedding, problem FROM item WHERE hash = ? AND box = ? AND {_SETTLED} "
-            "LIMIT 1",
+            f"SELECT embedding, problem FROM item WHERE hash = ? AND box = ? AND {SETTLED} LIMIT 1",
             [read.hash, read.photo.box],
         )
         if found:
@@ -202,8 +203,8 @@ def _known(store: Store, batch: Sequence[Read]) -> dict[_Key, _Found]:
     return known
 
 
-def _embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]:
-    """Embeddings, or problems, of new contents, each embedded once."""
+def embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]:
+    """Embeddings, or problems, of files that were read, by hash and box, each embedded once."""
     found: dict[_Key, _Found] = {}
     unique = {_key(read): read for read in reads if read.problem is None}
     for boxed in (False, True):
@@ -212,9 +213,9 @@ def _embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]
             continue
         boxes = [parse_box(read.photo.box) for read in some] if boxed else None
         files = [read.content for read in some]
-        embedded = embedder.embed_files(files, boxes=boxes, progress=False)
-        reasons = iter(embedded.failed)
-        for read, row in zip(some, np.asarray(embedded.embeddings, np.float32), strict=True):
+        made = embedder.embed_files(files, boxes=boxes, progress=False)
+        reasons = iter(made.failed)
+        for read, row in zip(some, np.asarray(made.embeddings, np.float32), strict=True):
             readable = bool(np.isfinite(row).all())
             problem = None if readable else _reason(next(reasons, ("", "no finite numbers"))[1])
             found[_key(read)] = (row.tobytes() if readable else None, problem)

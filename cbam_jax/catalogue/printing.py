@@ -87,6 +87,26 @@ def items_csv(items: Iterable[Item]) -> str:
     return _csv(["id", "path", "problem"], rows)
 
 
+def groups_text(groups: Sequence[Sequence[Item]]) -> str:
+    """Groups of photos, an empty line between two."""
+    return "\n\n".join(map(items_text, groups)) or "no duplicates"
+
+
+def groups_json(groups: Sequence[Sequence[Item]]) -> str:
+    """A list of lists of photos."""
+    return to_json([[item._asdict() for item in group] for group in groups])
+
+
+def groups_csv(groups: Sequence[Sequence[Item]]) -> str:
+    """A row for each photo, with the number of its group."""
+    rows = [
+        ({"group": number, "id": item.id, "path": item.path}, item.payload)
+        for number, group in enumerate(groups, 1)
+        for item in group
+    ]
+    return _csv(["group", "id", "path"], rows)
+
+
 def payload_text(payload: Mapping[str, Any]) -> str:
     """What is known of a photo, in one line.
 

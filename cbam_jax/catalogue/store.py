@@ -38,7 +38,7 @@ _SCHEMA = (
         embedding BLOB)""",
     "CREATE INDEX item_hash ON item (hash)",
     # Embeddings of another model, until all are there: see rebuild.
-    "CREATE TABLE rebuilt (id INTEGER PRIMARY KEY, problem TEXT, embedding BLOB)",
+    "CREATE TABLE rebuilt (id INTEGER PRIMARY KEY, hash BLOB, problem TEXT, embedding BLOB)",
 )
 
 
@@ -113,13 +113,17 @@ class Store:
             self.run("INSERT OR REPLACE INTO about VALUES (?, ?)", pair)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All that is changed in the block, or nothing; the catalogue's revision goes up by one."""
+    def transaction(self, *, revised: bool = True) -> Iterator[None]:
+        """All that is changed in the block, or nothing.
+
+        The catalogue's revision goes up by one, unless no embedding is ``revised``.
+        """
         with self._told():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self.run("UPDATE about SET value = value + 1 WHERE key = 'revision'")
+                if revised:
+                    self.run("UPDATE about SET value = value + 1 WHERE key = 'revision'")
                 self._connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):  # A full disk has rolled back already.

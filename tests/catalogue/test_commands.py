@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -140,6 +141,25 @@ def test_a_mistake_is_one_line(run, shop, arguments, message):
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert json.loads(run("list", shop, "--json")[1])[0]["id"] == 1
+
+
+def test_verify_rebuild_doctor_and_duplicates(run, shop, photos):
+    assert run("verify", shop)[:2] == (0, "0 findings; 12 photos can be found\n")
+    photos[0].unlink()
+    status, out, _ = run("verify", shop, "--sample=0")
+    assert status == 1
+    assert out == f"photo 1: no such file: {photos[0]}\n1 findings; 12 photos can be found\n"
+    status, out, _ = run("rebuild", shop, "--model=runs/other")
+    assert out == "embedded anew by runs/other; 11 can be found\n"
+    assert run("find", shop, photos[1])[0] == 0  # The model is remembered.
+    assert run("find", shop, photos[1], "--model=runs/mine")[0] == 2
+    assert "model: runs/other" in run("doctor", shop)[1]
+    assert run("list", shop, "--duplicates") == (0, "no duplicates\n", "")
+    shutil.copy(photos[3], photos[3].with_name("x.png"))
+    run("add", shop, "photos")
+    groups = json.loads(run("list", shop, "--duplicates=exact", "--json")[1])
+    assert [[item["id"] for item in group] for group in groups] == [[4, 13]]
+    assert run("list", shop, "--duplicates", "--csv")[1].splitlines()[1].startswith("1,4,")
 
 
 def test_a_catalogue_that_was_not_made_leaves_no_file(run, photos, tmp_path):

@@ -1,0 +1,68 @@
+"""What is installed, and what would be used: ten lines to read first when something is wrong."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from cbam_jax import InputError, __version__
+from cbam_jax.catalogue.gallery import cache_path
+from cbam_jax.catalogue.store import Store
+
+# What an extra brings, and what it is for.
+_EXTRAS = {
+    "huggingface_hub": "models of the hub: pip install 'cbam_jax[hub]'",
+    "pillow_heif": "photos of iPhones, HEIC: pip install 'cbam_jax[heic]'",
+}
+
+
+def doctor(path: Path | None, model: str | None) -> Iterator[str]:
+    """Ten lines on the installation and, where ``path`` is given, a catalogue."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+    yield f"cbam_jax {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield f"database: SQLite {sqlite3.sqlite_version}"
+    yield f"device: {_device()}"
+    missing = [text for name, text in _EXTRAS.items() if importlib.util.find_spec(name) is None]
+    yield f"not installed: {'; '.join(missing) or 'nothing that an extra brings'}"
+    if path is None:
+        yield "catalogue: none was named"
+        yield f"model: {model or 'none was named: give --model=RUN'}"
+        return
+    try:
+        with Store(path) as store:
+            yield from _catalogue(store, model)
+    except InputError as error:
+        yield f"catalogue: {error}"
+
+
+def _catalogue(store: Store, model: str | None) -> Iterator[str]:
+    photos, found, problems = store.rows(
+        "SELECT count(*), count(embedding), count(problem) FROM item"
+    )[0]
+    megabytes = store.path.stat().st_size / 1e6
+    writable = os.access(store.path, os.W_OK) and os.access(store.path.parent, os.W_OK)
+    yield (
+        f"catalogue: {store.path}, {megabytes:.1f} MB, "
+        f"{'may be written to' if writable else 'may only be read'}"
+    )
+    yield f"photos: {photos}, of which {found} can be found and {problems} could not be read"
+    fingerprint = store.about("fingerprint")
+    yield (
+        f"embeddings: {store.about('dimension')} numbers, of the model {fingerprint[:12]}"
+        if fingerprint
+        else "embeddings: none yet"
+    )
+    kept = "" if cache_path(store.path).exists() else "not "
+    yield f"copy of the embeddings for searches: {kept}there"
+    yield f"model: {model or store.about('model') or 'none was named: give --model=RUN'}"
+
+
+def _device() -> str:
+    import jax  # Here: nothing else of this needs it.
+
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})"
