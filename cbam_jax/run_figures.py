@@ -63,11 +63,8 @@ def draw(measured: Measured, chosen: Sequence[int], *, html: bool, frames: str =
     ``frames`` is the colour of a hit's frame in the result rows, of ``figures.HIT_COLORS``.
     """
     rows = chosen_rows(measured.result, chosen)
-    if len(rows):
-        save_result_rows(measured, rows, frames)
-    else:
-        print("no figures of queries: none has an image of its category to find", flush=True)
-    names = save_heat_figures(measured, rows) if len(rows) else []
+    save_result_rows(measured, rows, frames)
+    names = save_heat_figures(measured, rows)
     curve = save_training_curve(measured)
     if html:
         drawn = [curve, *(measured.folder / name for name in names)]
@@ -96,8 +93,6 @@ def save_result_rows(measured: Measured, drawn: np.ndarray, frames: str) -> None
     """Draw the nearest five of some queries, and of those with the worst results."""
     dataset, result = measured.dataset, measured.result
     for name, rows in {"results": drawn, "worst": ranked_queries(result)[:8]}.items():
-        if not len(rows):
-            continue  # Queries with nothing to find can be chosen, but are not the worst.
         figure = figures.result_rows(
             [shown_image(dataset, i, _CELL) for i in result.query[rows]],
             [

@@ -244,7 +244,6 @@ def evaluate(
     config = experiment.with_fitting_ks(config, dataset, chosen=chosen_ks)
     experiment.split_protocol(config, dataset)
     chosen = find_queries(dataset, queries)
-    tell_nothing_to_find(config, dataset)
     if measure:
         dataset.mask(0)  # A dataset that can't tell where the garment is says so here.
     print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
@@ -325,18 +324,6 @@ def _no_query(dataset: RetrievalDataset, name: str, *, known: bool) -> str:
         f"--query={shlex.quote(name)} {why} of {dataset.name}, split {dataset.split}: give such as "
         f"{first}; neighbours.csv has them all (in --queries, a comma parts two ids)"
     )
-
-
-def tell_nothing_to_find(config: Config, dataset: RetrievalDataset) -> None:
-    """Say in one line that a split has nothing to measure, where it has not."""
-    protocol = experiment.split_protocol(config, dataset)
-    if not evaluation.relevant_images(dataset.label, protocol).any():
-        print(
-            f"no image of {dataset.name}, split {dataset.split}, has another one of its category "
-            "to find: every metric will be empty, and figures of queries left out; give --split a "
-            "split with more images of a category",
-            file=sys.stderr,
-        )
 
 
 def write_metrics(measured: Measured) -> None:

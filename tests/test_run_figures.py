@@ -58,11 +58,11 @@ def test_small_images_are_not_enlarged_and_strips_keep_a_pixel(rng):
 
 
 @pytest.fixture
-def nothing_to_find(rng, tmp_path):
-    """A split whose every category has one image, measured."""
+def measured(rng, tmp_path):
+    """A split of two hats, and five categories of one image each."""
     images = [jpeg(rng.integers(0, 256, (20, 30, 3), np.uint8)) for _ in range(7)]
     ids = [f"/home/someone/{i}.jpg" for i in range(7)]
-    dataset = make_dataset(images, list(range(7)), ids)
+    dataset = make_dataset(images, [0, 1, 2, 3, 4, 5, 5], ids)
     protocol = make_protocol(dataset.is_query, dataset.is_gallery, ks=(5,))
     embeddings = rng.normal(size=(7, 3)).astype(np.float32)
     result = evaluate_embeddings(embeddings, dataset.label, dataset.label_names, protocol, ks=(5,))
@@ -73,36 +73,26 @@ def nothing_to_find(rng, tmp_path):
     )
 
 
-def test_without_a_query_left_figures_are_left_out_with_a_word(nothing_to_find, tmp_path, capsys):
-    measured = nothing_to_find
-    runs.tell_nothing_to_find(measured.config, measured.dataset)
-    stdout, stderr = capsys.readouterr()
-    assert stdout == ""
-    assert stderr.count("\n") == 1
-    assert "another one of its category to find: every metric will be empty" in stderr
-    run_figures.draw(measured, [], html=True)
-    assert "no figures of queries: none has an image" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"training.png", "report.html"}
+def test_a_chosen_query_with_nothing_to_find_is_shown_and_called_so(measured, tmp_path):
+    run_figures.save_result_rows(measured, np.array([4]), "red")
+    run_figures.save_page(measured, {"Chosen queries": np.array([4])}, [])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"results.png", "worst.png", "report.html"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "No query has an image of its category to find" in page
-    assert "someone" not in page
+    assert page.count("There is no other image of its category to find.") == 1
     assert not re.search(r"\bnan\b", re.sub(r"data:image/[^\"]*", "", page))
 
 
-def test_a_chosen_query_with_nothing_to_find_is_shown(nothing_to_find, tmp_path):
-    run_figures.save_result_rows(nothing_to_find, np.array([4]), "red")
-    assert {path.name for path in tmp_path.iterdir()} == {"results.png"}
-    query = run_figures.describe_query(nothing_to_find, 4, list("abcdefg"))
-    assert (query.id, query.category, query.hits) == ("e", "class 4", 0)
-    assert np.isnan(query.value)
-
-
-def test_some_queries_have_something_to_find(nothing_to_find, capsys):
-    measured = nothing_to_find
-    label = np.array([0, 1, 2, 3, 4, 5, 5], np.int32)
-    some = make_dataset(measured.dataset.images, label, measured.dataset.id)
-    runs.tell_nothing_to_find(measured.config, some)
-    assert capsys.readouterr().err == ""
+def test_the_page_has_short_names_and_what_was_found(measured, tmp_path):
+    run_figures.save_page(measured, {}, [])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "someone" not in page
+    assert "<small>5.jpg</small>" in page
+    query = run_figures.describe_query(measured, 6, list("abcdefg"))
+    assert (query.id, query.category) == ("g", "class 5")
+    assert query.hits == measured.result.match[6, :5].sum()
+    found = [neighbour.id for neighbour in query.neighbours]
+    assert found == ["abcdefg"[i] for i in measured.result.neighbour[6]]
 
 
 IDS = ["c0/a,b.png", "c0/c.png", "it's 連.png", "gallery.png"]
