@@ -310,7 +310,10 @@ class _Manager(ocp.CheckpointManager):
         except (OSError, ValueError) as error:
             _tell_once(f"the metrics of checkpoint {step} are damaged ({shown(str(error))})")
             return None
-        return metrics if isinstance(metrics, dict) else None
+        if isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values()):
+            return metrics
+        _tell_once(f"the metrics of checkpoint {step} are damaged (no numbers)")
+        return None
 
 
 @functools.cache

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import escaped
 from cbam_jax.whole_files import written_whole
+
+_READER_LEFT = 141  # As of a command that SIGPIPE ends.
 
 
 def run(main: Callable[[], Any]) -> int:
@@ -27,12 +30,20 @@ def run(main: Callable[[], Any]) -> int:
         # Names that the terminal cannot show, or that are no UTF-8, end no command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main() or 0
+        try:
+            return main() or 0
+        finally:
+            sys.stdout.flush()
     except (InputError, FloatingPointError) as error:
         if os.environ.get("CBAM_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A name of a file may hold what moves the cursor, or hides the rest of the line.
+        for line in f"error: {error}".split("\n"):
+            print(escaped(line), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # Who reads the output, such as head, has all that it wants.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_LEFT
 
 
 def path(text: str) -> Path:

@@ -124,6 +124,18 @@ def shown(text: str | os.PathLike, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
+def shown_names(names: Iterable[str], most: int = 10) -> str:
+    """Return the first of many names, each as it may be shown, and how many more there are.
+
+    >>> print(shown_names(["hat", "coat", "dress"], most=2))
+    ['hat', 'coat'] and 1 more
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    first = ", ".join(f"'{shown(name, 80)}'" for name in names[:most])
+    return f"[{first}]{more}"
+
+
 def escaped(text: str) -> str:
     """Return text with what is not printable escaped as Python writes it."""
     if text.isprintable():

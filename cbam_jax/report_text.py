@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cbam_jax.foreign_files import escaped
+
 _COLUMNS = 80
 _FAMILIES = ("map", "map_min", "map_all", "precision", "recall")
 # Of more categories than this the best and the worst are shown.
@@ -167,7 +169,7 @@ def _categories(categories: Categories, k: int) -> list[str]:
         shown = shown_categories(categories, names[0], _CATEGORIES // 2)
     rows = shown[0] + shown[1]
     room = _COLUMNS - 8 - 14 * len(names)
-    width = min(max(map(display_width, ["category", *rows])) + 2, room)
+    width = min(max(map(display_width, ["category", *map(escaped, rows)])) + 2, room)
     lines = wrapped(told_categories(categories, shown))
     heads = "".join(f"{name:>14}" for name in names)
     lines.append(f"{_padded('category', width)}{'queries':>8}{heads}")
@@ -195,7 +197,7 @@ def display_width(text: str) -> int:
 
 def _padded(text: str, width: int) -> str:
     """A text in a column, cut where it is too long for it."""
-    text = " ".join(text.split())
+    text = escaped(" ".join(text.split()))
     if display_width(text) > width - 1:
         while display_width(text) > width - 2:
             text = text[:-1]

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,25 @@ def test_names_that_the_terminal_cannot_show_end_no_command(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert command_line.run(lambda: print("连衣裙 \udce9t\xe9", flush=True)) == 0
     assert written.getvalue() == b"\\u8fde\\u8863\\u88d9 \\udce9t\\xe9\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As ``cbam-jax --help | head -1`` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "cbam_jax", "--help"], stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_error_moves_no_cursor(capsys):
+    def main():
+        raise InputError("a\x1b[2J\u202e is no name\n  choose another")
+
+    assert command_line.run(main) == 2
+    assert capsys.readouterr().err == "error: a\\x1b[2J\\u202e is no name\n  choose another\n"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

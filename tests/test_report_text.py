@@ -83,6 +83,12 @@ def test_it_fits_a_terminal(rng, names, ks):
     assert len(lines) <= 40 + 6 * (len(ks) // 8)
 
 
+def test_names_of_categories_move_no_cursor(rng):
+    text = format_report(make_report(rng, ["\x1b[2Jcoat", "hat\u202e", "a\nb"]))
+    assert "\\x1b[2Jcoat" in text
+    assert all(line.isprintable() for line in text.splitlines())
+
+
 def test_few_categories_come_by_their_number_of_queries(rng):
     report = make_report(rng, ["blouse", "coat", "hat"])
     report["per_category"]["blouse"] |= {"map@10": 1.0, "num_queries": 2.0}

@@ -29,6 +29,7 @@ from cbam_jax.datasets.image_files import (
 )
 from cbam_jax.datasets.manifest import ALL, assign_splits
 from cbam_jax.datasets.retrieval import RetrievalDataset
+from cbam_jax.foreign_files import shown_names
 
 # One split goes by any of these names: ImageNet's folder is val, TFDS's split validation.
 VALIDATION = ("validation", "val", "valid")
@@ -156,7 +157,7 @@ def _split_folder(root: Path, split: str) -> str:
     for name in names:
         if name in found:
             return name
-    raise InputError(f"{root} has no split '{split}': choose one of {[*found, ALL]}")
+    raise InputError(f"{root} has no split '{split}': choose one of {shown_names([*found, ALL])}")
 
 
 def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:

@@ -31,7 +31,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.datasets.image_files import ImageFiles, good_images
 from cbam_jax.datasets.retrieval import RetrievalDataset
-from cbam_jax.foreign_files import MOST_TABLE, read_file
+from cbam_jax.foreign_files import MOST_TABLE, read_file, shown_names
 
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
@@ -79,8 +79,8 @@ def open_manifest(
     if not here.any():
         names = sorted(set(table["split"]))
         raise InputError(
-            f"split '{split}' has no rows in {path}: choose one of {[*names, ALL]}, or name it "
-            "in the split column"
+            f"split '{split}' has no rows in {path}: choose one of {shown_names([*names, ALL])}, "
+            "or name it in the split column"
         )
     here &= good_images(path, table["path"], on_bad_image=on_bad_image)
     return _select(path, split, table, label, np.flatnonzero(here))
@@ -93,7 +93,8 @@ def read_table(path: Path) -> dict[str, list]:
     table: dict[str, list] = dict(zip(header, columns, strict=True))
     ignored = [column for column in header if column not in COLUMNS]
     if ignored:
-        print(f"{path}: ignored the columns {ignored}; known are {list(COLUMNS)}", file=sys.stderr)
+        told = f"ignored the columns {shown_names(ignored)}; known are {list(COLUMNS)}"
+        print(f"{path}: {told}", file=sys.stderr)
     _check_filled(path, table)
     _check_unique(path, table["path"])
     for column in ("is_query", "is_gallery"):
@@ -190,7 +191,7 @@ def _check_header(path: Path, header: list[str]) -> None:
     if missing:
         raise InputError(
             f"{path} has no column {missing[0]}: its first line must name path and label, "
-            f"separated by commas, and has {header}"
+            f"separated by commas, and has {shown_names(header)}"
         )
     repeated = sorted({column for column in header if header.count(column) > 1})
     if repeated:
