@@ -292,7 +292,7 @@ def load(
         model, document = hub.from_pretrained(source, revision=revision)
     return Embedder(
         model,
-        Preprocessing.from_dict(document["preprocessing"]),
+        Preprocessing.from_dict(document["preprocessing"], mean=model.mean, std=model.std),
         arguments=document["model"],
         batch_size=64 if batch_size is None else batch_size,
         devices=devices,

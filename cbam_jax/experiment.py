@@ -20,13 +20,15 @@ from cbam_jax import InputError, data, evaluation, losses, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
 from cbam_jax.foreign_files import read_json
-from cbam_jax.models import MODELS, EmbeddingModel, create_model
+from cbam_jax.models import MODELS, EmbeddingModel, create_model, pixel_scaling
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import IMAGENET, fetch_imagenet
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 LOSSES = ("triplet", "cross_entropy")
+# Fields of a config's data that say how an image becomes a model's square.
+GEOMETRY = ("image_size", "crop_fraction", "resize", "interpolation", "pad_color")
 
 DEFAULT_KS = (5, 10, 20)  # eval.ks of configs/default.py, which adapts to splits of few images
 
@@ -80,6 +82,7 @@ def check_config(config: Config) -> None:
     if not 0 <= config.train.ema_decay < 1:
         raise InputError(f"train.ema_decay={config.train.ema_decay}: give a share in [0, 1)")
     check_choices(config)
+    preprocessing(config)
 
 
 def check_evaluation(config: Config) -> None:
@@ -314,13 +317,14 @@ def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Prot
 
 def preprocessing(config: Config) -> Preprocessing:
     """Return how the config cuts and scales an image for evaluation."""
-    return Preprocessing(config.data.image_size, config.data.crop_fraction)
+    mean, std = pixel_scaling(MODELS[config.model.name][0])
+    fields = {name: config.data[name] for name in GEOMETRY}
+    return Preprocessing(**fields, mean=mean, std=std)
 
 
 def geometry(config: Config) -> dict[str, Any]:
     """Return how the config cuts a dataset's image for evaluation: options of eval_batches."""
-    fields = ("image_size", "crop_fraction", "crop_to_box")
-    return {name: config.data[name] for name in fields}
+    return {name: config.data[name] for name in (*GEOMETRY, "crop_to_box")}
 
 
 def evaluation_batch_size(config: Config) -> int:
@@ -335,6 +339,7 @@ def train_batches(config: Config, dataset: RetrievalDataset, step: int) -> data.
     names = (
         "classes_per_batch", "images_per_class", "image_size", "crop_scale", "crop_ratio", "flip",
         "color_jitter", "random_erasing", "crop_to_box", "skip_singletons", "workers",
+        "resize", "interpolation", "pad_color",
     )  # fmt: skip
     return data.train_batches(
         dataset,

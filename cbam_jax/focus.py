@@ -87,9 +87,8 @@ def measure_focus(
     mesh: Any,
     image_size: int,
     batch_size: int,
-    crop_fraction: float = 0.875,
-    crop_to_box: bool = False,
     layer: str = "backbone",
+    **geometry: Any,
 ) -> dict[str, np.ndarray]:
     """Measure a model's heat maps and spatial gates against the garments of some images.
 
@@ -100,10 +99,10 @@ def measure_focus(
         targets: the maps' names and targets of ``gradcam.grad_cam``: None, or an embedding for
             each image, [n, d].
         mesh: from ``steps.data_mesh``.
-        image_size: pixels, as in ``data.eval_batches``, as are ``crop_fraction`` and
-            ``crop_to_box``.
+        image_size: pixels, as in ``data.eval_batches``, as is ``geometry``.
         batch_size: images at a time; a multiple of the mesh's devices.
         layer: of ``gradcam.grad_cam``.
+        **geometry: ``crop_to_box`` and fields of ``Preprocessing``.
 
     Returns:
         By name an array [n] each: ``area`` and ``pointing_center``; ``TARGET/heat_inside`` and
@@ -113,9 +112,7 @@ def measure_focus(
     Raises:
         InputError: the dataset has neither masks nor boxes, or an image cannot be read.
     """
-    geometry = {
-        "image_size": image_size, "crop_fraction": crop_fraction, "crop_to_box": crop_to_box
-    }  # fmt: skip
+    geometry["image_size"] = image_size
     parts = []
     starts = range(0, len(rows), batch_size)
     for start in progress(starts, "measuring focus", total=len(starts)):

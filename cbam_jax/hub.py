@@ -63,8 +63,7 @@ embeddings = embedder.embed_files(["photo.jpg"]).embeddings  # float32 [1, {dime
 model = embedder.model  # model(model.preprocess(images)): uint8 RGB [b, {size}, {size}, 3]
 ```
 
-Preprocessing: the short side resized to image_size / crop_fraction, then the central square of
-image_size; pixels in [0, 1], less the mean, divided by the standard deviation.
+Preprocessing: {cutting}; pixels in [0, 1], less the mean, divided by the standard deviation.
 
 {preprocessing}
 
@@ -76,6 +75,14 @@ Built by `create_model` of cbam_jax {version} with:
 
 {model}
 """
+
+
+_CUTTINGS = {
+    "crop": "the short side resized to image_size / crop_fraction, then the central square of\n"
+    "image_size",
+    "squash": "both sides resized to image_size",
+    "letterbox": "the long side resized to image_size, on a square of pad_color",
+}
 
 
 def save_pretrained(
@@ -95,7 +102,8 @@ def save_pretrained(
         config: the arguments that ``create_model`` built it with, but ``rngs``: ``name`` and those
             that are not the default. NumPy and JAX scalars and dtypes are written as JSON has them.
         preprocessing: ``image_size`` in pixels, ``crop_fraction`` (the central share of the short
-            side), and whatever else a user must know. ImageNet's mean and deviation are added.
+            side) and the other fields of ``Preprocessing`` that are not the default, and whatever
+            else a user must know. The model's mean and deviation are added.
         metrics: names to numbers, for the card; those of ``cbam_jax.metrics`` get their definition.
         description: a paragraph for the card: trained on what, and how.
 
@@ -111,7 +119,7 @@ def save_pretrained(
         raise InputError(
             f"{folder} is the workdir of a run, which would be lost: give another folder"
         )
-    document = _document(config, preprocessing, metrics)
+    document = _document(model, config, preprocessing, metrics)
     arrays = _arrays(model)
     _check_config(config, arrays)
     values = {name: np.array(variable[...]) for name, variable in arrays.items()}
@@ -133,17 +141,21 @@ def save_pretrained(
 
 
 def _document(
-    config: Mapping[str, Any], preprocessing: Mapping[str, Any], metrics: Mapping[str, Any] | None
+    model: EmbeddingModel,
+    config: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What config.json will hold."""
     preprocessing = _as_json(preprocessing, "preprocessing")
     if "image_size" not in preprocessing:
         raise InputError("preprocessing must name the image_size, in pixels")
+    known = Preprocessing.from_dict(preprocessing, mean=model.mean, std=model.std)
     return {
         "format_version": hub_config.FORMAT_VERSION,
         "cbam_jax_version": __version__,
         "model": _as_json(config, "config"),
-        "preprocessing": {**preprocessing, **Preprocessing.from_dict(preprocessing).to_dict()},
+        "preprocessing": {**preprocessing, **known.to_dict()},
         "metrics": _as_json(metrics or {}, "metrics"),
     }
 
@@ -345,6 +357,7 @@ def _card(document: Mapping[str, Any], dimension: int, description: str) -> str:
         description=description or "An image embedding model for retrieval.",
         dimension=dimension,
         size=document["preprocessing"]["image_size"],
+        cutting=_CUTTINGS[document["preprocessing"].get("resize", "crop")],
         preprocessing=_table(document["preprocessing"]),
         metrics=_table(document["metrics"]),
         definitions=_definitions(document["metrics"]),

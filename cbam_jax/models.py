@@ -24,6 +24,9 @@ BACKBONES = {
     "googlenet": googlenet.GoogLeNet,
     "efficientnet_lite0": efficientnet.EfficientNetLite,
 }
+# Mean and standard deviation of pixels in [0, 1] that a backbone's published weights expect, where
+# they are not ImageNet's.
+_SCALINGS = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
 ATTENTIONS = {"": None, "_se": SqueezeExcite, "_cbam": CBAM}
 MODELS = {
     backbone + attention: (backbone, attention)
@@ -33,8 +36,21 @@ MODELS = {
 POOLINGS = ("average", "gem")
 
 
-def normalize_images(images: jax.Array | np.ndarray) -> jax.Array:
-    """Turn uint8 RGB [b, h, w, 3] into float32 with ImageNet's mean and deviation taken out.
+def pixel_scaling(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the deviation, by channel, of the pixels in [0, 1] that it expects.
+
+    >>> pixel_scaling("resnet50")
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    """
+    return _SCALINGS.get(backbone, (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def normalize_images(
+    images: jax.Array | np.ndarray,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> jax.Array:
+    """Turn uint8 RGB [b, h, w, 3] into float32: in [0, 1], less the mean, over the deviation.
 
     Raises:
         ValueError: for anything else, such as floats in [0, 1], channels first, a single image.
@@ -45,8 +61,8 @@ def normalize_images(images: jax.Array | np.ndarray) -> jax.Array:
     """
     check_images(images)
     images = jnp.asarray(images)
-    scale = 1 / (255 * jnp.array(IMAGENET_STD, jnp.float32))
-    shift = jnp.array(IMAGENET_MEAN, jnp.float32) / jnp.array(IMAGENET_STD, jnp.float32)
+    scale = 1 / (255 * jnp.array(std, jnp.float32))
+    shift = jnp.array(mean, jnp.float32) / jnp.array(std, jnp.float32)
     shape = (1, 1, 1, 3)
     return images.astype(jnp.float32) * scale.reshape(shape) - shift.reshape(shape)
 
@@ -91,6 +107,7 @@ class EmbeddingModel(nnx.Module):
         pooling: ``"average"`` or ``"gem"``.
         num_classes: n of a linear layer from embeddings to logits, for training by cross-entropy;
             None: no such layer.
+        scaling: mean and deviation, by channel, of the pixels in [0, 1] that the backbone expects.
         rngs: for the parameters.
     """
 
@@ -102,6 +119,7 @@ class EmbeddingModel(nnx.Module):
         normalize: bool = True,
         pooling: str = "average",
         num_classes: int | None = None,
+        scaling: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
         rngs: nnx.Rngs,
     ):
         if pooling not in POOLINGS:
@@ -114,6 +132,7 @@ class EmbeddingModel(nnx.Module):
         )
         self.embedding_dim = embedding_dim or width
         self.normalize = normalize
+        self.mean, self.std = (nnx.static(numbers) for numbers in scaling)
         self.class_head = (
             None if num_classes is None else nnx.Linear(self.embedding_dim, num_classes, rngs=rngs)
         )
@@ -124,7 +143,7 @@ class EmbeddingModel(nnx.Module):
         Raises:
             ValueError: for anything else; the line says what is meant.
         """
-        return normalize_images(images)
+        return normalize_images(images, self.mean, self.std)
 
     def features(self, images: jax.Array) -> jax.Array:
         """Return the last feature map [b, h', w', c], after its attention."""
@@ -214,5 +233,6 @@ def create_model(
         normalize=normalize,
         pooling=pooling,
         num_classes=num_classes,
+        scaling=pixel_scaling(backbone_name),
         rngs=rngs,
     )

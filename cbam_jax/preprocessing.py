@@ -13,6 +13,8 @@ from cbam_jax import InputError
 # Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIZES = ("crop", "squash", "letterbox")
+INTERPOLATIONS = ("bilinear", "bicubic")
 # Of the code that decodes, cuts and scales: raised when the same file would give other pixels.
 VERSION = 2
 
@@ -21,18 +23,26 @@ VERSION = 2
 class Preprocessing:
     """From a photo to a model's pixels.
 
-    The short side is resized to ``round(image_size / crop_fraction)`` pixels (bilinear, after
-    halving by the mean of 2 x 2 as often as that leaves more than is needed), the central square
-    of ``image_size`` is cut out, and pixels in [0, 1], less ``mean``, are divided by ``std``.
+    The photo is resized and cut or padded to a square, and pixels in [0, 1], less ``mean``, are
+    divided by ``std``.
 
     Attributes:
         image_size: side of the square that the model sees, in pixels.
-        crop_fraction: side of that square over the resized image's short side, in (0, 1].
+        crop_fraction: of ``"crop"`` alone: side of that square over the resized image's short side,
+            in (0, 1].
         mean: of the pixels in [0, 1], by channel: red, green, blue.
         std: their standard deviation.
+        resize: ``"crop"``: the short side becomes ``round(image_size / crop_fraction)`` pixels, and
+            the central square is cut out. ``"squash"``: both sides become ``image_size``.
+            ``"letterbox"``: the long side does, and what is missing is ``pad_color``, so that
+            nothing is cut off.
+        interpolation: ``"bilinear"``, after halving by the mean of 2 x 2 as often as that leaves
+            more than is needed; or ``"bicubic"``, antialiased, as Pillow does it, for models that
+            were trained with it.
+        pad_color: red, green and blue of the border of ``"letterbox"``, each from 0 to 255.
 
     Raises:
-        InputError: for a size or a fraction out of range.
+        InputError: for a value out of range.
 
     >>> Preprocessing(224).short_side
     256
@@ -42,13 +52,23 @@ class Preprocessing:
     crop_fraction: float = 0.875
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    resize: str = "crop"
+    interpolation: str = "bilinear"
+    pad_color: tuple[int, ...] = (127, 127, 127)
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the values."""
         if not isinstance(self.image_size, int) or self.image_size < 1:
             raise InputError(f"image_size={self.image_size}: give a positive number of pixels")
         if not 0 < self.crop_fraction <= 1:
             raise InputError(f"crop_fraction={self.crop_fraction}: give a fraction in (0, 1]")
+        for name, choices in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, name) not in choices:
+                value = getattr(self, name)
+                raise InputError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+        color = self.pad_color
+        if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+            raise InputError(f"pad_color={color}: give red, green and blue, each from 0 to 255")
 
     @property
     def short_side(self) -> int:
@@ -56,31 +76,51 @@ class Preprocessing:
         return round(self.image_size / self.crop_fraction)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return dataclasses.asdict(self)
+        """Return the fields as JSON has them, of the latter three those that are not the default.
+
+        So what was written before there were these is the same still.
+        """
+        latter = ("resize", "interpolation", "pad_color")
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        fields = dataclasses.asdict(self)
+        return {n: value for n, value in fields.items() if n not in latter or value != default[n]}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+    def from_dict(
+        cls,
+        fields: Mapping[str, Any],
+        *,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> "Preprocessing":
         """Read what ``to_dict`` gave; what else stands there, or is missing, changes nothing.
 
+        Args:
+            fields: as JSON has them.
+            mean: that of the model, which the field has to be where it is given.
+            std: likewise.
+
         Raises:
-            InputError: for a field of another type, or a mean or deviation that is not ImageNet's,
-                which no model here was trained by.
+            InputError: for a field of another type, or a mean or deviation that is not the model's.
         """
         try:
             size, fraction = fields["image_size"], float(fields.get("crop_fraction", 0.875))
-            mean = tuple(map(float, fields.get("mean", IMAGENET_MEAN)))
-            std = tuple(map(float, fields.get("std", IMAGENET_STD)))
+            scaling = tuple(
+                tuple(map(float, fields.get(n, ours))) for n, ours in (("mean", mean), ("std", std))
+            )
+            color = tuple(fields.get("pad_color", cls.pad_color))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"preprocessing {dict(fields)!r} cannot be used ({error!r})"
             ) from error
-        if (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
+        if scaling != (mean, std):
             raise InputError(
-                f"preprocessing with mean {mean} and std {std}: models here expect ImageNet's, "
-                f"{IMAGENET_MEAN} and {IMAGENET_STD}"
+                f"preprocessing with mean {scaling[0]} and std {scaling[1]}: the model expects "
+                f"{mean} and {std}"
             )
-        return cls(size, fraction)
+        resize = fields.get("resize", cls.resize)
+        interpolation = fields.get("interpolation", cls.interpolation)
+        return cls(size, fraction, mean, std, resize, interpolation, color)
 
 
 def check_images(images: Any) -> None:

@@ -39,6 +39,12 @@ def get_config() -> ml_collections.ConfigDict:
     data.crop_to_box = False  # use only the part inside the dataset's box
     data.skip_singletons = False  # leave out labels with one training image, else refused
     data.crop_fraction = 0.875  # evaluation: short side is image_size / crop_fraction
+    # How a photo becomes a square: "crop", the short side resized and the centre cut out (training
+    # crops at random); "letterbox", all of it on a border of pad_color, so that nothing is cut off
+    # and nothing distorted (training pads its crops); "squash", both sides resized.
+    data.resize = "crop"
+    data.interpolation = "bilinear"  # or "bicubic", antialiased, as Pillow does it
+    data.pad_color = (127, 127, 127)  # red, green, blue
 
     config.model = model = ml_collections.ConfigDict()
     # resnet{18,34,50,101,152}, vgg16, vgg16_bn, googlenet or efficientnet_lite0, alone or with _se

@@ -314,13 +314,15 @@ def test_the_fingerprint_changes_when_the_embeddings_may(run, embedder, tmp_path
         changed(embedder, tmp_path / "c", dtype="bfloat16"),
         changed(embedder, tmp_path / "d", preprocessing={"image_size": 40}),
         changed(embedder, tmp_path / "e", preprocessing={"crop_fraction": 1.0}),
+        changed(embedder, tmp_path / "f", preprocessing={"resize": "letterbox"}),
+        changed(embedder, tmp_path / "g", preprocessing={"interpolation": "bicubic"}),
     ]
     model, _ = from_pretrained(run)
     model.projection.bias[...] = model.projection.bias[...].at[3].add(1e-6)
     others.append(cbam_jax.Embedder(
         model, embedder.preprocessing, arguments=embedder.arguments
     ).fingerprint)  # fmt: skip
-    assert len({fingerprint, *others}) == 7
+    assert len({fingerprint, *others}) == 9
 
 
 def test_a_classifiers_head_is_no_part_of_the_fingerprint(run):

@@ -1,12 +1,14 @@
 """A training image: a random part of it, mirrored, in other colours, with a rectangle erased."""
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
 
-from cbam_jax.data.images import Part, decode_resized, image_box, image_name, part_of
+from cbam_jax.data.images import Part, cut_part, image_box, image_name, part_of
 from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.preprocessing import Preprocessing
 
 
 def train_image(
@@ -21,8 +23,12 @@ def train_image(
     flip: bool,
     color_jitter: float,
     random_erasing: float,
+    resize: str = "crop",
+    **geometry: Any,
 ) -> np.ndarray:
     """One image, augmented as :func:`train_batches` says, uint8 [s, s, 3].
+
+    ``geometry`` is of ``Preprocessing``. What is cropped at random already is squashed.
 
     Raises:
         InputError: the image cannot be read, or its box holds no pixel.
@@ -36,9 +42,9 @@ def train_image(
         crop = random_crop(rng, height, width, scale=crop_scale, ratio=crop_ratio)
         return top + crop[0], left + crop[1], *crop[2:]
 
-    size = (image_size, image_size)
-    encoded = dataset.encoded(index)
-    image = decode_resized(encoded, part=part, size=lambda *_: size, name=name)
+    resize = "squash" if resize == "crop" else resize
+    preprocessing = Preprocessing(image_size, resize=resize, **geometry)
+    image = cut_part(dataset.encoded(index), preprocessing, part=part, name=name)
     return augment(image, rng, flip=flip, color_jitter=color_jitter, random_erasing=random_erasing)
 
 

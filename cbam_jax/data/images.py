@@ -11,6 +11,7 @@ decoded at 1/2, 1/4 or 1/8 (:func:`decode_resized`).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,18 +29,19 @@ def eval_image(
     dataset: RetrievalDataset,
     index: int,
     *,
-    image_size: int,
-    crop_fraction: float = 0.875,
     crop_to_box: bool = False,
+    **geometry: Any,
 ) -> np.ndarray:
     """One image as :func:`eval_batches` delivers it, uint8 [s, s, 3].
+
+    ``geometry`` is ``image_size`` and, where they are not the default, other fields of
+    :class:`cbam_jax.preprocessing.Preprocessing`.
 
     Raises:
         InputError: the image cannot be read, or its box holds no pixel.
     """
-    preprocessing = Preprocessing(image_size, crop_fraction)
     name, box = image_name(dataset, index), image_box(dataset, index, crop_to_box)
-    return cut_file(dataset.encoded(index), preprocessing, box=box, name=name)
+    return cut_file(dataset.encoded(index), Preprocessing(**geometry), box=box, name=name)
 
 
 def cut_file(
@@ -63,9 +65,22 @@ def cut_file(
     Raises:
         InputError: the image cannot be decoded, or its box holds no pixel.
     """
-    size = functools.partial(_fit, short=preprocessing.short_side)
-    image = decode_resized(encoded, part=centre_of(box, name), size=size, name=name)
-    return _centre(image, preprocessing.image_size)
+    part = _seen_of(box, name, preprocessing)
+    return cut_part(encoded, preprocessing, part=part, name=name)
+
+
+def cut_part(
+    encoded: bytes,
+    preprocessing: Preprocessing,
+    *,
+    part: Callable[[int, int], Part],
+    name: str,
+) -> np.ndarray:
+    """As :func:`cut_file`, of a part of the image that is chosen by its height and width."""
+    size = functools.partial(_fit, preprocessing)
+    interpolation = preprocessing.interpolation
+    image = decode_resized(encoded, part=part, size=size, interpolation=interpolation, name=name)
+    return _squared(image, preprocessing)
 
 
 def cut_pixels(
@@ -85,18 +100,17 @@ def cut_pixels(
         >>> cut_pixels(np.zeros((40, 30, 3), np.uint8), Preprocessing(14)).shape
         (14, 14, 3)
     """
-    image = _cut(image, *centre_of(box, name)(*image.shape[:2]))
-    size = preprocessing.image_size
-    return center_crop(image, image_size=size, crop_fraction=preprocessing.crop_fraction)
+    image = _cut(image, *_seen_of(box, name, preprocessing)(*image.shape[:2]))
+    size = _fit(preprocessing, *image.shape[:2])
+    return _squared(resize(image, *size, preprocessing.interpolation), preprocessing)
 
 
 def eval_mask(
     dataset: RetrievalDataset,
     index: int,
     *,
-    image_size: int,
-    crop_fraction: float = 0.875,
     crop_to_box: bool = False,
+    **geometry: Any,
 ) -> np.ndarray:
     """Where the garment is in :func:`eval_image`'s pixels, bool [s, s]; see ``dataset.mask``.
 
@@ -106,9 +120,8 @@ def eval_mask(
         InputError: as for :func:`eval_image`; also where the dataset has neither masks nor boxes.
     """
     mask = dataset.mask(index).astype(np.uint8) * np.uint8(255)
-    preprocessing = Preprocessing(image_size, crop_fraction)
     name, box = image_name(dataset, index), image_box(dataset, index, crop_to_box)
-    return cut_pixels(mask, preprocessing, box=box, name=name) >= 128
+    return cut_pixels(mask, Preprocessing(**geometry), box=box, name=name) >= 128
 
 
 def decode_resized(
@@ -116,6 +129,7 @@ def decode_resized(
     *,
     part: Callable[[int, int], Part],
     size: Callable[[int, int], tuple[int, int]],
+    interpolation: str = "bilinear",
     name: str = "an image",
 ) -> np.ndarray:
     """A part of an image, resized as :func:`resize` does, decoding no more than that needs.
@@ -123,12 +137,14 @@ def decode_resized(
     Where ``resize`` would halve the part of a JPEG once, twice or three times, the JPEG is decoded
     at 1/2, 1/4 or 1/8 instead, in 1/2 to 1/4 of the time: libjpeg leaves out the frequencies that
     the mean of 2 x 2 would suppress. The result is as near to the area average as by halving
-    (benchmarks/decode.py). The part's edges are then rounded to pixels of the reduced image.
+    (benchmarks/decode.py). The part's edges are then rounded to pixels of the reduced image. What
+    is resized bicubically is decoded whole.
 
     Args:
         encoded: the bytes of the file.
         part: height and width of the whole image -> the part, in its pixels.
         size: height and width of the part -> those of the result.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
         name: what the error message calls the image.
 
     Returns:
@@ -143,7 +159,7 @@ def decode_resized(
         >>> decode_resized(jpeg, part=part, size=size).shape
         (20, 60, 3)
     """
-    whole = jpeg_size(encoded)
+    whole = jpeg_size(encoded) if interpolation == "bilinear" else None
     if whole is not None:
         rectangle = part(*whole)
         reduction = _reduction(rectangle, size(*rectangle[2:]))
@@ -154,7 +170,7 @@ def decode_resized(
     # No JPEG, or one whose headers are not what OpenCV makes of them.
     image = decode_image(encoded, name=name)
     rectangle = part(*image.shape[:2])
-    return resize(_cut(image, *rectangle), *size(*rectangle[2:]))
+    return resize(_cut(image, *rectangle), *size(*rectangle[2:]), interpolation)
 
 
 def _reduction(part: Part, size: tuple[int, int]) -> int:
@@ -176,8 +192,10 @@ def _reduced(part: Part, reduction: int) -> Part:
     return top, left, bottom - top, right - left
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear; an image of more than four pixels for one is first halved by the mean of 2 x 2.
+def resize(
+    image: np.ndarray, height: int, width: int, interpolation: str = "bilinear"
+) -> np.ndarray:
+    """Bilinear, halved by the mean of 2 x 2 before while it has more than four pixels for one.
 
     Bilinear interpolation reads four pixels for one, so beyond that it would skip some (aliasing).
     Halving takes about a fifth of the time of OpenCV's INTER_AREA at other ratios, which costs more
@@ -188,10 +206,17 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         image: uint8 [h, w, 3] or [h, w].
         height: of the result, in pixels.
         width: of the result, in pixels.
+        interpolation: ``"bicubic"``: by Pillow, antialiased. OpenCV's bicubic skips pixels, and has
+            another kernel than the one with which published models were trained.
 
     Returns:
         uint8 [height, width, 3] or [height, width].
     """
+    if interpolation == "bicubic":
+        from PIL import Image  # Late: few models need it.
+
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(resized)
     rows, columns = image.shape[0] // 2, image.shape[1] // 2
     if rows * columns > height * width:
         halved = cv2.resize(
@@ -216,14 +241,40 @@ def center_crop(image: np.ndarray, *, image_size: int, crop_fraction: float) -> 
         >>> center_crop(np.zeros((40, 30, 3), np.uint8), image_size=14, crop_fraction=0.875).shape
         (14, 14, 3)
     """
-    image = resize(image, *_fit(*image.shape[:2], short=round(image_size / crop_fraction)))
-    return _centre(image, image_size)
+    preprocessing = Preprocessing(image_size, crop_fraction)
+    return _squared(resize(image, *_fit(preprocessing, *image.shape[:2])), preprocessing)
 
 
-def _fit(height: int, width: int, short: int) -> tuple[int, int]:
-    """Height and width of an image resized so that its short side is ``short``."""
-    scale = short / min(height, width)
-    return round(height * scale), round(width * scale)
+def _fit(preprocessing: Preprocessing, height: int, width: int) -> tuple[int, int]:
+    """Height and width to which an image is resized before it is made a square."""
+    size = preprocessing.image_size
+    if preprocessing.resize == "squash":
+        return size, size
+    if preprocessing.resize == "letterbox":
+        scale = size / max(height, width)
+    else:
+        scale = preprocessing.short_side / min(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _squared(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """A resized image [h, w, 3] or mask [h, w], its centre cut out, or on a border."""
+    side = preprocessing.image_size
+    if preprocessing.resize != "letterbox":
+        return _centre(image, side)
+    (height, width), color = image.shape[:2], np.array(preprocessing.pad_color, np.uint8)
+    square = np.zeros((side, side, *image.shape[2:]), np.uint8)
+    square[:] = color if image.ndim == 3 else 0  # No garment in a mask's border.
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _seen_of(
+    box: ArrayLike | None, name: str, preprocessing: Preprocessing
+) -> Callable[[int, int], Part]:
+    """The part of an image that is resized: of a strip whose ends are cut away, the centre."""
+    return (centre_of if preprocessing.resize == "crop" else part_of)(box, name)
 
 
 def _centre(image: np.ndarray, side: int) -> np.ndarray:

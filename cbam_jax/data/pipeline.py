@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from cbam_jax.data.augmentation import train_image
 from cbam_jax.data.images import eval_image
 from cbam_jax.data.sampling import AUGMENTATION, class_balanced_indices, images_by_class
 from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.preprocessing import Preprocessing
 
 Batches = Generator[dict[str, np.ndarray], None, None]
 
@@ -43,6 +45,9 @@ def train_batches(
     random_erasing: float = 0.0,
     crop_to_box: bool = False,
     skip_singletons: bool = False,
+    resize: str = "crop",
+    interpolation: str = "bilinear",
+    pad_color: tuple[int, ...] = (127, 127, 127),
     workers: int = 0,
     start_step: int = 0,
     num_steps: int | None = None,
@@ -75,6 +80,10 @@ def train_batches(
         crop_to_box: whether to use only the part of an image inside its ``dataset.bbox``.
         skip_singletons: leave out the labels that have one image, which no other can match, as
             datasets labelled by item have. False refuses them.
+        resize: how the random crop becomes a square, with ``"letterbox"`` on a border of
+            ``pad_color``, else squashed; see ``Preprocessing``, of which are the next two as well.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+        pad_color: red, green, blue.
         workers: processes that load batches; 0 loads them in threads of this process, one a core
             (at most 16), which starts at once and is as fast on a machine of few cores. Workers
             are spawned, so a script that uses them needs ``if __name__ == "__main__":``.
@@ -106,6 +115,8 @@ def train_batches(
     """
     _check_common(dataset, image_size, crop_to_box, workers, process_index, process_count)
     _check_augmentation(crop_scale, crop_ratio, color_jitter, random_erasing)
+    geometry = {"resize": resize, "interpolation": interpolation, "pad_color": tuple(pad_color)}
+    Preprocessing(image_size, **geometry)
     _check_steps(seed, start_step, num_steps)
     batch_size = classes_per_batch * images_per_class
     images = images_by_class(dataset.label)
@@ -142,6 +153,7 @@ def train_batches(
             flip=flip,
             color_jitter=color_jitter,
             random_erasing=random_erasing,
+            **geometry,
         ),
     )
     stop = sys.maxsize if num_steps is None else start_step + num_steps
@@ -153,11 +165,11 @@ def eval_batches(
     *,
     image_size: int,
     batch_size: int,
-    crop_fraction: float = 0.875,
     crop_to_box: bool = False,
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    **geometry: Any,
 ) -> Batches:
     """Every image of the dataset exactly once, in order, without anything random.
 
@@ -168,12 +180,12 @@ def eval_batches(
         dataset: the images and their labels; one split.
         image_size: side of the square images delivered, in pixels.
         batch_size: images in a batch, over all processes; a multiple of process_count.
-        crop_fraction: the short side is resized to image_size / crop_fraction before the centre
-            is cut out (:func:`center_crop`).
         crop_to_box: whether to use only the part of an image inside its ``dataset.bbox``.
         workers: as in :func:`train_batches`.
         process_index: which of the processes this is; it gets its part of each batch's rows.
         process_count: processes that evaluate together.
+        **geometry: how an image becomes a square: ``crop_fraction``, ``resize``, ``interpolation``
+            and ``pad_color`` of :class:`cbam_jax.preprocessing.Preprocessing`.
 
     Returns:
         An iterator of dicts: ``image`` uint8 [b, s, s, 3], ``label`` int32 [b], ``index``
@@ -185,20 +197,17 @@ def eval_batches(
             while iterating, for an image that cannot be read.
     """
     _check_common(dataset, image_size, crop_to_box, workers, process_index, process_count)
-    if not 0 < crop_fraction <= 1:
-        raise InputError(f"crop_fraction={crop_fraction}: give a fraction in (0, 1]")
+    geometry["image_size"] = image_size
+    Preprocessing(**geometry)
     if batch_size < 1 or batch_size % process_count:
         raise InputError(
             f"batch_size={batch_size}: give a positive multiple of the number of processes, "
             f"{process_count}"
         )
     _check_shared_memory(workers, batch_size // process_count, image_size)
-    geometry = {
-        "image_size": image_size, "crop_fraction": crop_fraction, "crop_to_box": crop_to_box
-    }  # fmt: skip
     load = functools.partial(
         _eval_batch,
-        read=functools.partial(eval_image, dataset, **geometry),
+        read=functools.partial(eval_image, dataset, crop_to_box=crop_to_box, **geometry),
         label=dataset.label,
         batch_size=batch_size,
         rows=_rows(batch_size, process_index, process_count),

@@ -3,6 +3,7 @@
 Submodules carry torchvision's names (``fc``, or VGG's ``classifier.0``, ``.3`` and ``.6``).
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from flax import nnx
 from cbam_jax import InputError
 from cbam_jax.backbones.layers import adaptive_average_pool
 from cbam_jax.backbones.vgg import VGG
-from cbam_jax.models import BACKBONES, normalize_images
+from cbam_jax.models import BACKBONES, normalize_images, pixel_scaling
 from cbam_jax.pretrained.loading import load_pretrained
 from cbam_jax.pretrained.published import IMAGENET
 from cbam_jax.pretrained.sources import Source
@@ -31,6 +32,7 @@ class Classifier(nnx.Module):
     Args:
         backbone: maps [b, h, w, 3] to [b, h', w', backbone.num_features].
         num_classes: length of the logits; torchvision's weights have ImageNet's 1000.
+        scaling: mean and deviation of the pixels that the backbone expects; None: ImageNet's.
         rngs: for the parameters.
 
     >>> images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
@@ -39,8 +41,16 @@ class Classifier(nnx.Module):
     (2, 5)
     """
 
-    def __init__(self, backbone, num_classes: int = 1000, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        backbone,
+        num_classes: int = 1000,
+        *,
+        scaling: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.backbone = backbone
+        self.scaling = nnx.static(scaling or pixel_scaling(""))
         self.num_classes = num_classes
         if isinstance(backbone, VGG):
             self.classifier = nnx.Dict(
@@ -77,7 +87,8 @@ def create_classifier(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs) -> 
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
-    return Classifier(BACKBONES[name](rngs=rngs), num_classes, rngs=rngs)
+    scaling = pixel_scaling(name)
+    return Classifier(BACKBONES[name](rngs=rngs), num_classes, scaling=scaling, rngs=rngs)
 
 
 def check(
@@ -131,7 +142,8 @@ def image_accuracy(
             "give one folder a class, empty ones too"
         )
     graph, state = nnx.split(nnx.view(model, use_running_average=True))
-    predict = jax.jit(lambda state, images: nnx.merge(graph, state)(normalize_images(images)))
+    scaled = functools.partial(normalize_images, mean=model.scaling[0], std=model.scaling[1])
+    predict = jax.jit(lambda state, images: nnx.merge(graph, state)(scaled(images)))
     hits = np.zeros((0, 5), bool)
     # Imported late: a classifier itself needs no datasets.
     from cbam_jax.datasets.progress import progress
