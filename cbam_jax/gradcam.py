@@ -93,11 +93,12 @@ def grad_cam(
             shape.
 
     >>> from cbam_jax.models import create_model
-    >>> model = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
-    >>> images = jax.random.normal(jax.random.key(1), (2, 64, 96, 3))
-    >>> maps = grad_cam(model, images)
-    >>> maps.heat.shape, maps.raw.shape, maps.empty.tolist()
-    ((2, 64, 96), (2, 2, 3), [False, False])
+    >>> build = lambda: create_model("resnet18_cbam", rngs=nnx.Rngs(0))
+    >>> model = nnx.eval_shape(build)  # Or build(), and maps = grad_cam(model, images).
+    >>> images = jnp.ones((2, 64, 96, 3))
+    >>> maps = nnx.eval_shape(grad_cam, model, images)
+    >>> maps.heat.shape, maps.raw.shape, maps.empty.shape
+    ((2, 64, 96), (2, 2, 3), (2,))
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")

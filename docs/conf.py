@@ -16,9 +16,8 @@ html_title = "cbam_jax"
 default_role = "code"
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+# The docstrings say what each argument is; NumPy's ArrayLike alone is a dozen types.
+autodoc_typehints = "none"
 autodoc_default_options = {"members": True}
-# A signature says `ArrayLike`, not the dozen types that this stands for.
-autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
-python_use_unqualified_type_names = True
+# Once: a field in a signature and again by its docstring would be two.
 napoleon_use_ivar = True

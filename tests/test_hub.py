@@ -10,13 +10,14 @@ import safetensors.numpy
 from flax import nnx
 from golden.make_backbones import FOLDER, seeded_images
 from seeded import jitted
+from tiny_run import patch_tiny_models
 
 from cbam_jax import InputError
 from cbam_jax.hub import from_pretrained, save_pretrained
 from cbam_jax.models import create_model
 from cbam_jax.pretrained import load_pretrained
 
-CONFIG = {"name": "resnet18_cbam", "embedding_dim": 5, "attention_init": "identity"}
+CONFIG = {"name": "tiny_cbam", "embedding_dim": 5, "attention_init": "identity"}
 PREPROCESSING = {"image_size": 64, "crop_fraction": 0.875}
 
 
@@ -25,6 +26,13 @@ def drawn_array(name, shape):
     if len(shape) == 1:
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
     return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch_tiny_models(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_round_trip(saved):
 
 def test_the_card_says_what_it_is(saved):
     card = (saved[1] / "README.md").read_text()
-    for text in ("# resnet18_cbam", "Trained on photos", "| map@5 | 0.8123 |", "[b, 64, 64, 3]"):
+    for text in ("# tiny_cbam", "Trained on photos", "| map@5 | 0.8123 |", "[b, 64, 64, 3]"):
         assert text in card
 
 
@@ -100,6 +108,7 @@ def test_what_is_not_finite_is_not_saved(saved, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_format_1_loads(tmp_path):
     """Names, shapes, config and embeddings as they were when the format was made."""
     frozen = json.loads((FOLDER / "saved_model_1.json").read_text())
@@ -134,7 +143,7 @@ def test_a_config_of_another_model_is_refused(saved, tmp_path):
         (lambda d: d.pop("model"), "config.json is damaged"),
         (lambda d: d["model"].update(depth=3), "no model can be built.*depth"),
         (lambda d: d["model"].update(name="resnet34_cbam"), "does not fit the model"),
-        (lambda d: d["model"].update(name="resnet18"), "unexpected: last_attention"),
+        (lambda d: d["model"].update(name="tiny"), "unexpected: last_attention"),
         (lambda d: d["model"].update(pooling="gem"), "1 tensors .* not in .*pool.power"),
     ],
 )

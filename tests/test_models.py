@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from seeded import SmallBackbone
+from tiny_run import drawn_model
 
-from cbam_jax.models import GeM, create_model, normalize_images
+from cbam_jax.models import EmbeddingModel, GeM, create_model, normalize_images
 
 
 @pytest.fixture
@@ -38,20 +40,39 @@ def test_paper_attention_is_not_the_plain_backbone(images):
     assert float(jnp.abs(difference).max()) > 1e-3
 
 
-def test_embedding_is_the_pooled_map_projected_and_normalised(images):
-    model = evaluation(create_model("resnet18", embedding_dim=24, rngs=nnx.Rngs(0)))
-    features = np.asarray(model.features(images), np.float64)
+@pytest.fixture
+def small():
+    """A small model, drawn without compiling, and one program of its features and embeddings."""
+
+    def build(**options):
+        backbone = lambda: SmallBackbone(rngs=nnx.Rngs(0))  # noqa: E731
+        model = drawn_model(lambda: EmbeddingModel(backbone(), rngs=nnx.Rngs(1), **options))
+        graph, state = nnx.split(evaluation(model))
+
+        @jax.jit
+        def run(state, images):
+            model = nnx.merge(graph, state)
+            return model.features(images), model(images)
+
+        return model, lambda images: map(np.asarray, run(state, images))
+
+    return build
+
+
+def test_embedding_is_the_pooled_map_projected_and_normalised(images, small):
+    model, run = small(embedding_dim=24)
+    features, found = run(images)
     projection = model.projection
-    embedding = features.mean((1, 2)) @ np.asarray(projection.kernel[...], np.float64)
+    embedding = features.astype(np.float64).mean((1, 2)) @ np.asarray(projection.kernel[...])
     embedding += np.asarray(projection.bias[...])
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
-    np.testing.assert_allclose(model(images), embedding, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, embedding, rtol=1e-4, atol=1e-6)
 
 
-def test_normalize_off_keeps_the_length(images):
-    model = evaluation(create_model("resnet18", normalize=False, rngs=nnx.Rngs(0)))
-    expected = np.asarray(model.features(images), np.float64).mean((1, 2))
-    np.testing.assert_allclose(model(images), expected, rtol=1e-4, atol=1e-6)
+def test_normalize_off_keeps_the_length(images, small):
+    features, found = small(normalize=False)[1](images)
+    expected = features.astype(np.float64).mean((1, 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gem_is_the_generalised_mean(rng):

@@ -30,7 +30,13 @@ def tied():
     return queries, gallery
 
 
-@pytest.mark.parametrize("metric", METRICS)
+ONE_AND_SLOW_OTHERS = [
+    "euclidean",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in METRICS if m != "euclidean"),
+]
+
+
+@pytest.mark.parametrize("metric", ONE_AND_SLOW_OTHERS)
 def test_equal_to_search_bit_for_bit(rng, tied, metric):
     """Ties, random numbers, both far from the origin, and rows of every length."""
     find = jitted(k=20, metric=metric, block_size=500)
@@ -132,6 +138,7 @@ def test_no_row_is_valid():
     assert np.isinf(found[0]).all()
 
 
+@pytest.mark.slow  # test_masks has it among others.
 def test_exclude_self(rng):
     x = rng.integers(0, 2, (200, 5)).astype(np.float32)
     found = as_numpy(jitted(k=7, exclude_self=True)(x, x))
