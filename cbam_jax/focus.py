@@ -14,7 +14,7 @@ import numpy as np
 from cbam_jax import data, gradcam, steps
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.datasets.progress import progress
-from cbam_jax.report_text import wrapped
+from cbam_jax.report_text import gate_name, wrapped
 
 DEFINITIONS = {
     "area": "share of the image's pixels that the garment covers: heat_inside of an even map",
@@ -214,8 +214,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     if report["gates"]:
         lines.append(f"{'spatial gate':30}{'inside':>12}{'outside':>12}")
     for name, means in report["gates"].items():
-        name = name.removeprefix("backbone.").removesuffix(".spatial")
-        lines.append(f"{name:30}{means['inside']:12.4f}{means['outside']:12.4f}")
+        lines.append(f"{gate_name(name):30}{means['inside']:12.4f}{means['outside']:12.4f}")
     for name, definition in report["definitions"].items():
         lines += wrapped(f"{name:17}{definition}", 17)
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from cbam_jax import __version__
 from cbam_jax.report_text import (
     counts,
     first_k,
+    gate_name,
     is_number,
     plain_words,
     shown_categories,
@@ -178,19 +179,20 @@ def _category(category: str, values: Mapping[str, float | None], k: int) -> list
 
 def _focus(focus: Mapping[str, Any]) -> str:
     """Where the model looks: its heat on the garments, and beside it what says nothing scores."""
-    rows = [["an even map; the centre", _number(focus["area"]), _number(focus["pointing_center"])]]
+    even = [_number(focus["area"]), _number(focus["pointing_center"]), ""]
+    rows = [["an even map; the centre", *even]]
     for name, means in focus["targets"].items():
-        means = (_number(means["heat_inside"]), _number(means["pointing"]))
-        rows.append([html.escape(f"heat of {name}"), *means])
+        values = [_number(means["heat_inside"]), _number(means["pointing"])]
+        rows.append([html.escape(f"heat of {name}"), *values, f"{means['num_empty']}"])
     gates = [
-        [html.escape(name), _number(means["inside"]), _number(means["outside"])]
+        [html.escape(gate_name(name)), _number(means["inside"]), _number(means["outside"])]
         for name, means in focus["gates"].items()
     ]
     told = (
         f"{focus['num_images']} images, {focus['num_left_out']} left out for having the garment "
         f"out of view; tolerance {focus['tolerance']:.1f} pixels."
     )
-    tables = [_table(["what", "heat_inside", "pointing"], rows, 2)]
+    tables = [_table(["what", "heat_inside", "pointing", "num_empty"], rows, 3)]
     if gates:
         tables.append(_table(["spatial gate", "inside", "outside"], gates, 2))
     definitions = [[html.escape(word) for word in pair] for pair in focus["definitions"].items()]

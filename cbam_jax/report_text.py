@@ -56,6 +56,15 @@ def is_number(value: float | None) -> bool:
     return value is not None and not np.isnan(value)
 
 
+def gate_name(path: str) -> str:
+    """Name a spatial gate by its place in the backbone.
+
+    >>> gate_name("backbone.last_attention.spatial")
+    'last_attention'
+    """
+    return path.removeprefix("backbone.").removesuffix(".spatial")
+
+
 def counts(report: Mapping[str, Any]) -> str:
     """Say how much was searched among how much, and what no mean has."""
     metrics = report["metrics"]

@@ -12,7 +12,7 @@ from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
-from cbam_jax.report_text import first_k
+from cbam_jax.report_text import first_k, gate_name
 from cbam_jax.runlog import read_log
 from cbam_jax.whole_files import save_arrays
 
@@ -172,7 +172,7 @@ def save_heat_figures(measured: Measured, rows: np.ndarray) -> list[str]:
 def spatial_gates(model: EmbeddingModel, inputs: Any) -> dict[str, np.ndarray]:
     """Return the spatial gates of each CBAM at some images, [b, h', w'], by its place."""
     return {
-        name.removeprefix("backbone."): np.asarray(gate)
+        gate_name(name): np.asarray(gate)
         for name, gate in gradcam.attention_gates(model, inputs).items()
         if name.endswith(".spatial")
     }
