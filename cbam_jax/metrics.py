@@ -148,7 +148,7 @@ def per_category_metrics(
     """
     _on_host("per_category_metrics", matches, num_relevant, categories)
     per_query = per_query_metrics(matches, num_relevant, ks)
-    categories, counted = np.asarray(categories), np.asarray(num_relevant) > 0
+    categories, counted = _plain("categories", categories), np.asarray(num_relevant) > 0
     if categories.shape != counted.shape:
         raise ValueError(f"categories have shape {categories.shape}, expected {counted.shape}")
     names, group = np.unique(categories, return_inverse=True)
@@ -273,12 +273,20 @@ def label_matches(indices: ArrayLike, query_labels: ArrayLike, gallery_labels: A
     Returns:
       ``[q, k]`` bool, False at index -1.
 
+    Raises:
+      ValueError: For labels that are not ``[q]`` and ``[n]``, that could never be equal (numbers on
+        one side, text on the other), or that equal nothing (NaN, None).
+
     Example:
       >>> label_matches([[0, 2, -1]], [7], [7, 8, 8]).tolist()
       [[True, False, False]]
     """
-    xp = _traced(indices, query_labels, gallery_labels) or np
-    items, own, labels = (xp.asarray(a) for a in (indices, query_labels, gallery_labels))
+    xp = _traced(indices, query_labels, gallery_labels)
+    if xp:
+        own, labels = xp.asarray(query_labels), xp.asarray(gallery_labels)
+    else:
+        own, labels = _comparable("labels", query_labels, gallery_labels)
+    items = (xp or np).asarray(indices)
     return (labels[items] == own[:, None]) & (items >= 0)
 
 
@@ -305,6 +313,9 @@ def count_relevant(
     Returns:
       ``[q]`` int64, R of the metrics (int32 of traced arrays).
 
+    Raises:
+      ValueError: As `label_matches` does, also of groups.
+
     Example:
       >>> count_relevant([7, 8], [7, 8, 8], query_in_gallery=True).tolist()
       [0, 1]
@@ -312,15 +323,43 @@ def count_relevant(
     given = query_labels, gallery_labels, query_in_gallery, query_group, gallery_group
     if _traced(*given):
         return _traced_count(*given)
-    query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
+    query_labels, gallery_labels = _comparable("labels", query_labels, gallery_labels)
     counts = _count(query_labels[:, None], gallery_labels[:, None])
     if query_group is None or gallery_group is None:
         return counts - np.asarray(query_in_gallery, np.int64)
     # Labels and groups as integers, so that pairs of them can be counted as rows of a matrix.
     label = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)[1]
-    groups = np.concatenate([np.asarray(query_group), np.asarray(gallery_group)])
+    groups = np.concatenate(_comparable("group", query_group, gallery_group))
     pair = np.stack([label, np.unique(groups, return_inverse=True)[1]], axis=1)
     return counts - _count(pair[: len(query_labels)], pair[len(query_labels) :])
+
+
+def _comparable(what: str, query: ArrayLike, gallery: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of both sides as arrays of numbers or of text; ValueError where none could match."""
+    own, labels = _plain(f"query_{what}", query), _plain(f"gallery_{what}", gallery)
+    kinds = [{"U": "text", "S": "bytes"}.get(a.dtype.kind, "numbers") for a in (own, labels)]
+    if kinds[0] != kinds[1] and own.size and labels.size:
+        raise ValueError(
+            f"query_{what} are {own.dtype} and gallery_{what} {labels.dtype}, which are never "
+            f"equal: give both as {kinds[0]} or both as {kinds[1]}"
+        )
+    return own, labels
+
+
+def _plain(name: str, values: ArrayLike) -> np.ndarray:
+    """An array ``[n]`` of numbers or text; of objects, as pandas has them, what they hold."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} have shape {array.shape}, expected one dimension")
+    if array.dtype.kind in "OT":
+        kind = str if len(array) and isinstance(array[0], str) else (int, np.integer)
+        odd = [value for value in array.tolist() if not isinstance(value, kind)]
+        if odd:
+            raise ValueError(f"{name} hold {odd[0]!r}: give integers alone, or text alone")
+        array = np.array(array.tolist())
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise ValueError(f"{name} hold NaN, which equals nothing: leave those rows out")
+    return array
 
 
 def _count(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:

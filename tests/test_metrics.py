@@ -164,6 +164,56 @@ def test_all_left_out_is_nan():
     assert (metrics["num_queries"], metrics["num_left_out"]) == (2, 2)
 
 
+def test_labels_of_objects_are_text_or_integers(rng):
+    names, numbers = np.array(["hat", "coat", "dress"]), np.array([5, 7**20 % 2**40, -3])
+    index = rng.integers(-1, 12, (9, 4))
+    for kinds in (names, numbers):
+        own, labels = rng.choice(kinds, 9), rng.choice(kinds, 12)
+        for dtype in (object, *([np.dtypes.StringDType()] if kinds is names else [])):
+            objects = own.astype(dtype), labels.astype(dtype)
+            for given in (objects, (own, objects[1]), (objects[0], labels)):
+                expected = label_matches(index, own, labels)
+                np.testing.assert_array_equal(label_matches(index, *given), expected)
+                assert count_relevant(*given).tolist() == [(labels == x).sum() for x in own]
+    hits = np.ones((3, 1), bool)
+    table = per_category_metrics(hits, [1, 1, 1], names.astype(object), ks=(1,))
+    assert list(table) == ["coat", "dress", "hat"]
+
+
+@pytest.mark.parametrize(
+    ("own", "labels", "message"),
+    [
+        (np.array(["1", "1", "2"]), np.array([1, 1, 2]), "query_labels are <U1 and gallery_labels"),
+        (np.array([1, 1, 2]), np.array(["1", "1", "2"], object), "give both as numbers or both as"),
+        (np.array([b"a", b"b"]), np.array(["a", "b"]), "which are never equal: give both as bytes"),
+        (np.array([1.0, np.nan]), np.array([1, 2]), "query_labels hold NaN, which equals nothing"),
+        (
+            np.array([1, 2]),
+            np.array([[1], [2]]),
+            r"gallery_labels have shape \(2, 1\), expected",
+        ),
+        (np.array(["a", None]), np.array(["a", "b"]), "query_labels hold None: give integers alon"),
+        (np.array([1, "a"], object), np.array([1, 2]), "query_labels hold 'a'"),
+        (np.array(["a", float("nan")], object), np.array(["a"]), "query_labels hold nan"),
+    ],
+)
+def test_labels_that_could_never_match_are_refused(own, labels, message):
+    index = np.zeros((len(own), 1), int)
+    with pytest.raises(ValueError, match=message):
+        label_matches(index, own, labels)
+    with pytest.raises(ValueError, match=message):
+        count_relevant(own, labels)
+    if "labels are" in message or "give both" in message:
+        ids = np.zeros(len(own), int), np.zeros(len(labels), int)
+        with pytest.raises(ValueError, match=message.replace("_labels", "_group")):
+            count_relevant(*ids, query_group=own, gallery_group=labels)
+
+
+def test_no_label_at_all_is_of_every_type():
+    assert count_relevant([], ["a"]).tolist() == []
+    assert count_relevant(["a"], []).tolist() == [0]
+
+
 def test_per_category(rng):
     matches, relevant = random_hits(rng, 60, 20)
     relevant[:3], matches[:3] = 0, False

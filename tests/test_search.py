@@ -343,6 +343,9 @@ def test_wrong_arguments_are_named(rng):
         search(x, x, 1, metric="l1")
     with pytest.raises(ValueError, match="'float16'; choose bfloat16 or float32"):
         search(x, x, 1, first_pass="float16")
+    for ids in (np.arange(4) + 10**12, np.array(["a", "b", "c", "d"])):
+        with pytest.raises(ValueError, match=r"query_group .* number both together: np\.unique"):
+            search(x, x, 1, query_group=ids, gallery_group=ids)
     with pytest.raises(ValueError, match="query_group and gallery_group are given together"):
         search(x, x, 1, query_group=np.arange(4))
     with pytest.raises(ValueError, match=r"gallery_category has shape \(3,\)"):

@@ -70,14 +70,21 @@ def label_pair(
         return None, None
     if query is None or gallery is None:
         raise ValueError(f"query_{name} and gallery_{name} are given together or not at all")
-    return _integers(query, q, f"query_{name}"), _integers(gallery, n, f"gallery_{name}")
+    remedy = (
+        f"; number both together: np.unique(np.concatenate([query_{name}, gallery_{name}]), "
+        "return_inverse=True)[1]"
+    )
+    own = _integers(query, q, f"query_{name}", remedy)
+    return own, _integers(gallery, n, f"gallery_{name}", remedy)
 
 
-def _integers(x: Any, count: int, name: str) -> Any:
+def _integers(x: Any, count: int, name: str, remedy: str = "") -> Any:
     traced = isinstance(x, Tracer)
     x = x if traced else np.asarray(x)
     if x.shape != (count,) or not np.issubdtype(x.dtype, np.integer):
-        raise ValueError(f"{name} has shape {x.shape} and dtype {x.dtype}, expected [{count}] ints")
+        raise ValueError(
+            f"{name} has shape {x.shape} and dtype {x.dtype}, expected [{count}] ints{remedy}"
+        )
     if not traced and x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
-        raise ValueError(f"{name} has values from {x.min()} to {x.max()}, expected int32")
+        raise ValueError(f"{name} has values from {x.min()} to {x.max()}, expected int32{remedy}")
     return x.astype(np.int32)
