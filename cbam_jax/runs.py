@@ -34,6 +34,7 @@ from cbam_jax import (
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.figures import HIT_COLORS
+from cbam_jax.file_locks import take_lock
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.run_figures import Measured
@@ -104,25 +105,12 @@ def locked(workdir: Path) -> Iterator[None]:
             f"--workdir={workdir} cannot be written ({error.strerror}): choose another"
         ) from error
     with file:
-        if not _take_lock(file):
+        if not take_lock(file):
             raise InputError(
                 f"--workdir={workdir} is in use by another training: wait for it to end, stop it, "
                 "or choose another"
             )
         yield
-
-
-def _take_lock(file: Any) -> bool:
-    """Lock an open file unless another process has; True too where no lock is to be had."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows; a file system without locks, as some clusters have.
-        return True
-    return True
 
 
 def restore_model(

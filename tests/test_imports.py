@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "gradcam": set(),
     "whole_files": set(),
+    "file_locks": set(),
     "foreign_files": set(),
     "command_line": {"foreign_files", "whole_files"},
     "checkpoint": {"foreign_files"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "report": {"report_text"},
     "runlog": {"foreign_files", "whole_files"},
     "steps": {"compiler_options"},
-    "datasets": {"foreign_files", "whole_files"},
+    "datasets": {"file_locks", "foreign_files", "whole_files"},
     "preprocessing": set(),
     "data": {"datasets", "preprocessing"},
     "losses": {"distances"},
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "configs": set(),
     "config_files": set(),
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
-    "paper": {"config_files", "command_line", "datasets", "figures", "metrics"},
+    "paper": {"command_line", "config_files", "datasets", "figures", "file_locks", "metrics"},
     "focus": {"data", "datasets", "gradcam", "report_text", "steps"},
     "saved_config": {"config_files", "configs", "datasets", "foreign_files"},
     # What a config means, then what a run does and is; the commands stand on top.
@@ -88,6 +89,7 @@ MAY_IMPORT = {
         "datasets",
         "evaluation",
         "experiment",
+        "file_locks",
         "figures",
         "focus",
         "models",

@@ -112,6 +112,21 @@ def test_an_interrupted_copy_goes_on(tmp_path, photos, monkeypatch):
     assert len(read(folder / "manifest.csv")) == 6
 
 
+def test_what_no_jpeg_can_hold_is_named(tmp_path, capsys):
+    lines = ["path,label,split"]
+    for name, size in (("long.png", (9, 65_600)), ("tall.png", (65_600, 9)), ("a.png", (9, 9))):
+        save(tmp_path / "in" / name, np.zeros((*size, 3), np.uint8))
+        lines.append(f"{name},hat,train")
+    (tmp_path / "in" / "photos.csv").write_text("\n".join(lines))
+    arguments = ["resize", f"{tmp_path}/in/photos.csv", str(tmp_path / "out")]
+    assert command.main(arguments) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "error: long.png.jpg of 65600 x 9 would become 65600 x 9 pixels" in told[-1]
+    assert "give a smaller --short_side" in told[-1]
+    assert command.main([*arguments[:2], str(tmp_path / "smaller"), "--short_side=8"]) == 0
+    assert decode_image((tmp_path / "smaller" / "long.png.jpg").read_bytes()).shape[0] == 8
+
+
 @pytest.mark.parametrize("with_splits", [True, False])
 def test_a_folder_of_class_folders_becomes_a_manifest(tmp_path, rng, with_splits):
     for split in ("train", "val") if with_splits else (".",):

@@ -1,7 +1,6 @@
 """Datasets of TensorFlow Datasets (TFDS), prepared as ArrayRecord and opened without TensorFlow."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import io
@@ -23,6 +22,7 @@ from cbam_jax.datasets.building import SKIPPED_LIST
 from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
+from cbam_jax.file_locks import take_lock
 from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_text
 
 # What users fetch by hand, having signed its agreement.
@@ -217,11 +217,9 @@ def _locked(path: Path, name: str) -> Iterator[None]:
             f"cannot prepare '{name}' in {path.parent} ({error.strerror}): choose another data_dir"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file):
             print(f"waiting for another process that prepares {name}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, wait=True)
         yield  # closing the file releases the lock, also when the process is killed
 
 

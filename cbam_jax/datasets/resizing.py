@@ -25,6 +25,7 @@ from cbam_jax.foreign_files import read_file, read_json
 from cbam_jax.whole_files import written_whole
 
 MANIFEST = "manifest.csv"
+_JPEG_SIDE = 65_500  # pixels, of libjpeg
 _SETTINGS = "settings.json"  # of an unfinished copy: what it is a copy of
 Row = tuple[dict[str, str], Callable[[], bytes]]  # of the manifest, and its image's file
 
@@ -93,7 +94,7 @@ def shrink(encoded: bytes, *, short_side: int, quality: int, name: str = "an ima
     One that is not larger keeps its size, and a JPEG its bytes.
 
     Raises:
-        InputError: the image cannot be decoded.
+        InputError: the image cannot be decoded, or would be larger than a JPEG can be.
 
     Example:
         >>> import numpy as np
@@ -106,7 +107,12 @@ def shrink(encoded: bytes, *, short_side: int, quality: int, name: str = "an ima
     scale = min(1, short_side / min(height, width))
     if scale == 1 and jpeg_size(encoded) is not None:
         return encoded
-    size = (round(width * scale), round(height * scale))
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    if max(size) > _JPEG_SIDE:
+        raise InputError(
+            f"{name} of {width} x {height} would become {size[0]} x {size[1]} pixels, and a JPEG "
+            f"has at most {_JPEG_SIDE} a side: cut it, or give a smaller --short_side"
+        )
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     return cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1].tobytes()

@@ -1,7 +1,6 @@
 """The processes that train and measure rows: which they are, their output, their end."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError
+from cbam_jax.file_locks import take_lock
 
 # Where the processes find this package: a checkout, or what it was installed into.
 _ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +33,9 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file):
             print(f"another process is at work in {workdir}: waiting for it to end", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, wait=True)
         os.set_inheritable(file.fileno(), True)
         yield
 
