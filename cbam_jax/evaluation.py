@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -259,6 +259,7 @@ def save_neighbours(
         ids: str [n], of all images.
         categories: of all images, their category's name.
     """
+    names = list(zip(ids.tolist(), categories, strict=True))
     with (
         written_whole(path) as partial,
         # File names that are no UTF-8 come out as the bytes that they are.
@@ -267,12 +268,15 @@ def save_neighbours(
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         for row, query in enumerate(result.query):
-            for rank, found in enumerate(result.neighbour[row]):
-                if found >= 0:
-                    same = "true" if result.match[row, rank] else "false"
-                    writer.writerow(
-                        [
-                            ids[query], categories[query], rank + 1, ids[found], categories[found],
-                            f"{result.distance[row, rank]:.7g}", same,
-                        ]
-                    )  # fmt: skip
+            writer.writerows(_found(result, row, names[query], names))
+
+
+def _found(
+    result: Evaluation, row: int, query: tuple[str, str], names: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str | int, ...]]:
+    """Rows of what was found for one query; names are ids and categories."""
+    columns = (result.neighbour[row], result.distance[row], result.match[row])
+    ranked = zip(*(column.tolist() for column in columns), strict=True)
+    for rank, (index, distance, match) in enumerate(ranked, start=1):
+        if index >= 0:
+            yield *query, rank, *names[index], f"{distance:.7g}", "true" if match else "false"

@@ -39,10 +39,15 @@ def plain_words(report: Mapping[str, Any]) -> str:
         return "No query has an image of its category to find: there is nothing to measure."
     chance = report.get("chance", {}).get(f"precision@{k}")
     return (
-        f"Of the first {k} images found, {k * hits:.1f} are of the same category as the query"
-        + (f"; by chance {k * chance:.1f} would be. " if is_number(chance) else ". ")
+        f"Of the first {k} images found, {_few(k * hits)} are of the same category as the query"
+        + (f"; by chance {_few(k * chance)} would be. " if is_number(chance) else ". ")
         + f"{_percent(some)} of 100 queries find at least one."
     )
+
+
+def _few(number: float) -> str:
+    """A mean number of images: 7.2, but no 0.0 where there are some."""
+    return f"{number:.1f}" if number >= 0.05 or number == 0 else f"{number:.1g}"
 
 
 def _percent(share: float) -> str:

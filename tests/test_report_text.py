@@ -42,6 +42,8 @@ def test_it_begins_with_what_a_shop_understands(rng):
     first = " ".join(text.split())
     # Not 100, for it is not all of them.
     assert "by chance 1.4 would be. 99 of 100 queries find at least one." in first
+    report = make_report(rng, ["coat"]) | {"chance": {"precision@10": 0.0012}}
+    assert "by chance 0.01 would be" in plain_words(report)
     nothing = {"precision@5": float("nan"), "recall@5": float("nan")}
     report = {"ks": [5], "metrics": nothing, "chance": {"precision@5": float("nan")}}
     assert "No query has an image of its category to find" in plain_words(report)
