@@ -153,6 +153,33 @@ class Embedder:
         embeddings, failed = self._embed(cut, len(files), self._batch_size, progress)
         return Embedded(embeddings, [(_name(files[row], row), reason) for row, reason in failed])
 
+    def embed_file(
+        self, path: str | os.PathLike | bytes, *, box: ArrayLike | None = None
+    ) -> np.ndarray:
+        """Embed one image file at once, by a program of its own: a query that someone waits for.
+
+        Args:
+            path: of the file, or its bytes.
+            box: ``x1, y1, x2, y2`` of the part that is used, in pixels; None: all of it.
+
+        Returns:
+            [d] float32: what ``embed_files`` gives, but for rounding.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        file = path if isinstance(path, bytes) else str(os.fspath(path))
+        (place,) = _checked_boxes(None if box is None else np.asarray(box)[None], 1)
+
+        def cut(row: int) -> np.ndarray:
+            encoded, name = _read(file, row)
+            return data.cut_file(encoded, self.preprocessing, box=place, name=name)
+
+        embeddings, failed = self._embed(cut, 1, self._mesh.size, False)
+        for _, reason in failed:
+            raise InputError(reason)
+        return embeddings[0]
+
     def embed_images(
         self,
         images: Iterable[np.ndarray],

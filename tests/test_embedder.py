@@ -370,3 +370,16 @@ def test_a_published_model_is_loaded_by_its_name(monkeypatch):
         np.testing.assert_array_equal(np.asarray(variable[...]), arrays[name], err_msg=name)
     with pytest.raises(InputError, match="checkpoint='last'"):
         cbam_jax.load("tiny", checkpoint="last")
+
+
+def test_one_file_at_once_is_as_in_a_batch_but_for_rounding(embedder, files):
+    many = embedder.embed_files(files[:3], progress=False).embeddings
+    boxes = [[3, 4, 30, 33]] * 3
+    cut = embedder.embed_files(files[:3], boxes=boxes, progress=False).embeddings
+    for row in (0, 1):
+        np.testing.assert_allclose(embedder.embed_file(files[row]), many[row], atol=1e-6)
+        content = Path(files[row]).read_bytes()
+        np.testing.assert_allclose(embedder.embed_file(content, box=boxes[0]), cut[row], atol=1e-6)
+    for wrong, message in (("nowhere.jpg", "no such file"), (b"no image", "cannot be decoded")):
+        with pytest.raises(InputError, match=message):
+            embedder.embed_file(wrong)

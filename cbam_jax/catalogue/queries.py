@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
 Part = str | os.PathLike | bytes | int | np.ndarray
+_FEW = 4  # Photos that are embedded one by one.
 _AWAY = 0.5  # The weight of what the answer is to be unlike.
 
 
@@ -38,18 +39,48 @@ def embeddings_of(
     found: list[np.ndarray | None] = [_without_model(part, gallery) for part in parts]
     photos = [place for place, row in enumerate(found) if row is None]
     boxes = boxes or [None] * len(parts)
-    for boxed in (False, True):
-        some = [place for place in photos if (boxes[place] is not None) == boxed]
-        if not some:
-            continue
-        files = [_file(parts[place]) for place in some]
-        places = np.array([boxes[place] for place in some]) if boxed else None
-        embedded = embedder().embed_files(files, boxes=places, progress=False)
-        for name, reason in embedded.failed[:1]:
-            raise InputError(f"{name}: {reason}; give another photo")
-        for place, row in zip(some, embedded.embeddings, strict=True):
+    if photos:
+        files = [_file(parts[place]) for place in photos]
+        rows = embed_photos(embedder(), files, [boxes[place] for place in photos])
+        for place, row in zip(photos, rows, strict=True):
+            if isinstance(row, str):
+                raise InputError(f"{row}; give another photo")
             found[place] = row
     return np.array(found, np.float32).reshape(len(parts), -1)
+
+
+def embed_photos(
+    embedder: "Embedder",
+    files: Sequence[str | bytes],
+    boxes: Sequence[Sequence[float] | None],
+) -> list[np.ndarray | str]:
+    """The embedding of each photo, or what is wrong with it.
+
+    A few are embedded one by one, each at once; more of them as batches, which are filled up.
+    """
+    if len(files) <= _FEW:
+        return [_embed(embedder, *one) for one in zip(files, boxes, strict=True)]
+    found: list[np.ndarray | str] = [""] * len(files)
+    for boxed in (False, True):
+        some = [place for place, box in enumerate(boxes) if (box is not None) == boxed]
+        if not some:
+            continue
+        places = np.array([boxes[place] for place in some]) if boxed else None
+        made = embedder.embed_files([files[i] for i in some], boxes=places, progress=False)
+        reasons = iter(made.failed)
+        for place, row, readable in zip(some, made.embeddings, made.readable, strict=True):
+            found[place] = row if readable else ": ".join(next(reasons))
+    return found
+
+
+def _embed(
+    embedder: "Embedder", file: str | bytes, box: Sequence[float] | None
+) -> np.ndarray | str:
+    try:
+        return embedder.embed_file(file, box=box)
+    except (InputError, OSError) as error:
+        name = "" if isinstance(file, bytes) else f"{file}: "
+        return f"{name}{error}"
 
 
 def combined(like: np.ndarray, unlike: np.ndarray) -> np.ndarray:

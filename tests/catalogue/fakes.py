@@ -15,6 +15,10 @@ class Embedded(NamedTuple):
     embeddings: np.ndarray
     failed: list
 
+    @property
+    def readable(self):
+        return ~np.isnan(self.embeddings).any(axis=1)
+
 
 class FakeEmbedder:
     """As `cbam_jax.Embedder`, with embeddings of 48 numbers; counts what it embeds."""
@@ -34,6 +38,10 @@ class FakeEmbedder:
                 failed.append((f"image {row}" if isinstance(file, bytes) else file, f"{error}"))
         self.embedded += len(rows)
         return Embedded(np.array(rows, np.float32).reshape(-1, 48), failed)
+
+    def embed_file(self, path, *, box=None):
+        self.embedded += 1
+        return self._embed(path, box)
 
     def _embed(self, file, box):
         if not isinstance(file, bytes):

@@ -93,8 +93,15 @@ def test_several_photos_as_one_query_and_what_it_is_to_be_unlike(shop, photos, e
 
 def test_several_queries_at_once_are_each_alone(shop, photos):
     asked = [[photos[0]], [5], [photos[3], 8]]
-    found = shop.find_all(asked, k=4)
-    assert found == [shop.find(parts, k=4) for parts in asked]
+    assert shop.find_all(asked, k=4) == [shop.find(parts, k=4) for parts in asked]
+    # More photos are embedded as a batch, those with a box apart.
+    asked = [[photo] for photo in photos]
+    boxes = [[[4, 4, 30, 20]] if row % 3 else None for row in range(12)]
+    alone = [shop.find(photo, k=4, box=box and box[0]) for photo, box in
+             zip(photos, boxes, strict=True)]  # fmt: skip
+    assert shop.find_all(asked, k=4, boxes=boxes) == alone
+    with pytest.raises(InputError, match="nowhere.jpg"):
+        shop.find_all([*asked, ["nowhere.jpg"]], k=4)
 
 
 def test_ties_come_by_id(shop, photos, tmp_path):
