@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import re
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from tiny_run import patch_tiny_models
 
 from cbam_jax import InputError, experiment, models, runs, steps, training
-from cbam_jax.backbones.resnet import BasicBlock, ResNet
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.configs import default
 from cbam_jax.evaluation import classification_metrics
@@ -28,12 +27,10 @@ CLASSES = ("coat", "dress", "hat", "skirt")
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """A ResNet of four blocks on one device: little to compile."""
-    tiny = functools.partial(ResNet, stage_sizes=(1, 1, 1, 1), block=BasicBlock)
+    """Two convolutions on one device: little to compile."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BACKBONES, "tiny", tiny)
-        patch.setitem(models.MODELS, "tiny_cbam", ("tiny", "_cbam"))
+        patch_tiny_models(patch)
         patch.setattr(steps, "data_mesh", lambda: mesh)
         yield
 
