@@ -18,7 +18,7 @@ from flax import nnx
 from cbam_jax import InputError
 from cbam_jax.pretrained.names import family_name, our_layout, torch_name, torch_shape
 from cbam_jax.pretrained.published import IMAGENET, backbone_name, fetch_imagenet
-from cbam_jax.pretrained.sources import Source, flatten, read_arrays, unwrap
+from cbam_jax.pretrained.sources import Source, flatten, read_arrays, unwrap, without_prefix
 
 # What a model may have and a source not, whole: it then starts fresh. aux1 and aux2 are GoogLeNet's
 # auxiliary classifiers.
@@ -106,7 +106,8 @@ def load_pretrained(
         backbone = backbone_name(_backbone_tensors(ours))
         source = fetch_imagenet(backbone, source, cache=cache, mirror=mirror)
     label = "given arrays" if isinstance(source, Mapping) else str(source)
-    theirs, in_our_layout = _named_arrays(read_arrays(source), label)
+    own = {name.partition(".")[0] for name in ours}
+    theirs, in_our_layout = _named_arrays(read_arrays(source), label, own)
 
     loaded = sorted(ours.keys() & theirs.keys())
     fresh = sorted(ours.keys() - theirs.keys())
@@ -166,9 +167,11 @@ def _is_left_over(name: str, groups: set[str]) -> bool:
     return name.split(".")[0] in groups or _LEFT_OVER_ANYWHERE.search(name) is not None
 
 
-def _named_arrays(source: Mapping[str, Any], label: str) -> tuple[dict[str, np.ndarray], bool]:
+def _named_arrays(
+    source: Mapping[str, Any], label: str, own: set[str]
+) -> tuple[dict[str, np.ndarray], bool]:
     """The source's arrays by torchvision's names, and whether their layout is ours."""
-    flat = flatten(unwrap(source), label)
+    flat = without_prefix(flatten(unwrap(source), label), own)
     if any(name.startswith("ema.") for name in flat):  # A run evaluates its average.
         flat = {name: array for name, array in flat.items() if not name.startswith("params.")}
         flat = {name.removeprefix("ema."): array for name, array in flat.items()}

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,11 @@ _SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# Under which training scripts save the weights, those first that they evaluate.
+_WRAPPERS = (
+    "state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "network",
+    "teacher", "student",
+)  # fmt: skip
 # Bytes. The format allows headers up to 100 MB; those of a model of images have some 100 kB.
 _MOST_BYTES = 16 << 30
 _LONGEST_HEADER = 100_000_000
@@ -118,11 +123,33 @@ def _check_length(file: BinaryIO) -> None:
 
 
 def unwrap(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict in a training script's checkpoint, by the usual keys."""
-    for wrapper in ("state_dict", "model_state_dict", "model"):
+    """The state dict in a training script's checkpoint, by the usual keys.
+
+    >>> unwrap({"epoch": 3, "model": {"state_dict": {"bias": 0}}})
+    {'bias': 0}
+    """
+    for wrapper in _WRAPPERS:
         if isinstance(saved.get(wrapper), Mapping):
-            return saved[wrapper]
+            return unwrap(saved[wrapper])
     return saved
+
+
+def without_prefix(arrays: Mapping[str, np.ndarray], own: Collection[str]) -> dict[str, np.ndarray]:
+    """Names without what all of them begin with, as whatever wraps a whole model adds it.
+
+    ``own`` are the first parts of the model's own names. Of the two networks that a contrastive
+    training keeps it is ``encoder_q``, which its authors evaluate.
+
+    >>> without_prefix({"module._orig_mod.conv1.weight": 1, "module._orig_mod.fc.bias": 2}, ["fc"])
+    {'conv1.weight': 1, 'fc.bias': 2}
+    """
+    arrays = dict(arrays)
+    if any(name.startswith(("encoder_q.", "module.encoder_q.")) for name in arrays):
+        arrays = {name: array for name, array in arrays.items() if "encoder_q." in name}
+    firsts = {name.partition(".")[0] for name in arrays}
+    if len(firsts) != 1 or not firsts.isdisjoint(own) or not all("." in name for name in arrays):
+        return arrays
+    return without_prefix({name.partition(".")[2]: a for name, a in arrays.items()}, own)
 
 
 def flatten(tree: Mapping[Any, Any], label: str) -> dict[str, np.ndarray]:

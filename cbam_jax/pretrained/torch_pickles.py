@@ -2,8 +2,9 @@
 
 Python's own unpickler builds whatever a file asks for, as large as it asks for it. This one knows
 the instructions that torch.save writes. Of the globals that they may ask for it knows the names of
-a tensor, its storage, a parameter, a size and an ordered dict, and there is nothing behind a name
-that a file could reach. A storage is no array: no instruction makes one or takes it apart.
+a tensor, its storage, a parameter, a size and an ordered dict, and of a few things that are read as
+None; there is nothing behind a name that a file could reach. A storage is no array: no instruction
+makes one or takes it apart.
 """
 
 import math
@@ -66,6 +67,20 @@ _GLOBALS = {
     ("torch._utils", "_rebuild_tensor_v2"): _Global("_rebuild_tensor"),
     ("torch._utils", "_rebuild_parameter"): _Global("_rebuild_parameter"),
     ("torch.nn.parameter", "Parameter"): _Global("Parameter"),
+    # What training scripts save beside the weights: read as None, whatever it is called with.
+    **dict.fromkeys(
+        (
+            ("_codecs", "encode"),
+            ("argparse", "Namespace"),
+            ("numpy", "dtype"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy.core.multiarray", "scalar"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+            ("torch", "device"),
+        ),
+        _Global("nothing"),
+    ),
     **{(module, name): _Global(name) for module in ("torch", "torch.cuda") for name in _DTYPES},
 }
 
@@ -293,11 +308,15 @@ class PickleReader:
             raise InputError("a parameter that is no tensor: the file is damaged")
         return tensor
 
+    def _nothing(self, *_: Any) -> None:
+        return None
+
     def _new(self, code: bytes) -> None:
         arguments, made = self._stack.pop(), self._stack.pop()
-        if type(arguments) is not tuple or type(made) is not _Global or made.name != "Parameter":
+        made = _OBJECTS.get(made.name) if type(made) is _Global else None
+        if type(arguments) is not tuple or made is None:
             raise InputError("the pickle makes an object that is no parameter: the file is damaged")
-        self._stack.append(_Parameter())
+        self._stack.append(made())
 
     def _build(self, code: bytes) -> None:
         """An object's attributes: of a parameter its tensor, which replaces it; else dropped."""
@@ -305,7 +324,7 @@ class PickleReader:
         if type(target) is _Parameter and type(state) is tuple:
             self._count(len(state))
             target.tensor = self._stack[-1] = self._parameter(*state)
-        elif type(target) is not dict:
+        elif type(target) not in (dict, type(None)):
             raise InputError("the pickle sets attributes of what has none: the file is damaged")
 
     def _storage(self, code: bytes) -> None:
@@ -364,7 +383,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "Size": PickleReader._size,
     "_rebuild_tensor": PickleReader._tensor,
     "_rebuild_parameter": PickleReader._parameter,
+    "nothing": PickleReader._nothing,
 }
+_OBJECTS: dict[str, Callable[[], Any]] = {"Parameter": _Parameter, "nothing": lambda: None}
 
 
 def _known(module: Any, name: Any) -> _Global:

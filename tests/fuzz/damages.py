@@ -63,7 +63,7 @@ def lose(path, rng, _):
 
 
 def swap(path, rng, others):
-    shutil.copyfile(others[rng.integers(len(others))], path)
+    path.write_bytes(others[rng.integers(len(others))].read_bytes())
 
 
 DAMAGES = (flip, flip, overwrite, cut, lose, swap)

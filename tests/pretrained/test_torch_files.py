@@ -1,6 +1,8 @@
 """Torch's files read without torch; test_torch_files_torch.py compares with torch itself."""
 
+import argparse
 import os
+import pathlib
 import pickle
 import struct
 import sys
@@ -20,6 +22,7 @@ from torch_writing import (
     call,
     doubled,
     legacy,
+    name as global_name,
     push,
     shared_dicts,
     shared_lists,
@@ -222,6 +225,35 @@ def test_a_shared_parameter_is_one_array(tmp_path):
     found = read(zipped(push({"a": parameter, "b": b"h\x00"})), tmp_path)
     np.testing.assert_array_equal(found["a"], [1, 2])
     assert found["a"] is found["b"]
+
+
+BESIDE = {
+    "best_prec1": np.float64(76.1),
+    "counts": [np.int64(3), np.bool_(True)],
+    "args": argparse.Namespace(lr=0.1, data="/x", gpus=[0, 1]),
+    "folder": pathlib.PosixPath("/data/photos"),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_scripts_save_beside_the_weights_is_read_as_nothing(what, protocol, tmp_path):
+    code = b"}(" + push("state_dict") + push({"a": tensor(BASE, 0, (4,), (1,))})
+    code += push(what) + pickle.dumps(BESIDE[what], protocol)[2:-1]
+    (tmp_path / "x.pth").write_bytes(zipped(code + b"u"))
+    saved = read_torch(tmp_path / "x.pth")
+    assert saved[what] in (None, [None, None])
+    np.testing.assert_array_equal(saved["state_dict"]["a"], np.arange(4, dtype=np.float32))
+
+
+def test_arguments_of_what_is_read_as_nothing_are_not_followed(tmp_path):
+    """Whatever such a thing is called with, or is given, comes to nothing."""
+    device = global_name("torch", "device")
+    system = call(global_name("_codecs", "encode"), "import os", "exec")
+    code = push({"device": call(device, "cuda", 0), "x": system})
+    code += push("y") + call(device, call(device, [1], {"a": (2,)})) + push({"b": 3}) + b"bs"
+    (tmp_path / "x.pth").write_bytes(zipped(code))
+    assert read_torch(tmp_path / "x.pth") == {"device": None, "x": None, "y": None}
 
 
 @pytest.mark.parametrize("write", [zipped, legacy])
