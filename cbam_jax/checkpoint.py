@@ -305,7 +305,9 @@ class _Manager(ocp.CheckpointManager):
         path = Path(self.directory, str(step), "metrics", "metrics")
         try:
             metrics = read_json(path)
-        except FileNotFoundError:  # Saved without an evaluation.
+        except FileNotFoundError:
+            if path.parent.is_dir():  # Else it was saved without an evaluation.
+                _tell_once(f"the metrics of checkpoint {step} are lost")
             return None
         except (OSError, ValueError) as error:
             _tell_once(f"the metrics of checkpoint {step} are damaged ({shown(str(error))})")

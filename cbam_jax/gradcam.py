@@ -28,6 +28,8 @@ import numpy as np
 from flax import nnx
 
 METHODS = ("grad_cam", "grad_cam++", "hires_cam")
+# Pixels less their mean, divided by their deviation, are below 3.
+_LARGEST = 16
 # What is below this share of the terms it was summed from is rounding.
 _ROUNDING = 1e-5
 
@@ -189,6 +191,8 @@ def _check_images(images: jax.Array | np.ndarray) -> None:
         remedy = "give an array of images"
     elif not jnp.issubdtype(dtype, jnp.floating):
         remedy = "scale pixels first, model.preprocess(images)"
+    elif not isinstance(images, jax.core.Tracer) and np.max(np.abs(np.asarray(images))) > _LARGEST:
+        remedy = "these are pixels up to 255; give model.preprocess of them as uint8"
     else:
         return
     raise ValueError(f"images are {dtype} {list(shape)}, expected float [b, h, w, 3]: {remedy}")

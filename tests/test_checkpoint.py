@@ -210,6 +210,18 @@ def test_damaged_metrics_do_not_keep_a_folder_from_being_opened(checkpoints, cap
     assert "the metrics of checkpoint 2 are damaged" in capsys.readouterr().err
 
 
+def test_lost_metrics_are_told(checkpoints, capsys):
+    save(checkpoints, 1, 0.9)
+    save(checkpoints, 2, 0.2)
+    save(checkpoints, 3)
+    Path(checkpoints.directory, "1", "metrics", "metrics").unlink()
+    checkpoint._tell_once.cache_clear()
+    with Checkpoints(checkpoints.directory, best_metric="map@10", read_only=True) as opened:
+        assert opened.best_step() == 2
+    told = "the metrics of checkpoint 1 are lost: it is not taken for the best by them\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_pipe_in_a_checkpoint_is_damage(checkpoints, capsys):
     save(checkpoints, 1)
     save(checkpoints, 2)

@@ -210,6 +210,7 @@ def test_preprocess_tells_what_is_meant(images, message, embedder):
         (np.zeros((2, 8, 9, 3), np.uint8), "scale pixels first"),
         (np.zeros((2, 3, 8, 9), np.float32), "move the channels last"),
         (np.zeros((8, 9, 3), np.float32), "add the batch axis"),
+        (np.full((1, 8, 9, 3), 200, np.float32), "these are pixels up to 255; give model.preproc"),
         (np.zeros((9, 3), np.float32), "give an array of images"),
         (np.zeros((0, 8, 9, 3), np.float32), "give an array of images"),
         (np.zeros((2, 3, 8, 9), np.uint8), "move the channels last"),

@@ -22,13 +22,15 @@ from torch_writing import (
     call,
     doubled,
     legacy,
-    name as global_name,
     push,
     shared_dicts,
     shared_lists,
     shared_tuples,
     tensor,
     zipped,
+)
+from torch_writing import (
+    name as global_name,
 )
 
 from cbam_jax import InputError, pretrained
