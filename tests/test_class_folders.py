@@ -3,6 +3,7 @@
 import io
 import pickle
 import sys
+import unicodedata
 
 import cv2
 import numpy as np
@@ -155,6 +156,15 @@ def test_images_are_known_by_their_content_and_the_rest_is_counted(tmp_path, rng
         f"{tmp_path}: passed over: 2 .heic {heic}, 1 .heif {heic}, 1 .png, 1 .txt, {folder}, "
         "1 without an ending\n"
     )
+
+
+def test_class_folders_whose_names_look_the_same_are_one_class(tmp_path, rng):
+    names = [unicodedata.normalize(form, "p\u00e9ch\u00e9") for form in ("NFC", "NFD")]
+    write_images(tmp_path, (f"{names[0]}/1.png", f"{names[1]}/2.png", "hat/1.png"), rng)
+    dataset = open_dataset(str(tmp_path), "all")
+    assert dataset.label_names == ("hat", names[0])
+    assert sorted(dataset.label.tolist()) == [0, 1, 1]
+    assert {dataset.image(i).shape for i in range(3)} == {(12, 10, 3)}
 
 
 def test_a_folder_of_heic_alone_says_how_it_is_read(tmp_path, monkeypatch):

@@ -570,7 +570,10 @@ def test_augment_flips_half_and_erases_by_its_probability(rng, option, low, high
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes_per_batch": 7}, "has 6 classes, fewer than classes_per_batch=7; lower it"),
+        (
+            {"classes_per_batch": 7},
+            "classes_per_batch=7; set --config.data.classes_per_batch=6",
+        ),
         ({"classes_per_batch": 1}, "classes_per_batch=1: give at least 2"),
         ({"images_per_class": 1}, "images_per_class=1: give at least 2"),
         (

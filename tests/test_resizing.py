@@ -112,6 +112,18 @@ def test_an_interrupted_copy_goes_on(tmp_path, photos, monkeypatch):
     assert len(read(folder / "manifest.csv")) == 6
 
 
+def test_rows_without_a_box_keep_none(tmp_path, images):
+    lines = ["path,label,split,x1,y1,x2,y2", "a.png,hat,train,10,20,30,40", "b.png,hat,train,,,,"]
+    for name, image in zip(("a.png", "b.png"), images, strict=False):
+        save(tmp_path / "in" / name, image)
+    (tmp_path / "in" / "photos.csv").write_text("\n".join(lines))
+    assert resize_dataset(f"{tmp_path}/in/photos.csv", tmp_path / "out", short_side=24) == 2
+    rows = read(tmp_path / "out" / "manifest.csv")
+    boxes = [[row[side] for side in ("x1", "y1", "x2", "y2")] for row in rows]
+    assert boxes[1] == [""] * 4
+    assert np.allclose([float(x) for x in boxes[0]], np.array([10, 20, 30, 40]) * 24 / 60, atol=0.3)
+
+
 def test_what_no_jpeg_can_hold_is_named(tmp_path, capsys):
     lines = ["path,label,split"]
     for name, size in (("long.png", (9, 65_600)), ("tall.png", (65_600, 9)), ("a.png", (9, 9))):
@@ -161,11 +173,12 @@ def test_mistakes_are_told_in_one_line(tmp_path, photos, capsys):
     (tmp_path / "out.partial").mkdir()
     assert "out.partial holds an unfinished copy of something else" in mistake(photos, out)
     with open(photos, "a") as file:
-        file.write('"9",../in/shop 1/1.jpg,hat,train,1,1,i,s,1,1,2,2\n')
-        file.write('"9",in/shop 1/1.jpg,hat,train,1,1,i,s,1,1,2,2\n')
+        file.write('"9",../q/1.jpg,hat,train,1,1,i,s,1,1,2,2\n')
+        file.write('"9",q/1.jpg,hat,train,1,1,i,s,1,1,2,2\n')
+    save(tmp_path / "q" / "1.jpg", np.ones((9, 9, 3), np.uint8))
     assert "1 of 8 images" in mistake(photos, out)
-    save(photos.parent / "in" / "shop 1" / "1.jpg", np.zeros((9, 9, 3), np.uint8))
-    assert "two images would be written to in/shop 1/1.jpg: rename" in mistake(photos, out)
+    save(photos.parent / "q" / "1.jpg", np.zeros((9, 9, 3), np.uint8))
+    assert "two images would be written to q/1.jpg: rename" in mistake(photos, out)
 
 
 def test_a_small_png_becomes_a_jpeg_of_its_size_and_a_small_jpeg_stays(rng):

@@ -299,14 +299,16 @@ def image_box(dataset: RetrievalDataset, index: int, crop_to_box: bool) -> np.nd
 def part_of(box: ArrayLike | None, name: str) -> Callable[[int, int], Part]:
     """Height and width of an image -> all of it, or what lies in its box, rounded outwards.
 
+    A box that is missing, NaN throughout, is all of it.
+
     Raises:
         InputError: when called, for a box that holds no pixel.
     """
 
     def part(height: int, width: int) -> Part:
-        if box is None:
+        corners = np.asarray(np.nan if box is None else box, np.float64)
+        if np.isnan(corners).all():
             return 0, 0, height, width
-        corners = np.asarray(box, np.float64)
         left, top = np.floor(np.clip(corners[:2], 0, (width, height)))
         right, bottom = np.ceil(np.clip(corners[2:], 0, (width, height)))
         if not (left < right and top < bottom):  # NaN is refused too

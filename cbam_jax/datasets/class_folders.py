@@ -14,6 +14,7 @@ train, 10 % validation, 10 % test, as those of a manifest without a ``split`` co
 
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,14 +99,14 @@ class _Listing(NamedTuple):
 def _listing(root: Path, split: str) -> _Listing:
     if _has_splits(root):
         splits = split_names(root)
-        classes = sorted({path.name for other in splits for path in _folders(root / other)})
+        classes = sorted({_name(path) for other in splits for path in _folders(root / other)})
         everything = split == ALL and ALL not in splits
         names = splits if everything else [_split_folder(root, split)]
         parts = [_files(root, name) for name in names]
         files, others = ([file for part in parts for file in part[i]] for i in (0, 1))
         folder = root if everything else root / names[0]
         return _Listing(folder, classes, files, others, np.ones(len(files), bool))
-    classes = [path.name for path in _folders(root)]
+    classes = sorted({_name(path) for path in _folders(root)})
     files, others = _files(root, ".")
     return _Listing(root, classes, files, others, _hashed_split(root, files, split))
 
@@ -120,7 +121,7 @@ def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> in
     total = 0
     for listed in _folders(root) if _has_splits(root) else [root]:
         files, others = _files(listed, ".")
-        classes = [path.name for path in _folders(listed)]
+        classes = sorted({_name(path) for path in _folders(listed)})
         _check(_Listing(listed, classes, files, others, np.ones(len(files), bool)))
         paths = [f"{listed}/{file}" for file in files]
         total += int(good_images(listed, paths, on_bad_image=on_bad_image, decode=True).sum())
@@ -219,4 +220,9 @@ def _holds_image(folder: Path) -> bool:
 
 
 def _class(file: str) -> str:
-    return file.split("/")[-2]
+    return _name(Path(file).parent)
+
+
+def _name(folder: Path) -> str:
+    """A class folder's name, in which an accent and its letter are one character (NFC)."""
+    return unicodedata.normalize("NFC", folder.name)

@@ -12,18 +12,17 @@ is_query            1/0, true/false or yes/no; without the column every image is
 is_gallery          likewise
 item_id             any text; equal for photos of one product
 series              any text; equal for photos of one shoot
-x1, y1, x2, y2      box of the garment in pixels, all four or none
+x1, y1, x2, y2      box of the garment in pixels; a row without one is its whole image
 ==================  ==============================================================================
 
 Without a ``split`` column the rows are split here, 80 % train, 10 % validation, 10 % test, see
 :func:`assign_splits`. Other columns are ignored, and named on stderr.
 """
 
-import csv
 import hashlib
-import io
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,11 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.datasets.image_files import ImageFiles, good_images
 from cbam_jax.datasets.retrieval import RetrievalDataset
-from cbam_jax.foreign_files import MOST_TABLE, read_file, shown_names
+from cbam_jax.datasets.tables import read_table
+from cbam_jax.foreign_files import shown_names
 
-BOX = ("x1", "y1", "x2", "y2")
-COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
 LABELS = ("label", "item_id", "series")
 ALL = "all"  # The split of every row, unless the column has that name.
-_TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
 
 
 def open_manifest(
@@ -65,6 +62,7 @@ def open_manifest(
             the remedy.
     """
     path = Path(path).expanduser()
+    split = unicodedata.normalize("NFC", split)
     table = read_table(path)
     if label not in LABELS or label not in table:
         found = [column for column in LABELS if column in table]
@@ -84,36 +82,6 @@ def open_manifest(
         )
     here &= good_images(path, table["path"], on_bad_image=on_bad_image)
     return _select(path, split, table, label, np.flatnonzero(here))
-
-
-def read_table(path: Path) -> dict[str, list]:
-    """Reads and checks the columns of a manifest; paths come back joined to the CSV's folder."""
-    header, rows = _read_rows(path)
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    table: dict[str, list] = dict(zip(header, columns, strict=True))
-    ignored = [column for column in header if column not in COLUMNS]
-    if ignored:
-        told = f"ignored the columns {shown_names(ignored)}; known are {list(COLUMNS)}"
-        print(f"{path}: {told}", file=sys.stderr)
-    _check_filled(path, table)
-    _check_unique(path, table["path"])
-    for column in ("is_query", "is_gallery"):
-        if column in table:
-            table[column] = [
-                _boolean(path, row, column, text) for row, text in enumerate(table[column], 2)
-            ]
-    if BOX[0] in table:
-        boxes = zip(*(table.pop(column) for column in BOX), strict=True)
-        table["bbox"] = [_box(path, row, box) for row, box in enumerate(boxes, 2)]
-    table["id"] = [Path(name).as_posix() for name in table["path"]]
-    table["path"] = [os.path.join(path.parent, name) for name in table["path"]]
-    return table
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads a manifest as it is written, a dict a row, with the columns that others ignore."""
-    header, rows = _read_rows(path)
-    return [dict(zip(header, cells, strict=True)) for cells in rows]
 
 
 def assign_splits(table: dict[str, list]) -> list[str]:
@@ -157,87 +125,6 @@ def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
     path = Path(path)
     files = read_table(path)["path"]
     return int(good_images(path, files, on_bad_image=on_bad_image, decode=True).sum())
-
-
-def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    try:
-        text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
-        lines = [[cell.strip() for cell in cells] for cells in csv.reader(text, strict=True)]
-    except FileNotFoundError:
-        raise InputError(f"there is no manifest {path}: give the path of a CSV file") from None
-    except OSError as error:
-        raise InputError(f"cannot read the manifest {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: save it as 'CSV UTF-8'") from error
-    except csv.Error as error:
-        raise InputError(f"{path} is not a CSV file: {error}") from error
-    while lines and not any(lines[-1]):
-        lines.pop()
-    header, rows = (lines[0], lines[1:]) if lines else ([], [])
-    _check_header(path, header)
-    if not rows:
-        raise InputError(f"{path} has no rows below its header: list one image a row")
-    for number, cells in enumerate(rows, 2):
-        if len(cells) != len(header):
-            raise InputError(
-                f"{path} row {number} has {len(cells)} cells and the header {len(header)}: fill "
-                "it up or remove it, and put quotes around text that holds a comma"
-            )
-    return header, rows
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    missing = [column for column in ("path", "label") if column not in header]
-    if missing:
-        raise InputError(
-            f"{path} has no column {missing[0]}: its first line must name path and label, "
-            f"separated by commas, and has {shown_names(header)}"
-        )
-    repeated = sorted({column for column in header if header.count(column) > 1})
-    if repeated:
-        raise InputError(f"{path} names the column '{repeated[0]}' twice: rename or remove one")
-    box = [column for column in BOX if column in header]
-    if box and len(box) < 4:
-        raise InputError(f"{path} has the box columns {box} only: give x1,y1,x2,y2 or none")
-
-
-def _check_filled(path: Path, table: dict[str, list]) -> None:
-    for column in ("path", "label", "split", "item_id", "series"):
-        for row, text in enumerate(table.get(column, []), 2):
-            if not text:
-                raise InputError(f"{path} row {row}: {column} is empty: fill it or remove the row")
-
-
-def _check_unique(path: Path, names: list[str]) -> None:
-    first: dict[str, int] = {}
-    for row, name in enumerate(names, 2):
-        earlier = first.setdefault(os.path.normpath(name), row)
-        if earlier != row:
-            raise InputError(
-                f"{path} row {row}: the path {name} is also in row {earlier}: remove one of them"
-            )
-
-
-def _boolean(path: Path, row: int, column: str, text: str) -> bool:
-    if text.lower() not in _TRUE + _FALSE:
-        raise InputError(
-            f"{path} row {row}: {column} is '{text}': write 1 or 0, true or false, yes or no"
-        )
-    return text.lower() in _TRUE
-
-
-def _box(path: Path, row: int, texts: tuple[str, ...]) -> tuple[float, ...]:
-    box = []
-    for column, text in zip(BOX, texts, strict=True):
-        try:
-            box.append(float(text))
-        except ValueError:
-            raise InputError(
-                f"{path} row {row}: {column} is '{text}': boxes are numbers, in pixels"
-            ) from None
-    if not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
-        raise InputError(f"{path} row {row}: the box {box} is empty: x1 < x2 and y1 < y2 must hold")
-    return tuple(box)
 
 
 def _digest(text: str) -> bytes:

@@ -8,6 +8,7 @@ loading a batch costs. ``python -m cbam_jax.datasets resize NAME FOLDER`` does i
 import csv
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 
 from cbam_jax import InputError
-from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, open_dataset
+from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, open_dataset, tables
 from cbam_jax.datasets.decoding import decode_image, jpeg_size
 from cbam_jax.datasets.image_files import ImageFiles, good_images
 from cbam_jax.datasets.progress import progress
@@ -119,14 +120,14 @@ def shrink(encoded: bytes, *, short_side: int, quality: int, name: str = "an ima
 
 
 def _rows_of_manifest(path: Path, on_bad_image: str) -> list[Row]:
-    table = manifest.read_table(path)
+    table = tables.read_table(path)
     usable = good_images(path, table["path"], on_bad_image=on_bad_image)
-    rows = manifest.read_rows(path)
+    rows = tables.read_rows(path)
     splits = [row["split"] for row in rows] if "split" in table else manifest.assign_splits(table)
     images = ImageFiles(tuple(table["path"]))
     return [
         (
-            row | {"path": _inside(row["path"]), "split": splits[index]},
+            row | {"path": _inside(table["id"][index]), "split": splits[index]},
             functools.partial(images.__getitem__, index),
         )
         for index, row in enumerate(rows)
@@ -173,12 +174,14 @@ def _row(dataset: RetrievalDataset, index: int, split: str) -> dict[str, str]:
         row["series"] = str(dataset.series[index])
     if dataset.bbox is not None:
         box = dataset.bbox[index].tolist()
-        if not (box[0] < box[2] and box[1] < box[3]):  # NaN is refused too
+        missing = all(map(math.isnan, box))  # which a manifest writes as four empty cells
+        if not missing and not (box[0] < box[2] and box[1] < box[3]):
             raise InputError(
                 f"{dataset.id[index]} of {dataset.name}: the box {box} is empty, which a manifest "
                 "cannot hold: correct it"
             )
-        row |= {side: str(value) for side, value in zip(manifest.BOX, box, strict=True)}
+        cells = [""] * 4 if missing else map(str, box)
+        row |= dict(zip(tables.BOX, cells, strict=True))
     return row
 
 
@@ -233,10 +236,10 @@ def _copy(row: Row, *, folder: Path, short_side: int) -> dict[str, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             partial.write_bytes(small)
-    if manifest.BOX[0] in columns:
+    if columns.get(tables.BOX[0]):
         (height, width), (new_height, new_width) = _size(encoded), _size(small)
         scales = (new_width / width, new_height / height) * 2
-        for side, scale in zip(manifest.BOX, scales, strict=True):
+        for side, scale in zip(tables.BOX, scales, strict=True):
             columns[side] = f"{float(columns[side]) * scale:.2f}"
     return columns
 

@@ -1,0 +1,224 @@
+"""The table of a CSV manifest, as it is written and as it is meant; all its mistakes in one error.
+
+Spreadsheets and other programs write the same thing in many ways: ``1.0`` for a flag where a column
+has gaps, accents in one character or in two, ``\\`` between folders. What can mean one thing only
+is taken for that.
+"""
+
+import csv
+import functools
+import io
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from cbam_jax import InputError
+from cbam_jax.foreign_files import MOST_TABLE, read_file, shown, shown_names
+
+BOX = ("x1", "y1", "x2", "y2")
+COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
+_TRUE, _FALSE = ("1", "1.0", "true", "t", "yes", "y"), ("0", "0.0", "false", "f", "no", "n")
+_TOLD = 10  # mistakes that one error names
+
+Mistakes = list[tuple[int, str]]  # rows, and what is wrong with them and how to mend it
+Row = tuple[int, list[str]]  # its number, as a spreadsheet counts: the header is row 1
+
+
+def read_table(path: Path) -> dict[str, list]:
+    """Reads and checks the columns of a manifest.
+
+    Returns:
+        A list of each column that the table has: texts, and for ``is_query`` and ``is_gallery``
+        bools; ``bbox`` in place of ``x1, y1, x2, y2``, NaN where a row has none; ``id``, the path
+        as it is spelled on the disk, and ``path``, that joined to the CSV's folder.
+
+    Raises:
+        InputError: one line with all mistakes, or the first ten and how many more there are.
+    """
+    header, rows, mistakes = _read_rows(path)
+    ignored = [column for column in header if column not in COLUMNS]
+    if ignored:
+        told = f"ignored the columns {shown_names(ignored)}; known are {list(COLUMNS)}"
+        print(f"{path}: {told}", file=sys.stderr)
+    columns = {name: [(n, cells[i]) for n, cells in rows] for i, name in enumerate(header)}
+    table: dict[str, list] = {
+        name: [_text(name, row, text, mistakes) for row, text in columns[name]]
+        for name in ("path", "label", "split", "item_id", "series")
+        if name in columns
+    }
+    table |= {
+        name: [_flag(name, row, text, mistakes) for row, text in columns[name]]
+        for name in ("is_query", "is_gallery")
+        if name in columns
+    }
+    if BOX[0] in columns:
+        boxes = zip(*(columns[side] for side in BOX), strict=True)
+        table["bbox"] = [_box(cells, mistakes) for cells in boxes]
+    table["id"] = _spelled(path, table["path"])
+    table["path"] = [os.path.join(path.parent, name) for name in table["id"]]
+    _check_unique([number for number, _ in rows], table, mistakes)
+    _refuse(path, mistakes)
+    return table
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads a manifest as it is written, a dict a row, with the columns that others ignore."""
+    header, rows, mistakes = _read_rows(path)
+    _refuse(path, mistakes)
+    return [dict(zip(header, cells, strict=True)) for _, cells in rows]
+
+
+def _refuse(path: Path, mistakes: Mistakes) -> None:
+    """Raises InputError with the first of the mistakes, in the order of the rows."""
+    if not mistakes:
+        return
+    told = "; ".join(f"row {row}: {text}" for row, text in sorted(mistakes)[:_TOLD])
+    more = f"; and {len(mistakes) - _TOLD} more mistakes" if len(mistakes) > _TOLD else ""
+    if len(mistakes) == 1:
+        raise InputError(f"{path} {told}")
+    raise InputError(f"{path} has {len(mistakes)} mistakes: {told}{more}")
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
+    """The header, the rows that have as many cells, and what is wrong with the others."""
+    try:
+        text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
+        lines = [[cell.strip() for cell in cells] for cells in csv.reader(text, strict=True)]
+    except FileNotFoundError:
+        raise InputError(f"there is no manifest {path}: give the path of a CSV file") from None
+    except OSError as error:
+        raise InputError(f"cannot read the manifest {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as 'CSV UTF-8'") from error
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV file: {error}") from error
+    header = lines[0] if lines else []
+    _check_header(path, header)
+    rows = [(number, cells) for number, cells in enumerate(lines[1:], 2) if any(cells)]
+    if not rows:
+        raise InputError(f"{path} has no rows below its header: list one image a row")
+    mistakes = [
+        (
+            number,
+            f"it has {len(cells)} cells and the header {len(header)}: fill it up or remove it, "
+            "and put quotes around text that holds a comma",
+        )
+        for number, cells in rows
+        if len(cells) != len(header)
+    ]
+    return header, [row for row in rows if len(row[1]) == len(header)], mistakes
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    missing = [column for column in ("path", "label") if column not in header]
+    if missing:
+        raise InputError(
+            f"{path} has no column {missing[0]}: its first line must name path and label, "
+            f"separated by commas, and has {shown_names(header)}"
+        )
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
+        raise InputError(f"{path} names the column '{repeated[0]}' twice: rename or remove one")
+    box = [column for column in BOX if column in header]
+    if box and len(box) < 4:
+        raise InputError(f"{path} has the box columns {box} only: give x1,y1,x2,y2 or none")
+
+
+def _text(column: str, row: int, text: str, mistakes: Mistakes) -> str:
+    """A cell's text, in which an accent and its letter are one character (NFC)."""
+    if not text:
+        mistakes.append((row, f"{column} is empty: fill it or remove the row"))
+    return text if column == "path" else unicodedata.normalize("NFC", text)
+
+
+def _flag(column: str, row: int, text: str, mistakes: Mistakes) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        remedy = "write 1 or 0, true or false, yes or no"
+        mistakes.append((row, f"{column} is '{shown(text, 80)}': {remedy}"))
+    return text.lower() in _TRUE
+
+
+def _box(cells: tuple[tuple[int, str], ...], mistakes: Mistakes) -> tuple[float, ...]:
+    """The box of a row; NaN where all four cells are empty: the whole image is meant."""
+    row, texts = cells[0][0], [text for _, text in cells]
+    if all(text.lower() in ("", "nan") for text in texts):
+        return (math.nan,) * 4
+    try:
+        box = tuple(float(text or "nan") for text in texts)
+    except ValueError:
+        wrong = next((s, t) for s, t in zip(BOX, texts, strict=True) if not _is_number(t))
+        what = f"{wrong[0]} is '{shown(wrong[1], 80)}': boxes are numbers, in pixels"
+        mistakes.append((row, what))
+        return (math.nan,) * 4
+    if not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
+        mistakes.append((row, f"the box {list(box)} is empty: x1 < x2 and y1 < y2 must hold"))
+    return box
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "nan")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_unique(rows: list[int], table: dict[str, list], mistakes: Mistakes) -> None:
+    first: dict[str, int] = {}
+    for row, name, file in zip(rows, table["id"], table["path"], strict=True):
+        earlier = first.setdefault(os.path.abspath(file), row) if name else row
+        if earlier != row:
+            told = f"the path {shown(name)} is also in row {earlier}: remove one of them"
+            mistakes.append((row, told))
+
+
+def _spelled(path: Path, names: list[str]) -> list[str]:
+    """Paths as they are spelled on the disk, where only ``\\``, accents or upper case differ."""
+    listing = functools.cache(_listing)
+    found = [_on_disk(path.parent, name, listing) for name in names]
+    changed = [(n, f) for n, f in zip(names, found, strict=True) if f not in (n, _posix(n))]
+    if changed:
+        name, file = (shown(text) for text in changed[0])
+        print(
+            f"{path}: {len(changed)} paths are spelled in another way on the disk ({name} is "
+            f"{file})",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _on_disk(root: Path, name: str, listing: Callable[[str], dict[str, list[str]]]) -> str:
+    if not name or "\0" in name or os.path.lexists(os.path.join(root, name)):
+        return _posix(name)
+    folder = str(root)
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    found = []
+    for part in parts:
+        same = [part] if part in ("/", "..") else listing(folder).get(_loosely(part), [])
+        if len(same) != 1 and part not in same:
+            return _posix(name)
+        found.append(part if part in same else same[0])
+        folder = os.path.join(folder, found[-1])
+    return str(PurePosixPath(*found))
+
+
+def _posix(name: str) -> str:
+    return Path(name).as_posix() if name else name
+
+
+def _listing(folder: str) -> dict[str, list[str]]:
+    """The names in a folder by what they are but for accents' form and case."""
+    names: dict[str, list[str]] = {}
+    try:
+        for name in os.listdir(folder):
+            names.setdefault(_loosely(name), []).append(name)
+    except OSError:  # It is none, or may not be read: nothing is found there.
+        return {}
+    return names
+
+
+def _loosely(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
