@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARK = "\N{WHITE SQUARE}"  # In matplotlib's own font, which is always there.
+_told: set[int] = set()
 
 
 def fit_fonts(figure: "Figure") -> None:
@@ -25,10 +26,24 @@ def fit_fonts(figure: "Figure") -> None:
     if not unknown:
         return
     families, missing = _fonts_for(frozenset(unknown))
+    _tell(missing)
     marks = dict.fromkeys(missing, _MARK)
     for text in texts:
         text.set_fontfamily([_default_font()[0], *families])
         text.set_text(text.get_text().translate(marks))
+
+
+def _tell(missing: frozenset[int]) -> None:
+    """Say once of each character that no font draws it."""
+    new = sorted(missing - _told)
+    if new:
+        _told.update(new)
+        text = "".join(map(chr, new[:20])).encode(errors="replace").decode()
+        print(
+            f"no font of this system draws {text!r}: figures show squares instead; install one, "
+            "such as Debian's fonts-noto-cjk for Chinese, Japanese and Korean",
+            file=sys.stderr,
+        )
 
 
 def _default_font() -> tuple[str, frozenset[int]]:
@@ -51,17 +66,11 @@ def _font(path: str) -> tuple[str, frozenset[int]]:
 
 @functools.lru_cache
 def _fonts_for(unknown: frozenset[int]) -> tuple[list[str], frozenset[int]]:
-    """Families that draw some characters, and those that none draws; the latter are told once."""
+    """Families that draw some characters, and those that none draws."""
     families, missing = [], unknown
     while missing:
         name, drawn = max(_system_fonts().items(), key=lambda font: len(font[1] & missing))
         if not drawn & missing:
-            told = "".join(map(chr, sorted(missing)[:20])).encode(errors="replace").decode()
-            print(
-                f"no font of this system draws {told!r}: figures show squares instead; install "
-                "one, such as Debian's fonts-noto-cjk for Chinese, Japanese and Korean",
-                file=sys.stderr,
-            )
             break
         families.append(name)
         missing -= drawn

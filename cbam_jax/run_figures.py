@@ -1,10 +1,11 @@
 """What an evaluation of a run shows: result rows, heat, gates, the training curve, the page."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from cbam_jax import command_line, data, evaluation, experiment, figures, gradcam
@@ -18,6 +19,7 @@ from cbam_jax.whole_files import save_arrays
 
 # Longer side, in pixels, of an image in a figure's cell, and of one that the page can enlarge.
 _CELL, _ENLARGED = 256, 400
+_BLOCK = 8  # Images whose heat is measured at a time.
 # Of the page's figures: a caption, and what is seen, in words.
 _CAPTIONS = {
     "training.png": (
@@ -154,11 +156,11 @@ def save_heat_figures(measured: Measured, rows: np.ndarray) -> list[str]:
     titles = class_names(dataset, query)
     queries = _images(measured, query)
     inputs = model.preprocess(queries)
-    heat = _heat(gradcam.grad_cam(model, inputs))
+    heat = by_blocks(lambda images: gradcam.grad_cam(model, images).heat, inputs)
     path = measured.folder / "heat.npz"
     save_arrays(path, id=dataset.id[query], image=queries, title=titles, heat=heat)
     drawn = {"heat": figures.heat_rows(queries, {measured.config.model.name: heat}, titles=titles)}
-    gates = spatial_gates(model, inputs)
+    gates = by_blocks(lambda images: spatial_gates(model, images), inputs)
     if gates:
         drawn["gates"] = figures.gate_rows(queries, gates, titles=titles)
     pairs = draw_pairs(measured, rows, queries, titles)
@@ -188,13 +190,16 @@ def draw_pairs(
         return None
     rank = result.match[rows[hit]].argmax(axis=1)
     results = _images(measured, result.neighbour[rows[hit], rank])
-    inputs = model.preprocess(queries[hit]), model.preprocess(results)
-    of_queries, of_results = gradcam.pair_maps(model, *inputs)
+    of_queries, of_results = by_blocks(
+        lambda *pair: [maps.heat for maps in gradcam.pair_maps(model, *pair)],
+        model.preprocess(queries[hit]),
+        model.preprocess(results),
+    )
     return figures.pair_rows(
         queries[hit],
         results,
-        _heat(of_queries),
-        _heat(of_results),
+        of_queries,
+        of_results,
         titles=[titles[int(i)] for i in hit],
         distances=result.distance[rows[hit], rank],
     )
@@ -205,8 +210,27 @@ def _images(measured: Measured, index: np.ndarray) -> np.ndarray:
     return np.stack([data.eval_image(measured.dataset, i, **geometry) for i in index])
 
 
-def _heat(maps: gradcam.HeatMaps) -> np.ndarray:
-    return np.asarray(maps.heat)
+def by_blocks(measure: Callable[..., Any], *images: Any) -> Any:
+    """Measure images eight at a time: memory does not grow with their number.
+
+    Args:
+        measure: of as many arrays, [b, h, w, 3], a tree of arrays with an axis b in front.
+        images: [n, h, w, 3] each.
+
+    Returns:
+        The tree for all n, of NumPy arrays.
+
+    >>> pixels = np.arange(20).reshape(10, 2)
+    >>> by_blocks(lambda rows: {"sum": rows.sum(axis=1)}, pixels)["sum"].tolist()
+    [1, 5, 9, 13, 17, 21, 25, 29, 33, 37]
+    """
+    n, parts = len(images[0]), []
+    for start in range(0, n, _BLOCK):
+        # The last block is filled up by repeating its rows, so that all have one shape.
+        rows = np.resize(np.arange(start, min(start + _BLOCK, n)), min(_BLOCK, n))
+        part = jax.device_get(measure(*(image[rows] for image in images)))
+        parts.append(jax.tree.map(lambda array, left=n - start: array[:left], part))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def save_training_curve(measured: Measured) -> Path:
