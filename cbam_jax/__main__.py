@@ -12,6 +12,7 @@ COMMANDS = {
     "export": ("cbam_jax.hub", "write a run as a folder that others can load"),
     "catalogue": ("cbam_jax.catalogue.commands", "find the photos of a shop that look alike"),
     "datasets": ("cbam_jax.datasets.__main__", "prepare, check or shrink a dataset"),
+    "models": ("cbam_jax.model_list", "list the models, what each costs and its weights"),
     "pretrained": ("cbam_jax.pretrained.__main__", "convert and check pretrained weights"),
     "benchmark": ("cbam_jax.benchmark.__main__", "measure training, embedding, data and search"),
     "paper": ("cbam_jax.paper.__main__", "make the paper's tables and figures"),

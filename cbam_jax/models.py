@@ -1,5 +1,10 @@
-"""The embedding model: backbone, pooling, optional projection, L2 norm."""
+"""The embedding model: backbone, pooling, optional projection, L2 norm.
 
+``python -m cbam_jax.models`` lists the models, what each costs and its published weights.
+"""
+
+import importlib
+import sys
 from functools import partial
 
 import jax
@@ -236,3 +241,8 @@ def create_model(
         scaling=pixel_scaling(backbone_name),
         rngs=rngs,
     )
+
+
+if __name__ == "__main__":
+    # By name: the list stands above the models, which know nothing of published weights.
+    sys.exit(importlib.import_module("cbam_jax.model_list").command())

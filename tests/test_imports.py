@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "models",
         "whole_files",
     },
+    "model_list": {"command_line", "models", "pretrained"},
     "__main__": {"command_line"},
     "configs": set(),
     "config_files": set(),
