@@ -23,7 +23,7 @@ from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.file_locks import take_lock
-from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_text
+from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_text, shown
 
 # What users fetch by hand, having signed its agreement.
 BY_HAND = ("deepfashion_inshop", "deepfashion_consumer2shop", "deepfashion_category")
@@ -158,7 +158,26 @@ def make_builder(
             f"it, or correct the name; ours are {', '.join(OURS)}"
         ) from error
     except (ValueError, AssertionError) as error:  # TFDS's for a config and for a version
+        if _is_known_config(name, plain_name):
+            raise _damaged(name, data_dir, error) from error
         raise _unknown_config(name, plain_name) from error
+    except Exception as error:  # of many kinds, by what is damaged beside the records
+        if plain_name not in OURS:
+            raise
+        raise _damaged(name, data_dir, error) from error
+
+
+def _is_known_config(name: str, plain_name: str) -> bool:
+    config = name.partition("/")[2]
+    return plain_name in OURS and config in ("", *tfds.builder_cls(plain_name).builder_configs)
+
+
+def _damaged(name: str, data_dir: str | os.PathLike | None, error: Exception) -> InputError:
+    where = shown(data_dir or "~/tensorflow_datasets")
+    return InputError(
+        f"'{name}' in {where} is damaged ({shown(' '.join(str(error).split()), 200)}): delete its "
+        "folder there to prepare it again"
+    )
 
 
 def _unknown(name: str) -> InputError:

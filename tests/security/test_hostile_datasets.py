@@ -340,6 +340,28 @@ def test_what_stands_in_a_lists_place(what, tmp_path):
 TRAIN_LABEL = b"train\nlabel"
 
 
+# What stands in the place of a prepared dataset's dataset_info.json.
+INFOS = {
+    "an empty info of a dataset": b"",
+    "half an info of a dataset": b'{"name": "synthetic_garments", ',
+    "an info that is no UTF-8": b'{"name": "\xff\xfe"}',
+    "an info that is a list": b"[]",
+    "an info nested 100,000 deep": b'{"name":' * 100_000,
+    "an info with a field that is none": b'{"no_such_field": 1}',
+    "an info of another type": b'{"splits": 5}',
+}
+
+
+@pytest.mark.parametrize("what", INFOS)
+def test_a_prepared_dataset_whose_info_is_damaged(what, tmp_path):
+    folder = prepared.make_builder("synthetic_garments/clean", tmp_path, None, "fail").data_path
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_bytes(INFOS[what])
+    with pytest.raises(InputError, match="is damaged .*delete") as caught:
+        open_dataset("synthetic_garments/clean", "test", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def write_columns(path, **changes):
     columns = {"label": np.arange(4), "id": np.array(list("abcd"))}
     state = prepared._digest_of(columns, "state")

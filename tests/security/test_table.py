@@ -33,6 +33,7 @@ KINDS = (
     ("a CSV manifest", test_hostile_datasets.MANIFESTS, plain),
     ("an archive of photos", test_hostile_datasets.ARCHIVES, "is damaged"),
     ("DeepFashion's lists", test_hostile_datasets.LISTED, plain),
+    ("a prepared dataset", test_hostile_datasets.INFOS, "is damaged"),
     ("columns kept of a dataset", test_hostile_datasets.COLUMNS, "read anew"),
     ("a run's config", test_hostile_runs.CONFIGS, plain),
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
