@@ -168,7 +168,7 @@ def test_what_stands_in_the_place_of_a_manifests_photo(what, on_bad_image, tmp_p
         assert dataset.id.tolist() == ["photo.png"]
         assert "1 of 2 images" in capsys.readouterr().err
     else:
-        with pytest.raises(InputError, match="1 of 2 images .*(not a regular|no such|not an|Too many)"):
+        with pytest.raises(InputError, match="1 of 2 .*(not a regular|no such|Too many|larger)"):
             open_dataset(str(tmp_path / "x.csv"), "test")
 
 
