@@ -192,7 +192,7 @@ MANIFESTS = {
     "a quote that never ends": (HEADER + b'"photo.png,a,test\n' * 5, "not a CSV|cells"),
     "a cell of a megabyte": (HEADER + b"x" * (1 << 20) + b",a,test\n", "not a CSV"),
     "a column twice": (b"path,label,label\nphoto.png,a,b\n", "twice"),
-    "a row of one cell more": (HEADER + b"photo.png,a,test,x\n", "row 2 has 4 cells"),
+    "a row of one cell more": (HEADER + b"photo.png,a,test,x\n", "4 cells and the header 3"),
     "a path with a zero byte": (HEADER + b"pho\0to.png,a,test\n", "cannot be used"),
     "a path of 100,000 letters": (HEADER + b"p" * 100_000 + b",a,test\n", "cannot be used"),
     "a path to a device": (HEADER + b"/dev/zero,a,test\n", "not a regular file"),
