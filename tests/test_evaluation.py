@@ -175,6 +175,8 @@ def test_chance_is_what_random_orders_give(split, rng, grouped):
                 # The mean over all orders of the hits among the first k, each place being alike.
                 shares.append(sum(hits.mean() for _ in range(min(k, len(hits)))) / k)
         assert report["chance"][f"precision@{k}"] == pytest.approx(np.mean(shares))
+    # Three images are searched and found, of which two are relevant: 2 of 6 places.
+    assert chance_precision(np.array([2]), np.array([3]), 6) == pytest.approx(1 / 3)
     assert np.isnan(chance_precision(np.array([0, 0]), np.array([3, 4]), 2))
 
 
