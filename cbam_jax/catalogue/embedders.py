@@ -46,8 +46,8 @@ def told(source: str) -> str | None:
     )
 
 
-def load_embedder(source: str | None, store: Store) -> "Embedder":
-    """Load the model named ``source``, or None: that of the catalogue.
+def load_embedder(source: str | None, store: Store, batch_size: int | None = None) -> "Embedder":
+    """Load the model named ``source``, or None: that of the catalogue; see `cbam_jax.load`.
 
     Raises:
         InputError: there is none, or its embeddings are others than those in the catalogue.
@@ -56,7 +56,7 @@ def load_embedder(source: str | None, store: Store) -> "Embedder":
     if source is None and remembered is None:
         raise InputError(no_model(store.path))
     try:
-        embedder = load_named(source or remembered)
+        embedder = load_named(source or remembered, batch_size)
     except InputError as error:
         if source is not None:
             raise
@@ -67,9 +67,9 @@ def load_embedder(source: str | None, store: Store) -> "Embedder":
     return embedder
 
 
-def load_named(source: str | os.PathLike) -> "Embedder":
+def load_named(source: str | os.PathLike, batch_size: int | None = None) -> "Embedder":
     """Load a model by its folder or name; raises as `cbam_jax.load`."""
-    return cbam_jax.load(source)
+    return cbam_jax.load(source, batch_size=batch_size)
 
 
 def no_model(path: Path) -> str:

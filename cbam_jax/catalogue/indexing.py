@@ -217,15 +217,15 @@ def embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]:
         reasons = iter(made.failed)
         for read, row in zip(some, np.asarray(made.embeddings, np.float32), strict=True):
             readable = bool(np.isfinite(row).all())
-            problem = None if readable else _reason(next(reasons, ("", "no finite numbers"))[1])
+            problem = None if readable else reason(next(reasons, ("", "no finite numbers"))[1])
             found[_key(read)] = (row.tobytes() if readable else None, problem)
     return found
 
 
-def _reason(text: str) -> str:
+def reason(text: str) -> str:
     """What an embedder says of bytes, without the name that it gave them and its remedies.
 
-    >>> _reason("image 3 cannot be decoded (9 bytes): replace the file")
+    >>> reason("image 3 cannot be decoded (9 bytes): replace the file")
     'cannot be decoded (9 bytes)'
     """
     return re.split(": replace|; correct", re.sub(r"^image \d+:? ", "", text))[0]

@@ -9,6 +9,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.catalogue.gallery import Gallery
+from cbam_jax.catalogue.indexing import reason
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -79,8 +80,9 @@ def _embed(
     try:
         return embedder.embed_file(file, box=box)
     except (InputError, OSError) as error:
-        name = "" if isinstance(file, bytes) else f"{file}: "
-        return f"{name}{error}"
+        text = reason(str(error))
+        known = isinstance(file, bytes) or Path(file).name in text
+        return text if known else f"{file}: {text}"
 
 
 def combined(like: np.ndarray, unlike: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ def install(monkeypatch, default, find=importlib.util.find_spec):
 def models(monkeypatch):
     """Runs by name, as ``cbam_jax.load`` knows them."""
 
-    def load(source):
+    def load(source, batch_size=None):
         if source not in ("runs/mine", "runs/other", "efficientnet_lite0"):
             raise cbam_jax.InputError(f"{source} is no run")
         return FakeEmbedder(source.rjust(64))

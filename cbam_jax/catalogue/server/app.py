@@ -1,0 +1,227 @@
+"""The addresses: the page, searches, photos and what is known of them.
+
+No answer holds a path of this machine; a photo is served by its id alone, decoded and encoded anew,
+so that nothing of its file but the pixels goes out.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import cv2
+
+from cbam_jax import InputError, __version__
+from cbam_jax.catalogue.catalogue import Catalogue, Item
+from cbam_jax.catalogue.reading import LARGEST, small_image
+from cbam_jax.catalogue.server.finding import Busy, Finder, Search
+from cbam_jax.catalogue.server.uploads import Guard, check_photo
+from cbam_jax.catalogue.sources import parse_box
+from cbam_jax.foreign_files import read_file
+
+# FastAPI is an extra: it is imported where it is used.
+# pyright: reportMissingImports=false
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from cbam_jax.embedder import Embedder
+
+_PAGE = {
+    "page.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+}
+_SECONDS = 60  # That an answer may take.
+_CATEGORIES = 200  # In the page's list, at most.
+
+
+def create_app(
+    path: str | os.PathLike, embedder: "Embedder", *, hosts: set[str] | None = None
+) -> Any:
+    """The server's ASGI app.
+
+    Args:
+        path: of the catalogue.
+        embedder: its model.
+        hosts: names that it answers to, None: any.
+
+    Raises:
+        InputError: no catalogue, or one of another model.
+    """
+    from fastapi import FastAPI
+
+    with Catalogue.open(path, embedder, create=False):
+        pass
+    finder = Finder(path, embedder)
+
+    @asynccontextmanager
+    async def life(_: Any) -> AsyncIterator[None]:
+        yield
+        finder.close()
+
+    # The pages of documentation would fetch scripts from elsewhere; /openapi.json is enough.
+    app = FastAPI(
+        title="cbam_jax catalogue",
+        version=__version__,
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_errors(app, Path(path))
+    _add_page(app)
+    _add_search(app, finder)
+    _add_items(app, Path(path))
+    return Guard(app, hosts)
+
+
+def _add_errors(app: "FastAPI", path: Path) -> None:
+    """Every mistake is one line of JSON, without a path of this machine."""
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    async def mistake(_: Request, error: Any) -> JSONResponse:
+        text = str(error).replace(str(path), "the catalogue").removeprefix("--")
+        return JSONResponse({"error": text}, 400)
+
+    async def invalid(_: Request, error: Any) -> JSONResponse:
+        first = error.errors()[0]
+        where = " ".join(map(str, first["loc"]))
+        return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
+
+    async def http(_: Request, error: Any) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail).lower()}, error.status_code)
+
+    async def busy(_: Request, error: Any) -> JSONResponse:
+        return JSONResponse({"error": "too many searches wait: try again"}, 503)
+
+    async def bug(_: Request, error: Any) -> JSONResponse:
+        return JSONResponse({"error": "a mistake of the server's: see its log"}, 500)
+
+    app.add_exception_handler(InputError, mistake)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Busy, busy)
+    app.add_exception_handler(TimeoutError, busy)
+    app.add_exception_handler(Exception, bug)
+
+
+def _add_page(app: "FastAPI") -> None:
+    from fastapi import Response
+
+    folder = Path(__file__).parent
+
+    def add(address: str, name: str) -> None:
+        content = (folder / name).read_bytes()
+
+        @app.get(address, include_in_schema=False)
+        async def file() -> Response:
+            return Response(content, media_type=_PAGE[name])
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+    add("/", "page.html")
+    add("/page.css", "page.css")
+    add("/page.js", "page.js")
+
+
+def _add_search(app: "FastAPI", finder: Finder) -> None:
+    from fastapi import Query, Request
+
+    @app.post("/search")
+    async def search(
+        request: Request,
+        id: Annotated[int | None, Query(description="of a photo; else send one", ge=1)] = None,
+        k: Annotated[int, Query(ge=1, le=500)] = 12,
+        where: Annotated[list[str] | None, Query(description="category=dress, price<50")] = None,
+        box: Annotated[str | None, Query(description="x1,y1,x2,y2 in pixels")] = None,
+    ) -> dict[str, Any]:
+        """Find the photos most like one: that of an id, or the image file in the body."""
+        photo = None if id is not None else await request.body()
+        if photo is not None:
+            check_photo(photo)
+        place = parse_box(box) if box else None
+        future = finder.find(Search(photo, id, k, tuple(where or ()), place))
+        found = await asyncio.wait_for(asyncio.wrap_future(future), _SECONDS)
+        keys = ("id", "distance")
+        return {
+            "neighbours": [
+                {key: getattr(n, key) for key in keys}
+                | {"name": os.path.basename(n.path), "payload": n.payload}
+                for n in found
+            ]
+        }
+
+
+def _add_items(app: "FastAPI", path: Path) -> None:
+    """What is read from the catalogue without its model; each request opens it for itself."""
+    from fastapi import Path as InPath
+    from fastapi import Query, Response
+    from starlette.exceptions import HTTPException
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """Whether the catalogue can be read, and how many photos can be found."""
+        with Catalogue.open(path, create=False) as catalogue:
+            return {"status": "ok", "photos": len(catalogue)}
+
+    @app.get("/categories")
+    def categories() -> dict[str, list[str]]:
+        """The values of ``category``."""
+        with Catalogue.open(path, create=False) as catalogue:
+            rows = catalogue.store.rows(
+                "SELECT DISTINCT json_extract(payload, '$.category') FROM item "
+                "WHERE embedding IS NOT NULL ORDER BY 1 LIMIT ?",
+                [_CATEGORIES],
+            )
+        return {"categories": [str(value) for (value,) in rows if value is not None]}
+
+    @app.get("/items/{id}")
+    def item(id: Annotated[int, InPath(ge=1, lt=2**63)]) -> dict[str, Any]:
+        """What is known of a photo."""
+        found = _item(path, id)
+        name = os.path.basename(found.path)
+        return {"id": id, "name": name, "payload": found.payload, "problem": found.problem}
+
+    @app.get("/items/{id}/photo", response_class=Response)
+    def photo(
+        id: Annotated[int, InPath(ge=1, lt=2**63)],
+        size: Annotated[int, Query(ge=16, le=1600)] = 320,
+    ) -> Response:
+        """A photo of at most ``size`` pixels a side, JPEG, its pixels alone."""
+        found = _item(path, id)
+        try:
+            content = read_file(found.path, LARGEST)
+        except (InputError, OSError):
+            raise HTTPException(404, "the photo's file cannot be read") from None
+        headers = {"cache-control": "private, max-age=300"}
+        return Response(_jpeg(content, size), media_type="image/jpeg", headers=headers)
+
+
+def _item(path: Path, number: int) -> Item:
+    from starlette.exceptions import HTTPException
+
+    with Catalogue.open(path, create=False) as catalogue:
+        try:
+            return catalogue.item(number)
+        except InputError:
+            raise HTTPException(404, f"no photo {number}") from None
+
+
+def _jpeg(content: bytes, size: int) -> bytes:
+    from starlette.exceptions import HTTPException
+
+    try:
+        image = small_image(content, size)
+    except InputError:
+        raise HTTPException(404, "the photo's file cannot be decoded") from None
+    height, width = image.shape[:2]
+    scale = min(1.0, size / max(height, width))
+    shape = max(1, round(width * scale)), max(1, round(height * scale))
+    pixels = cv2.cvtColor(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()

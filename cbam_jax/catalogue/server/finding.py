@@ -1,0 +1,121 @@
+"""One thread that embeds and searches for any number of connections.
+
+Photos that arrive within a few milliseconds are embedded together. The thread has the catalogue
+open, and sees what another process has added since the last search.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cbam_jax import InputError
+from cbam_jax.catalogue.catalogue import Catalogue, Neighbour
+from cbam_jax.catalogue.queries import embed_photos
+
+if TYPE_CHECKING:
+    from cbam_jax.embedder import Embedder
+
+TOGETHER = 8  # Photos embedded together, at most: the batch size of the model.
+_PATIENCE = 0.003  # Seconds that the first of them waits for others.
+_WAITING = 256  # Searches that may wait.
+
+
+class Busy(Exception):
+    """More searches wait than are taken."""
+
+
+class Search(NamedTuple):
+    """What is asked: a photo's bytes, or an id, and how many of what."""
+
+    photo: bytes | None
+    id: int | None
+    k: int
+    where: tuple[str, ...]
+    box: Sequence[float] | None
+
+
+class Finder:
+    """The thread. ``close`` ends it, after what waits has been answered.
+
+    Args:
+        path: of the catalogue.
+        embedder: its model.
+    """
+
+    def __init__(self, path: str | os.PathLike, embedder: "Embedder"):
+        self._path, self._embedder = path, embedder
+        self._waiting: queue.Queue[tuple[Search, Future] | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._run, name="finder", daemon=True)
+        self._thread.start()
+
+    def find(self, search: Search) -> "Future[list[Neighbour]]":
+        """Ask; the answer comes later. Raises `Busy` where too many wait."""
+        future: Future[list[Neighbour]] = Future()
+        try:
+            self._waiting.put_nowait((search, future))
+        except queue.Full:
+            raise Busy from None
+        return future
+
+    def close(self) -> None:
+        """End the thread."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with Catalogue.open(self._path, self._embedder, create=False) as catalogue:
+            while (first := self._waiting.get()) is not None:
+                batch, end = self._batch(first)
+                embeddings = self._embedded(batch)
+                for (search, future), embedding in zip(batch, embeddings, strict=True):
+                    _answer(future, lambda s=search, e=embedding: _found(catalogue, s, e))
+                if end:
+                    return
+
+    def _batch(self, first: tuple[Search, Future]) -> tuple[list[tuple[Search, Future]], bool]:
+        """What came within a few milliseconds, and whether the end did."""
+        batch, until = [first], time.monotonic() + _PATIENCE
+        while len(batch) < TOGETHER:
+            try:
+                following = self._waiting.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if following is None:
+                return batch, True
+            batch.append(following)
+        return batch, False
+
+    def _embedded(self, batch: Sequence[tuple[Search, Future]]) -> list:
+        """Of each search its embedding, what is wrong with its photo, or None where it has none."""
+        found: list = [None] * len(batch)
+        photos = [row for row, (search, _) in enumerate(batch) if search.photo is not None]
+        searches = [batch[row][0] for row in photos]
+        files, boxes = [s.photo or b"" for s in searches], [s.box for s in searches]
+        try:
+            made: list = embed_photos(self._embedder, files, boxes)
+        except Exception as error:  # The thread lives on: each of them is told.
+            made = [error] * len(photos)
+        for row, embedding in zip(photos, made, strict=True):
+            found[row] = embedding
+        return found
+
+
+def _found(catalogue: Catalogue, search: Search, embedding) -> list[Neighbour]:
+    if isinstance(embedding, Exception):
+        raise embedding
+    if isinstance(embedding, str):
+        raise InputError(embedding)
+    query: Any = search.id if embedding is None else embedding
+    return catalogue.find(query, search.k, where=search.where or None)
+
+
+def _answer(future: Future, function: Callable[[], list[Neighbour]]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)

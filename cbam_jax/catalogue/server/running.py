@@ -1,0 +1,51 @@
+"""The server's process: a port of this machine, uvicorn, and the end."""
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from cbam_jax import InputError
+from cbam_jax.catalogue.server.app import create_app
+
+if TYPE_CHECKING:
+    from cbam_jax.embedder import Embedder
+
+_LOCAL = {"127.0.0.1", "localhost", "[::1]", "::1"}
+_CONNECTIONS = 512  # Beyond them the answer is 503.
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there, taken before anything slow begins.
+
+    Raises:
+        InputError: the port is taken, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except (OSError, OverflowError) as error:
+        made.close()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot listen on {host}:{port} ({reason}): give another --host or --port"
+        ) from error
+    return made
+
+
+def serve(path: str | os.PathLike, embedder: "Embedder", listening: socket.socket) -> None:
+    """Serve a catalogue until the process is told to end."""
+    import uvicorn  # pyright: ignore[reportMissingImports]
+
+    host = listening.getsockname()[0]
+    app = create_app(path, embedder, hosts=_LOCAL if host in _LOCAL else None)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
