@@ -120,6 +120,7 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 read_only=read_only,
                 create=not read_only,
+                cleanup_tmp_directories=not read_only,  # Of saves that were killed.
             )
             self._manager = _Manager(self.directory, options=options)
 

@@ -243,3 +243,18 @@ def test_answers_that_come_after_orbax_gave_up_are_not_shown(monkeypatch):
     sys.unraisablehook(late)
     sys.unraisablehook(other)
     assert shown == [other]
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    with Checkpoints(tmp_path, best_metric="map@10") as checkpoints:
+        save(checkpoints, 1)
+    left = tmp_path / "2.orbax-checkpoint-tmp"
+    (left / "model").mkdir(parents=True)
+    (left / "model" / "part").write_bytes(bytes(100))
+    with Checkpoints(tmp_path, best_metric="map@10", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+    assert left.exists()
+    with Checkpoints(tmp_path, best_metric="map@10") as checkpoints:
+        save(checkpoints, 3)
+        assert checkpoints.steps() == [1, 3]
+    assert not left.exists()
