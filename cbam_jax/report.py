@@ -206,13 +206,13 @@ def _queries(heading: str, shown: Sequence[Query], report: Mapping[str, Any]) ->
 
 def _query(query: Query, k: int, metric: str) -> str:
     """One line of a query and what was found."""
-    asked = _cell(query.image, f"Query: {query.category}", "query", query.category, query.id)
+    asked = _cell(query.image, f"Query: {query.category}", "query", [query.category], query.id)
     found = [
         _cell(
             neighbour.image,
             f"Rank {rank}: {neighbour.category}, {'a hit' if neighbour.relevant else 'no hit'}",
             f"{rank} ✓ hit" if neighbour.relevant else f"{rank}",
-            f"{neighbour.category}, {neighbour.distance:.3f}",
+            [neighbour.category, f"{neighbour.distance:.3f}"],
             neighbour.id,
             "hit" if neighbour.relevant else "",
         )
@@ -224,18 +224,23 @@ def _query(query: Query, k: int, metric: str) -> str:
     return f'{_tag("p", told)}<div class="row">{asked}{"".join(found)}</div>'
 
 
-def _cell(image: np.ndarray, alt: str, above: str, below: str, name: str, class_: str = "") -> str:
-    picture = _enlarging(jpeg_uri(image), alt, f"{below}, {name}")
+def _cell(
+    image: np.ndarray, alt: str, above: str, below: Sequence[str], name: str, class_: str = ""
+) -> str:
+    # Each by itself: the letters of a name may run from right to left.
+    told = ", ".join(_tag("bdi", part) for part in below)
+    file = f"<small>{_tag('bdi', name)}</small>"
+    picture = _enlarging(jpeg_uri(image), alt, f"{told}, {file}")
     return (
         f'<figure class="{class_}">{_tag("span", above)}{picture}'
-        f"<figcaption>{_tag('b', below)} {_tag('small', name)}</figcaption></figure>"
+        f"<figcaption><div>{told}</div> {file}</figcaption></figure>"
     )
 
 
-def _enlarging(source: str, alt: str, told: str) -> str:
-    """A picture that a click enlarges, and another one closes, without a script."""
+def _enlarging(source: str, alt: str, told: str = "") -> str:
+    """A picture that a click enlarges, and another one closes, without a script; told is HTML."""
     image = f'<img src="{source}" alt="{html.escape(alt)}">'
-    return f'<details name="enlarged"><summary>{image}</summary>{_tag("p", told)}</details>'
+    return f'<details name="enlarged"><summary>{image}</summary><p>{told}</p></details>'
 
 
 def jpeg_uri(image: np.ndarray) -> str:
@@ -254,7 +259,7 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    image = _enlarging(_data_uri("image/png", picture.png), picture.alt, picture.caption)
+    image = _enlarging(_data_uri("image/png", picture.png), picture.alt)
     return f'<figure class="picture">{image}{_tag("figcaption", picture.caption)}</figure>'
 
 
@@ -343,7 +348,6 @@ figure span { display: block; }
 .row .hit img { border-color: var(--hit); }
 .row .hit span { color: var(--hit); font-weight: bold; }
 figcaption { overflow-wrap: anywhere; }
-figcaption b { font-weight: normal; display: block; }
 small { color: var(--soft); }
 .picture { margin: 1rem 0 2rem; font-size: .9rem; }
 .picture img { max-width: min(100%, 48rem); background: #fff; }
@@ -356,8 +360,7 @@ details[open] > summary img { max-width: 100%; max-height: 100%; width: 100%; he
 .row details[open] > summary img { max-width: 60rem; border: 0; }
 details[open] > p { display: block; position: fixed; inset: auto 1rem .5rem; z-index: 2; margin: 0;
   text-align: center; overflow-wrap: anywhere; pointer-events: none; }
-/* A figure's text is small: it may be larger than the screen, and has its caption in it. */
-.picture details[open] > p { display: none; }
+/* A figure's text is small: it may be larger than the screen. */
 .picture details[open] > summary { overflow: auto; place-items: start; }
 .picture details[open] > summary img { width: max(100%, 60rem); max-width: none; height: auto;
   max-height: none; }
@@ -366,6 +369,7 @@ footer { margin: 2rem 0; font-size: .8rem; }
   body { margin: 1rem auto; }
   th, td { padding-right: .5rem; }
   table { font-size: .9rem; }
+  tbody th { max-width: 7rem; }
   .row figure { width: calc((100% - 2 * .6rem) / 3); }
   .row img { height: 8rem; }
   td:has(.bar) { width: 5rem; }

@@ -379,10 +379,18 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=path, help="folder of the results; the run is only read then")
     parser.add_argument("--figures", action="store_true", help="draw result rows and heat maps")
     parser.add_argument(
-        "--query", action="append", default=[], help="id of one to draw; repeatable; default: eight"
+        "--query",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="one to draw, of neighbours.csv; repeatable; default: eight of all",
     )
-    parser.add_argument("--queries", default="", help="ids of those to draw, ID,ID, without commas")
-    parser.add_argument("--frames", choices=HIT_COLORS, default="green", help="around a hit")
+    parser.add_argument(
+        "--queries", default="", metavar="ID,ID", help="likewise, of ids without commas"
+    )
+    parser.add_argument(
+        "--frames", choices=HIT_COLORS, default="green", help="around a hit; the paper's are red"
+    )
     parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
     parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
     known, overrides = parser.parse_known_args()

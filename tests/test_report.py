@@ -193,7 +193,12 @@ def test_every_picture_enlarges_and_its_name_is_seen(page):
     # One at a time.
     assert {element["name"] for element in page.find("details")} == {"enlarged"}
     names = [element["text"] for element in page.find("small")]
-    assert names == ["q.jpg", f"{NASTY}/1.jpg", "coat/?.jpg", "a.jpg"]
+    # Below the picture, and once more where it is large.
+    assert names == [
+        name for name in ("q.jpg", f"{NASTY}/1.jpg", "coat/?.jpg", "a.jpg") for _ in "12"
+    ]
+    # Names by themselves, whatever direction they are read in.
+    assert [e["text"] for e in page.find("bdi")][:2] == [NASTY, "q.jpg"]
 
 
 def test_queries_show_what_was_found_in_words_too(page, image):
