@@ -12,9 +12,10 @@ from golden.make_backbones import FOLDER, seeded_images
 from seeded import jitted
 from tiny_run import patch_tiny_models
 
-from cbam_jax import InputError
+from cbam_jax import InputError, hub
 from cbam_jax.hub import from_pretrained, save_pretrained
 from cbam_jax.models import create_model
+from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import load_pretrained
 
 CONFIG = {"name": "tiny_cbam", "embedding_dim": 5, "attention_init": "identity"}
@@ -77,6 +78,16 @@ def test_round_trip(saved):
     assert document["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert document["preprocessing"]["crop_fraction"] == 0.875
     assert document["metrics"]["map@5"] == 0.81234567
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_published_weights_come_with_what_their_pixels_are(backbone, monkeypatch):
+    monkeypatch.setattr(hub, "load_pretrained", lambda model, source: None)
+    model, document = hub.from_published(backbone)
+    fields = document["preprocessing"]
+    read = Preprocessing.from_dict(fields, mean=tuple(model.mean), std=tuple(model.std))
+    assert (read.image_size, read.short_side) == (224, 256)
+    assert read.mean[0] == {"resnet18": 0.485, "efficientnet_lite0": 127 / 255}[backbone]
 
 
 def test_the_card_says_what_it_is(saved):
