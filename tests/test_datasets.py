@@ -630,6 +630,19 @@ def test_incomplete_folder_of_another_kind_is_named(tmp_path, copy):
         open_copy(tmp_path)
 
 
+def test_another_splits_records_are_told(tmp_path, copy):
+    open_copy(tmp_path)
+    folder = tmp_path / "tfds" / "clothing_dataset_small" / "full" / "1.0.0"
+    (train,) = folder.glob("*train.array_record*")
+    (test,) = folder.glob("*-test.array_record*")
+    shutil.copyfile(train, test)
+    with pytest.raises(InputError, match="-test.array_record-.* is not the file that was written"):
+        open_copy(tmp_path, "test")
+    assert len(open_copy(tmp_path)) == COUNTS["train"]
+    (folder / "sizes.json").unlink()  # As earlier versions prepared it.
+    assert len(open_copy(tmp_path)) == COUNTS["train"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "overwritten"])
 def test_damaged_records_are_told(tmp_path, copy, damage):
     dataset = open_copy(tmp_path)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,8 @@ from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.file_locks import take_lock
-from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_text, shown
+from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_json, read_text, shown
+from cbam_jax.whole_files import written_whole
 
 # What users fetch by hand, having signed its agreement.
 BY_HAND = ("deepfashion_inshop", "deepfashion_consumer2shop", "deepfashion_category")
@@ -32,6 +34,7 @@ OURS = {
     "synthetic_garments": "cbam_jax.datasets.garments",
     **dict.fromkeys(BY_HAND, "cbam_jax.datasets.deepfashion"),
 }
+_SIZES = "sizes.json"  # of the files of records, in bytes
 _COLUMNS = ("id", "is_query", "is_gallery", "item_id", "series", "bbox")
 
 tfds_without_tensorflow.install()
@@ -252,6 +255,9 @@ def _write(name: str, builder: tfds.core.DatasetBuilder, manual_dir) -> None:
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     with _quiet(builder):
         builder.download_and_prepare(download_config=config, file_format="array_record")
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.array_record-*")}
+    with written_whole(folder / _SIZES) as partial:
+        partial.write_text(json.dumps(sizes))
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     print(f"prepared {name}: {counts}", file=sys.stderr)
 
@@ -297,6 +303,7 @@ def _open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence:
     missing = [path for path in splits[split].filepaths if not os.path.exists(path)]
     if missing:
         raise InputError(f"{missing[0]} is missing: delete {builder.data_dir} to prepare it again")
+    _check_sizes(Path(builder.data_dir), splits[split].filepaths)
     file_format = builder.info.file_format
     if file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
@@ -307,6 +314,21 @@ def _open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence:
     images = [key for key, feature in features if isinstance(feature, tfds.features.Image)]
     skip: dict = {key: tfds.decode.SkipDecoding() for key in images}
     return cast(Any, builder).as_data_source(split, decoders=skip)
+
+
+def _check_sizes(folder: Path, files: Sequence[str]) -> None:
+    """Raise RuntimeError where a file of records has another size than when it was written.
+
+    Records have checksums; that a whole file is another one, such as another split's, they can't
+    tell. What earlier versions prepared has no sizes.
+    """
+    try:
+        sizes = read_json(folder / _SIZES)
+    except (OSError, ValueError):
+        return
+    for file in map(Path, files):
+        if not isinstance(sizes, dict) or sizes.get(file.name) != file.stat().st_size:
+            raise RuntimeError(f"{file.name} is not the file that was written")
 
 
 @contextlib.contextmanager
