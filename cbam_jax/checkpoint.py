@@ -3,15 +3,17 @@
 Arrays are stored under flat dotted names (``params.backbone.conv1.kernel``), so that a part can be
 read without building the rest. Orbax notices a truncated file, but not overwritten bytes: the
 CRC-32 of each array and of both JSON documents is stored beside them and compared on the way back,
-and a damaged checkpoint falls back to the one before.
+and a damaged checkpoint falls back to the one before. What a checkpoint was measured to be worth is
+added once it is known, since a state is saved before its evaluation begins.
 """
 
 import contextlib
 import functools
 import json
 import logging
+import math
 import os
-import signal
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from cbam_jax import InputError
@@ -91,6 +94,11 @@ class Checkpoints:
         keep: how many of the newest stay beside the best; 2, so that a damaged one has another
             behind it.
         read_only: nothing is made, cleaned up or saved.
+        known: metrics by step that the run's log has, for a checkpoint that lost its own.
+
+    Raises:
+        InputError: on the way in, while saving or on the way out, when the folder cannot be
+            written; the line says which steps are kept.
     """
 
     def __init__(
@@ -100,11 +108,12 @@ class Checkpoints:
         best_metric: str | Callable[[Mapping[str, float]], str],
         keep: int = 2,
         read_only: bool = False,
+        known: Mapping[int, Mapping[str, Any]] | None = None,
     ):
-        def metric(metrics: dict[str, float]) -> float:
+        def metric(metrics: Mapping[str, Any]) -> float:
             name = best_metric if isinstance(best_metric, str) else best_metric(metrics)
-            value = metrics.get(name, float("nan"))
-            return -float("inf") if np.isnan(value) else value
+            value = metrics.get(name)
+            return -math.inf if value is None or math.isnan(value) else value
 
         policies = [
             checkpoint_managers.LatestN(keep),
@@ -113,7 +122,8 @@ class Checkpoints:
             ),
         ]
         self.directory = os.path.abspath(directory)
-        with _quiet():
+        self._metric, self._known = metric, known or {}
+        with _quiet(), self._writing():
             options = ocp.CheckpointManagerOptions(
                 best_fn=metric,
                 best_mode="max",
@@ -129,18 +139,23 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Wait for saves under way and close."""
-        self.close()
+        """Wait for saves under way and close; an error that is on its way out stays the one."""
+        with contextlib.suppress(*([Exception] if any(error) else [])):
+            self.close()
 
     def steps(self) -> list[int]:
         """Return the steps saved whole, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """Return the step with the best metric, None when no checkpoint has any."""
+        """Return the step with the best metric, of equals the last; None when none has any."""
         self.wait()  # The metrics of a save under way cannot be read yet.
-        scored = any(self._manager.metrics(step) for step in self.steps())
-        return self._manager.best_step() if scored else None
+        scored = {step: metrics for step in self.steps() if (metrics := self.metrics(step))}
+        return max(scored, key=lambda step: (self._metric(scored[step]), step), default=None)
+
+    def metrics(self, step: int) -> Mapping[str, Any] | None:
+        """Return what a saved step was measured to be worth, None where that is not known."""
+        return self._manager.metrics(step) or self._known.get(step)
 
     def save(
         self,
@@ -150,7 +165,6 @@ class Checkpoints:
         optimizer: Any,
         data: dict[str, Any],
         config: dict[str, Any],
-        metrics: dict[str, float] | None = None,
     ) -> None:
         """Save two pytrees and two JSON documents, in the background.
 
@@ -176,7 +190,38 @@ class Checkpoints:
             "config": ocp.args.JsonSave(config),
             "checksums": ocp.args.JsonSave(checksums),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        with _quiet(), self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep with a saved step what it was measured to be worth.
+
+        Called by all processes of a distributed run; the first one writes.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            with self._writing():
+                self._write_metrics(step, metrics)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"metrics of step {step}")
+        self._manager.reload()
+
+    def keep_known_metrics(self) -> None:
+        """Give each checkpoint that lost its metrics the known ones: the best one is kept then."""
+        for step in self.steps():
+            if step in self._known and not self._manager.metrics(step):
+                self.add_metrics(step, self._known[step])
+
+    def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """As an item of Orbax, whole or not at all."""
+        partial = Path(self.directory, "partial-metrics")
+        partial.mkdir(exist_ok=True)
+        # No JSON has NaN, the mean over nothing.
+        known = {n: v if v is not None and math.isfinite(v) else None for n, v in metrics.items()}
+        Path(partial, "metrics").write_text(json.dumps(known))
+        item = Path(self.directory, str(step), "metrics")
+        shutil.rmtree(item, ignore_errors=True)
+        partial.rename(item)
 
     def restore(self, which: str | int = "last", *, optimizer: bool = True) -> Checkpoint:
         """Read ``"last"``, ``"best"`` or one step; a damaged last one falls back to those before.
@@ -252,39 +297,35 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until every save has ended."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for saves under way and release the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell in one line that the folder could not be written."""
+        try:
+            yield
+        except Exception as error:  # Orbax raises many kinds, by the file that failed.
+            with contextlib.suppress(Exception):  # An earlier save may be under way.
+                self._manager.wait_until_finished()
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise InputError(
+                f"{self.directory} cannot be written ({reason[:200]}): make room there, or let it "
+                f"be written, and give the same command again; {self._kept()}"
+            ) from error
 
-class StopSignal:
-    """While entered, SIGTERM and SIGINT (Ctrl-C) only set ``received``; a second one interrupts.
-
-    So the step under way is finished and saved before the process ends.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        """Take over the two signals."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+    def _kept(self) -> str:
+        """Say which steps are saved whole."""
+        names = (path.name for path in Path(self.directory).glob("[0-9]*"))
+        found = sorted(int(name) for name in names if name.isdigit())
+        return f"saved: step {', '.join(map(str, found))}" if found else "no step is saved"
 
 
 @contextlib.contextmanager

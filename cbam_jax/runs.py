@@ -9,7 +9,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,17 @@ from cbam_jax import (
     run_figures,
     saved_config,
     steps,
+    workdirs,
 )
+from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.figures import HIT_COLORS
-from cbam_jax.file_locks import take_lock
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.run_figures import Measured
+from cbam_jax.runlog import read_log
+from cbam_jax.stopping import Stop
 from cbam_jax.whole_files import save_arrays
 
 _DRAWN = 50  # Most queries of one figure, each a row of it.
@@ -81,36 +84,34 @@ def read_config(workdir: Path) -> Config:
         raise InputError(f"{path} is damaged, and a checkpoint's copy too ({error})") from error
 
 
-def _checkpoints(workdir: Path) -> checkpoint.Checkpoints:
-    """A run's checkpoints, to be read only."""
+def _checkpoints(workdir: Path) -> Checkpoints:
+    """A run's checkpoints, to be read only, whatever its config."""
     folder = Path(workdir) / "checkpoints"
-    return checkpoint.Checkpoints(folder, best_metric=evaluation.headline, read_only=True)
+    return Checkpoints(folder, best_metric=evaluation.headline, read_only=True)
 
 
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Make a workdir and keep others from training in it; the lock goes with the process.
+def open_checkpoints(config: Config, workdir: Path, *, read_only: bool = False) -> Checkpoints:
+    """Open a run's checkpoints; what one was measured to be worth is in the run's log too."""
+    return Checkpoints(
+        Path(workdir) / "checkpoints",
+        best_metric=evaluation.headline,
+        read_only=read_only,
+        known=recorded_evaluations(config, workdir),
+    )
 
-    Raises:
-        InputError: another process trains there, or the folder cannot be written.
-    """
-    if jax.process_index() != 0:  # Of several processes of one run the first one holds it.
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "lock", "a")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise InputError(
-            f"--workdir={workdir} cannot be written ({error.strerror}): choose another"
-        ) from error
-    with file:
-        if not take_lock(file):
-            raise InputError(
-                f"--workdir={workdir} is in use by another training: wait for it to end, stop it, "
-                "or choose another"
-            )
-        yield
+
+def recorded_evaluations(config: Config, workdir: Path) -> dict[int, dict[str, Any]]:
+    """Return what the log has of evaluations along the way: metrics by step."""
+    prefix = f"{config.data.eval_split}/"
+    return {
+        record["step"]: {
+            name.removeprefix(prefix): value
+            for name, value in record.items()
+            if name.startswith(prefix)
+        }
+        for record in read_log(workdir)
+        if any(name.startswith(prefix + "map@") for name in record)
+    }
 
 
 def restore_model(
@@ -134,7 +135,7 @@ def restore_model(
             load_pretrained(model, config.model.pretrained)
         _, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
         return model, steps.replicate(tuple(state), mesh), 0
-    with _checkpoints(workdir) as checkpoints:
+    with open_checkpoints(config, workdir, read_only=True) as checkpoints:
         read = checkpoints.restore(which, optimizer=False)
     model = nnx.eval_shape(lambda: experiment.build_model(config))
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -147,9 +148,19 @@ def restore_model(
 
 
 def embed_split(
-    config: Config, dataset: RetrievalDataset, embed_step: Any, state: State, mesh: Any
+    config: Config,
+    dataset: RetrievalDataset,
+    embed_step: Any,
+    state: State,
+    mesh: Any,
+    *,
+    stop: Stop | None = None,
 ) -> np.ndarray:
-    """Embed every image of a split once: [n, d] float32. ``state`` is (params, batch_stats)."""
+    """Embed every image of a split once: [n, d] float32. ``state`` is (params, batch_stats).
+
+    Raises:
+        Stopped: asked to by ``stop``.
+    """
     batches = data.eval_batches(
         dataset,
         **experiment.geometry(config),
@@ -158,15 +169,23 @@ def embed_split(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return steps.embed_batches(embed_step, *state, batches, mesh, len(dataset))
+    with contextlib.closing(batches):
+        checked = batches if stop is None else stop.checked(batches)
+        return steps.embed_batches(embed_step, *state, checked, mesh, len(dataset))
 
 
 def evaluate_split(
-    config: Config, dataset: RetrievalDataset, embed_step: Any, state: State, mesh: Any
+    config: Config,
+    dataset: RetrievalDataset,
+    embed_step: Any,
+    state: State,
+    mesh: Any,
+    *,
+    stop: Stop | None = None,
 ) -> tuple[evaluation.Evaluation, np.ndarray]:
-    """Embed and measure a split; the evaluation and the embeddings."""
+    """Embed and measure a split; the evaluation and the embeddings. Raises as ``embed_split``."""
     protocol = experiment.split_protocol(config, dataset)
-    embeddings = embed_split(config, dataset, embed_step, state, mesh)
+    embeddings = embed_split(config, dataset, embed_step, state, mesh, stop=stop)
     result = evaluation.evaluate_embeddings(
         embeddings, dataset.label, dataset.label_names, protocol, ks=config.eval.ks
     )
@@ -214,7 +233,7 @@ def evaluate(
             run's ``RUN/eval/DATASET-SPLIT``.
 
     Raises:
-        InputError: for a mistake, before anything is embedded.
+        InputError: for a mistake, before anything is embedded; for too little memory or room.
     """
     workdir = Path(workdir).expanduser()
     config = evaluation_config(workdir, overrides)
@@ -223,29 +242,37 @@ def evaluate(
     part = f"{Path(name).stem}-{split}" if others else split
     part += "-untrained" if which == "untrained" else ""
     folder = workdir / "eval" / part if out is None else Path(out).expanduser()
-    make_writable(folder)
-    mesh = steps.data_mesh()
-    model, state, step = restore_model(config, workdir, which, mesh)
-    told = "" if others else f" (data.name comes from {workdir}/config.json; or give --data=PATH)"
-    dataset = open_for_evaluation(config, split, told)
-    chosen_ks = any(argument.startswith("--config.eval.ks=") for argument in overrides)
-    config = experiment.with_fitting_ks(config, dataset, chosen=chosen_ks)
-    experiment.split_protocol(config, dataset)
-    chosen = find_queries(dataset, queries)
-    if measure:
-        dataset.mask(0)  # A dataset that can't tell where the garment is says so here.
-    print(f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}", flush=True)
-    embed_step = steps.make_embed_step(model, mesh)
-    result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
-    report = {"dataset": name, "split": split, "step": step, **result.report}
-    model = nnx.merge(nnx.graphdef(model), *state)
-    measured = Measured(config, workdir, folder, dataset, model, mesh, result, embeddings, report)
-    write_metrics(measured)
-    if measure:
-        write_focus(measured)
-    if figures or html:
-        run_figures.draw(measured, chosen, html=html, frames=frames)
-    return report
+    workdirs.make_writable(folder)
+    with workdirs.told_in_one_line(config, folder):
+        mesh = steps.data_mesh()
+        model, state, step = restore_model(config, workdir, which, mesh)
+        told = (
+            "" if others else f" (data.name comes from {workdir}/config.json; or give --data=PATH)"
+        )
+        dataset = open_for_evaluation(config, split, told)
+        chosen_ks = any(argument.startswith("--config.eval.ks=") for argument in overrides)
+        config = experiment.with_fitting_ks(config, dataset, chosen=chosen_ks)
+        experiment.split_protocol(config, dataset)
+        chosen = find_queries(dataset, queries)
+        if measure:
+            dataset.mask(0)  # A dataset that can't tell where the garment is says so here.
+        print(
+            f"embedding {len(dataset)} images of {dataset.name}/{split} with step {step}",
+            flush=True,
+        )
+        embed_step = steps.make_embed_step(model, mesh)
+        result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
+        report = {"dataset": name, "split": split, "step": step, **result.report}
+        model = nnx.merge(nnx.graphdef(model), *state)
+        measured = Measured(
+            config, workdir, folder, dataset, model, mesh, result, embeddings, report
+        )
+        write_metrics(measured)
+        if measure:
+            write_focus(measured)
+        if figures or html:
+            run_figures.draw(measured, chosen, html=html, frames=frames)
+        return report
 
 
 def evaluation_config(workdir: Path, overrides: Sequence[str]) -> Config:
@@ -279,19 +306,6 @@ def open_for_evaluation(config: Config, split: str, told: str) -> RetrievalDatas
         raise InputError(f"{error}{told}") from error
     experiment.check_classes(config, dataset)
     return dataset
-
-
-def make_writable(folder: Path) -> None:
-    """Make a folder; InputError, with the remedy, where nothing could be written to it."""
-    probe = folder / "partial-metrics.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}): give a folder with --out=DIR"
-        ) from error
 
 
 def find_queries(dataset: RetrievalDataset, ids: Sequence[str]) -> list[int]:

@@ -1,12 +1,13 @@
 """The loop of a run, top to bottom: data -> step -> evaluation -> checkpoint.
 
 ``train_and_evaluate`` is the whole of it; what a config's fields mean is in ``experiment``, what a
-step computes in ``steps``, what is minimised in ``losses``.
+step computes in ``steps``, what is minimised in ``losses``. A step is saved before it is evaluated,
+and whatever ends a run, a signal, a photo that cannot be read, a full disk, leaves one that goes on
+to what it would have been without.
 """
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,99 +15,166 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cbam_jax import InputError, command_line, config_files, evaluation, experiment, runs, steps
-from cbam_jax.checkpoint import Checkpoints, StopSignal, unflatten
+from cbam_jax import (
+    InputError,
+    command_line,
+    config_files,
+    experiment,
+    forecast,
+    run_summary,
+    runs,
+    steps,
+    stopping,
+    workdirs,
+)
+from cbam_jax.checkpoint import Checkpoints, unflatten
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
-from cbam_jax.runlog import RunLog, StepMonitor, read_log
+from cbam_jax.runlog import RunLog, StepMonitor
+from cbam_jax.stopping import Stop, Stopped
 
 DESCRIPTION = """Train an embedding model: config -> data -> model -> loss -> step -> checkpoint.
 
 The same command again resumes. RUN gets config.json, metrics.jsonl, tensorboard/, checkpoints/
-and eval/; the last line on stdout is one JSON document. SIGTERM or Ctrl-C finishes the step under
-way, saves it and stops. configs/default.py lists every field; --config.seed=1 sets one.
+and eval/; the last line on stdout is one JSON document. SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C finishes
+the step under way, saves it and stops. configs/default.py lists every field; --config.seed=1 sets
+one.
+
+Exit status: 0 finished; 75 stopped before its end, and the same command goes on; 2 a mistake, a
+full disk or too little memory, told in one line.
 """
+_JUDGED = 3  # Steps after which it is told how long the rest will take.
 
 
 class Run(NamedTuple):
-    """What an evaluation along the way needs, and what does not change from step to step."""
+    """What does not change from step to step."""
 
     config: Config
     training: RetrievalDataset
     validation: RetrievalDataset
     mesh: Any
     embed_step: Callable
+    checkpoints: Checkpoints
+    log: RunLog
+    monitor: StepMonitor
+    stop: Stop
 
 
-def train_and_evaluate(config: Config, workdir: str | Path) -> dict[str, Any]:
+class Position(NamedTuple):
+    """Where a run stands: the state after ``step``, and the scalars since the last record."""
+
+    state: steps.TrainState
+    step: int
+    window: list[dict[str, float]]
+
+
+def train_and_evaluate(
+    config: Config, workdir: str | Path, *, stop: Stop | None = None
+) -> dict[str, Any]:
     """Train and evaluate along the way; go on from what is in ``workdir``.
 
     Args:
         config: as ``configs/default.py`` has it. Paths in it are made whole, so that the run can
             be evaluated from any folder.
         workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and eval/.
+        stop: asks to save the step under way and return; entered already. None: signals do, where
+            they can be taken, which is in the main thread.
 
     Returns:
         The summary: the last line that ``train.py`` prints.
 
     Raises:
-        InputError: for a mistake in the config, the data or the workdir, before anything slow.
+        InputError: for a mistake in the config, the data or the workdir, before anything slow; for
+            what shows only later, once the last sound step is saved.
         FloatingPointError: for a loss or gradient that is not finite.
+        Stopped: asked to stop before there was anything to save.
     """
     config = experiment.with_whole_paths(config)
     experiment.check_config(config)
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(runs.locked(workdir))
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", best_metric=evaluation.headline)
-        )
+        stop = stop or stack.enter_context(Stop())
+        stack.enter_context(workdirs.locked(workdir))
+        stack.enter_context(workdirs.told_in_one_line(config, workdir))
+        checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))
         training, validation, source = open_data(config, workdir, checkpoints)
         config = experiment.with_fitting_ks(config, validation)
         experiment.split_protocol(config, validation)
         model, mesh = build_model(config, source), steps.data_mesh()
         optimizer, learning_rate = experiment.build_optimizer(config)
-        loss = experiment.build_loss(config)
-        train_step = make_train_step(config, model, optimizer, loss, mesh)
+        train_step = make_train_step(config, model, optimizer, experiment.build_loss(config), mesh)
         embed_step = steps.make_embed_step(model, mesh)
-        run = Run(config, training, validation, mesh, embed_step)
-        state = first_state(config, model, optimizer, mesh)
-        state, step = restore(config, checkpoints, state, mesh)
+        position = restore(
+            config, checkpoints, first_state(config, model, optimizer, mesh), mesh
+        )  # fmt: skip
         main = jax.process_index() == 0
         if main:
             command_line.write_json(workdir / "config.json", config.to_dict())
-        log = stack.enter_context(RunLog(workdir, step=step, total=config.train.steps, active=main))
-        log.line(describe(run, state, step))
-        monitor = StepMonitor(
-            log,
-            log_every=config.train.log_every,
-            batch_size=config.data.classes_per_batch * config.data.images_per_class,
-            learning_rate=learning_rate,
-            warning=experiment.collapse_warning(config),
+        log = stack.enter_context(
+            RunLog(workdir, step=position.step, total=config.train.steps, active=main)
         )
-        if step == 0:
-            with monitor.paused():
-                evaluate(run, state, log, step=0)
-        stop = stack.enter_context(StopSignal())
-        batches = experiment.train_batches(config, training, step)
-        stack.enter_context(contextlib.closing(batches))
-        for batch in monitor.waiting(steps.to_devices(batches, mesh)):
-            state, scalars = train_step(state, batch)
-            step += 1
-            monitor.step_done(step, scalars, batch["index"])
-            stopped = stop_requested(stop, checkpoints, step)
-            last = step == config.train.steps
-            evaluates = not stopped and (last or step % config.train.eval_every == 0)
-            if evaluates or stopped or step % config.train.checkpoint_every == 0:
-                with monitor.paused():  # Steps under way are found finite before they are saved.
-                    metrics = evaluate(run, state, log, step) if evaluates else None
-                    save(config, checkpoints, step, state, metrics)
-            if stopped:
-                log.line(f"stopped by {stopped}; step {step} is saved: the same command resumes")
-                break
-        return summarize(config, workdir, checkpoints, step, monitor)
+        monitor = make_monitor(config, log, learning_rate, position)
+        run = Run(
+            config, training, validation, mesh, embed_step, checkpoints, log, monitor, stop
+        )  # fmt: skip
+        log.line(describe(run, position))
+        make_up_evaluation(run, workdir, position)
+        step = train(run, train_step, position)
+        return run_summary.summarize(config, workdir, checkpoints, step, monitor)
+
+
+def train(run: Run, train_step: Callable, position: Position) -> int:
+    """Train to the end, or as far as it goes; return the last step, which is saved."""
+    config, monitor = run.config, run.monitor
+    state, step, saved, stopped = position.state, position.step, position.step, None
+    batches = experiment.train_batches(config, run.training, step)
+    try:
+        with contextlib.closing(batches):
+            for batch in monitor.waiting(steps.to_devices(batches, run.mesh)):
+                state, scalars = train_step(state, batch)
+                step += 1
+                monitor.step_done(step, scalars, batch["index"])
+                run.stop.waits_for = "the step under way, to save it"
+                if step == position.step + _JUDGED:
+                    tell_forecast(run, step)
+                stopped = stop_requested(run, step)
+                if stopped or evaluates(config, step) or step % config.train.checkpoint_every == 0:
+                    with (
+                        monitor.paused()
+                    ):  # Steps under way are found finite before they are saved.
+                        saved = step
+                        save(config, run.checkpoints, Position(state, step, monitor.window))
+                        if evaluates(config, step):
+                            stopped = stopped or evaluate(run, state, step)
+                if stopped:
+                    break
+    except FloatingPointError:
+        raise  # The state is of no use.
+    except Exception:
+        # A signal that reached the loading workers too is a stop like any other.
+        stopped = run.stop.received
+        kept = step == saved or keep(run, state, step)
+        if not (stopped and kept and step):
+            raise
+    if stopped:
+        run.log.line(f"stopped by {stopped}; step {step} is saved: the same command resumes")
+    return step
+
+
+def keep(run: Run, state: steps.TrainState, step: int) -> bool:
+    """Save the last step before an error leaves; whether it was sound, and could be."""
+    try:
+        run.monitor.flush()
+        if run.monitor.window and step % run.config.train.log_every == 0:
+            return False  # The record of this step could not be written.
+        save(run.config, run.checkpoints, Position(state, step, run.monitor.window))
+        run.checkpoints.wait()
+    except Exception:  # The first error is the one to tell.
+        return False
+    run.log.line(f"step {step} is saved: the same command goes on from there")
+    return True
 
 
 def open_data(
@@ -167,11 +235,52 @@ def make_train_step(
     )
 
 
-def evaluate(run: Run, state: steps.TrainState, log: RunLog, step: int) -> dict[str, float]:
-    """Measure the validation split, log its metrics and return them."""
+def make_monitor(
+    config: Config, log: RunLog, learning_rate: Callable, position: Position
+) -> StepMonitor:
+    """Return what follows the steps from ``position`` on."""
+    return StepMonitor(
+        log,
+        log_every=config.train.log_every,
+        batch_size=config.data.classes_per_batch * config.data.images_per_class,
+        learning_rate=learning_rate,
+        warning=experiment.collapse_warning(config),
+        eval_every=config.train.eval_every,
+        window=position.window,
+    )
+
+
+def evaluates(config: Config, step: int) -> bool:
+    """Whether an evaluation is due after ``step``."""
+    return step == config.train.steps or step % config.train.eval_every == 0
+
+
+def evaluate(run: Run, state: steps.TrainState, step: int) -> str | None:
+    """Measure the validation split and keep its metrics; why that was left, or None."""
     arrays = steps.evaluation_params(state), state.batch_stats
-    result, _ = runs.evaluate_split(run.config, run.validation, run.embed_step, arrays, run.mesh)
-    return record_evaluation(run.config, log, step, result.report)
+    try:
+        with run.monitor.evaluating():
+            result, _ = runs.evaluate_split(
+                run.config, run.validation, run.embed_step, arrays, run.mesh, stop=run.stop
+            )
+    except Stopped:
+        return run.stop.received
+    metrics = record_evaluation(run.config, run.log, step, result.report)
+    if step > 0:
+        run.checkpoints.add_metrics(step, metrics)
+    return None
+
+
+def make_up_evaluation(run: Run, workdir: Path, position: Position) -> None:
+    """Evaluate the state that the run starts from where that is due and was not done."""
+    run.checkpoints.keep_known_metrics()
+    if not evaluates(run.config, position.step):
+        return
+    if position.step in runs.recorded_evaluations(run.config, workdir):
+        return
+    with run.monitor.paused():
+        if evaluate(run, position.state, position.step):
+            raise Stopped
 
 
 def checkpoint_items(state: steps.TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -185,32 +294,21 @@ def checkpoint_items(state: steps.TrainState) -> tuple[dict[str, Any], dict[str,
     return model, optimizer
 
 
-def save(
-    config: Config,
-    checkpoints: Checkpoints,
-    step: int,
-    state: steps.TrainState,
-    metrics: dict[str, float] | None,
-) -> None:
-    """Save the state after ``step``, in the background."""
-    model, optimizer = checkpoint_items(state)
-    position = {"seed": config.seed, "next_step": step}
+def save(config: Config, checkpoints: Checkpoints, position: Position) -> None:
+    """Save where a run stands, in the background."""
+    model, optimizer = checkpoint_items(position.state)
+    data = {"seed": config.seed, "next_step": position.step, "window": position.window}
     checkpoints.save(
-        step,
-        model=model,
-        optimizer=optimizer,
-        data=position,
-        config=config.to_dict(),
-        metrics=metrics,
+        position.step, model=model, optimizer=optimizer, data=data, config=config.to_dict()
     )
 
 
 def restore(
     config: Config, checkpoints: Checkpoints, state: steps.TrainState, mesh: Any
-) -> tuple[steps.TrainState, int]:
-    """Return the newest saved state and its step, or what was given and 0 when there is none."""
+) -> Position:
+    """Return where the newest checkpoint stands, or ``state`` at step 0 when there is none."""
     if not checkpoints.steps():
-        return state, 0
+        return Position(state, 0, [])
     read = checkpoints.restore("last")
     if read.step > config.train.steps:
         raise InputError(
@@ -228,25 +326,57 @@ def restore(
         ema=model.get("ema"),
         memory=optimizer.get("memory"),
     )
-    return steps.replicate(restored, mesh), read.data["next_step"]
+    window = read.data.get("window", [])  # Older runs kept none.
+    return Position(steps.replicate(restored, mesh), read.data["next_step"], window)
 
 
-def stop_requested(stop: StopSignal, checkpoints: Checkpoints, step: int) -> str | None:
+def stop_requested(run: Run, step: int) -> str | None:
     """Return why to stop after this step, or None; the same answer in all processes."""
     if jax.process_count() == 1:
-        return stop.received
-    return "preemption" if checkpoints.reached_preemption(step) else None
+        return run.stop.received
+    return "preemption" if run.checkpoints.reached_preemption(step) else None
 
 
-def describe(run: Run, state: steps.TrainState, step: int) -> str:
+def tell_forecast(run: Run, step: int) -> None:
+    """Say how long the rest will take, what memory the run holds, and what would make it less."""
+    config, monitor = run.config, run.monitor
+    with monitor.paused():
+        seconds, each = monitor.seconds_left(step), monitor.seconds_per_step
+    if seconds is None or each is None or step == config.train.steps:
+        return
+    run.log.line(
+        f"about {forecast.duration(seconds)} for the {config.train.steps - step} steps that are "
+        f"left ({each:.2g} s each) and their evaluations; memory: {memory_held()}"
+    )
+    if jax.devices()[0].platform == "cpu":
+        hint = forecast.advice(
+            seconds,
+            image_size=config.data.image_size,
+            model=config.model.name,
+            steps=config.train.steps,
+        )
+        if hint:
+            run.log.line(hint)
+
+
+def memory_held() -> str:
+    """Say how much memory the run holds, on the host and on an accelerator."""
+    told = f"{forecast.resident_bytes() / 1e9:.1f} GB"
+    statistics = jax.local_devices()[0].memory_stats() or {}  # None on a CPU.
+    if "peak_bytes_in_use" in statistics:
+        told += f", {statistics['peak_bytes_in_use'] / 1e9:.1f} GB of each device"
+    return told
+
+
+def describe(run: Run, position: Position) -> str:
     """Say in one line what is about to be trained on what."""
     config, training, validation = run.config, run.training, run.validation
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    size = sum(leaf.size for leaf in jax.tree.leaves(position.state.params))
     return (
         f"{config.model.name} ({size / 1e6:.1f} M parameters) on {config.data.name}: "
         f"{len(training)} training and {len(validation)} validation images of "
         f"{len(training.label_names)} classes, {jax.device_count()} "
-        f"{jax.devices()[0].platform} device(s), steps {step} to {config.train.steps}"
+        f"{jax.devices()[0].platform} device(s), steps {position.step} to {config.train.steps}"
     )
 
 
@@ -265,50 +395,12 @@ def record_evaluation(
     return metrics
 
 
-def summarize(
-    config: Config, workdir: Path, checkpoints: Checkpoints, step: int, monitor: StepMonitor
-) -> dict[str, Any]:
-    """Return the run's last line: where it stands, how fast it was, what training added."""
-    split, best = config.data.eval_split, checkpoints.best_step()
-    headline = experiment.headline(config)
-    shown = [f"map@{min(config.eval.ks)}", headline, headline.replace("map", "precision")]
-    shown = dict.fromkeys(shown + ["accuracy"] * experiment.classifies(config))
-    evaluations = {
-        record["step"]: {name: record.get(f"{split}/{name}") for name in shown}
-        for record in read_log(workdir)
-        if f"{split}/{headline}" in record
-    }
-    batch = config.data.classes_per_batch * config.data.images_per_class
-    speed = round(monitor.images / monitor.seconds, 2) if monitor.seconds else None
-    return {
-        "workdir": str(workdir),
-        "step": step,
-        "finished": step == config.train.steps,
-        "images_seen": step * batch,
-        "images_per_second": speed,
-        "split": split,
-        "untrained": evaluations.get(0),
-        "best": evaluations.get(best),
-        "best_step": best,
-    }
+def parse_flags() -> tuple[Config, Path, float | None]:
+    """Read --config and overrides, --workdir, and the seconds to stop after.
 
-
-def tell(summary: dict[str, Any]) -> str:
-    """Say in plain words what the run did and what to do next."""
-    lines = [f"{summary['step']} steps, {summary['images_seen']} images seen"]
-    before, after = summary["untrained"], summary["best"]
-    if before and after:
-        lines[0] += f"; {summary['split']}, untrained -> best (step {summary['best_step']}):"
-        lines += [f"  {name:14}{before[name]:.4f} -> {after[name]:.4f}" for name in after]
-    script = Path(sys.argv[0]).name == "train.py"
-    program = "python evaluate.py" if script else "cbam-jax evaluate"
-    workdir = shlex.quote(summary["workdir"])
-    lines.append(f"measure it: {program} --workdir={workdir} --split=test --figures")
-    return "\n".join(lines)
-
-
-def parse_flags() -> tuple[Config, Path]:
-    """Read --config, --workdir and overrides; InputError for an unknown field or a wrong type."""
+    Raises:
+        InputError: for an unknown field or a wrong type.
+    """
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -319,21 +411,37 @@ def parse_flags() -> tuple[Config, Path]:
         "--workdir", required=True, type=command_line.path, help="folder of the run"
     )
     parser.add_argument(
+        "--stop_after", metavar="TIME", help="45m, 2h, 1h30m: then save and stop, with status 75"
+    )
+    parser.add_argument(
         "--distributed",
         action="store_true",
         help="one of several processes; jax.distributed finds them from the cluster's environment",
     )
     known, overrides = parser.parse_known_args()
+    after = None if known.stop_after is None else stopping.seconds(known.stop_after)
+    if known.distributed and after is not None:
+        raise InputError(
+            f"--stop_after={known.stop_after}: several processes would not stop at the same step; "
+            "leave it out, and let the scheduler send SIGTERM"
+        )
     config = config_files.read_config_file(known.config, overrides)
     if known.distributed:
         jax.distributed.initialize()
-    return config, known.workdir
+    return config, known.workdir, after
 
 
-def main() -> None:
-    """Train, and print the JSON line."""
+def main() -> int:
+    """Train, and print the JSON line; the exit status tells a stopped run from a finished one."""
     command_line.keep_compiled_programs()
-    summary = train_and_evaluate(*parse_flags())
+    config, workdir, after = parse_flags()
+    with Stop(after=after, exits=True) as stop:
+        try:
+            summary = train_and_evaluate(config, workdir, stop=stop)
+        except Stopped:
+            print(f"stopped by {stop.received}, before there was anything to save", file=sys.stderr)
+            return stopping.STATUS
     if jax.process_index() == 0:
-        print(tell(summary))
+        print(run_summary.tell(summary))
         print(command_line.to_json(summary))
+    return 0 if summary["finished"] else stopping.STATUS

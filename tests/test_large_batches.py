@@ -185,9 +185,9 @@ def test_a_restored_memory_goes_on_bit_for_bit(rng, tmp_path):
         for step, batch in enumerate(steps.to_devices(batches, mesh), 1):
             state, scalars = train_step(state, batch)
             if step == 3:
-                training.save(config, checkpoints, step, state, None)
+                training.save(config, checkpoints, training.Position(state, step, []))
         checkpoints.wait()
-        restored, step = training.restore(config, checkpoints, fresh(), mesh)
+        restored, step, _ = training.restore(config, checkpoints, fresh(), mesh)
         assert step == 3
         assert np.all(restored.memory.filled)
         for batch in steps.to_devices(batches[3:], mesh):

@@ -42,6 +42,7 @@ def open_monitor(log, *, log_every=2, warning=lambda means: None):
         batch_size=8,
         learning_rate=lambda step: step / 100,
         warning=warning,
+        eval_every=100,
     )
 
 

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from tiny_run import CLASSES, make_config, patch_tiny_models, write_photos, write_run
 
-from cbam_jax import InputError, command_line, config_files, experiment, runs, steps, training
+from cbam_jax import (
+    InputError,
+    command_line,
+    config_files,
+    experiment,
+    runs,
+    steps,
+    training,
+    workdirs,
+)
 from cbam_jax.datasets import open_dataset
 
 # ml_collections loads configs by a method that Python means to remove.
@@ -248,7 +257,7 @@ def test_paths_of_a_config_are_kept_whole(tmp_path, monkeypatch):
 
 def test_a_workdir_is_trained_in_by_one_at_a_time(manifest, tmp_path):
     workdir = tmp_path / "run"
-    with runs.locked(workdir):
+    with workdirs.locked(workdir):
         config = make_config(manifest, **{"data.classes_per_batch": 2, "data.images_per_class": 4})
         with pytest.raises(InputError, match=f"--workdir={workdir} is in use by another training"):
             training.train_and_evaluate(config, str(workdir))
@@ -259,7 +268,7 @@ def test_a_workdir_is_trained_in_by_one_at_a_time(manifest, tmp_path):
 
 def test_a_workdir_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file/run cannot be written"), runs.locked(
+    with pytest.raises(InputError, match="file/run cannot be written"), workdirs.locked(
         tmp_path / "file" / "run"
     ):  # fmt: skip
         pass

@@ -167,7 +167,8 @@ def test_a_run_killed_and_stopped_ends_as_one_that_was_not(
 
     # Goes on from 3; SIGTERM during step 5 ends it with step 5 saved.
     status, stdout, stderr = finish(start({"record": str(record), "terminate": 5}, *command))
-    assert status == 0, stderr
+    assert status == 75, stderr
+    assert "SIGTERM: waiting for the step under way, to save it" in stderr
     assert "stopped by SIGTERM; step 5 is saved: the same command resumes" in stdout
     summary = json.loads(stdout.splitlines()[-1])
     assert (summary["step"], summary["finished"]) == (5, False)
@@ -177,7 +178,7 @@ def test_a_run_killed_and_stopped_ends_as_one_that_was_not(
     assert status == 0, stderr
     expected_workdir, expected_stdout, expected_rows = uninterrupted
     actual, expected = restore(workdir), restore(expected_workdir)
-    assert (actual.step, actual.data) == (6, {"seed": 0, "next_step": 6})
+    assert (actual.step, actual.data) == (6, {"seed": 0, "next_step": 6, "window": []})
     assert_same_arrays(actual.model, expected.model)
     assert_same_arrays(actual.optimizer, expected.optimizer)
     assert read_rows(record) == expected_rows

@@ -84,6 +84,6 @@ def write_run(workdir, config, metrics=None):
             optimizer={"step": np.int32(3)},
             data={"seed": 0, "next_step": 3},
             config=config.to_dict(),
-            metrics=metrics or {"map@10": 0.5},
         )
+        checkpoints.add_metrics(3, metrics or {"map@10": 0.5})
     return model

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbam_jax import InputError
+from cbam_jax import InputError, stopping
 from cbam_jax.file_locks import take_lock
 
 # Where the processes find this package: a checkout, or what it was installed into.
@@ -47,6 +47,7 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         InputError: it failed; with its own line where it told one.
+        KeyboardInterrupt: it was stopped, and goes on when it is called again.
     """
     path = workdir / "logs" / f"{name}.log"
     path.parent.mkdir(exist_ok=True)
@@ -67,6 +68,8 @@ def call(workdir: Path, name: str, arguments: Sequence[str]) -> dict[str, Any]:
             start_new_session=True,
         ) as process:
             last = _follow(process, log)
+    if process.returncode == stopping.STATUS:
+        raise KeyboardInterrupt
     if process.returncode:
         with path.open() as log:
             log.seek(begin)

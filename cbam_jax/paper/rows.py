@@ -32,8 +32,7 @@ def run_row(workdir: Path, row: str, seed: int, *, split: str, settings: Mapping
     fields.pop("config", None)
     arguments = [f"--config={row_config(row, settings)}", f"--workdir={folder}"]
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
-    if not call(workdir, name, [*script("train"), *arguments])["finished"]:
-        raise KeyboardInterrupt
+    call(workdir, name, [*script("train"), *arguments])
     call(workdir, name, [*script("evaluate"), f"--workdir={folder}", f"--split={split}"])
     config = json.loads((folder / "config.json").read_text())
     if not cost_path(workdir, row).exists():

@@ -1,0 +1,68 @@
+"""What a training says at its end: the JSON line, and the same in plain words."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from cbam_jax import evaluation, experiment, runs
+from cbam_jax.checkpoint import Checkpoints
+from cbam_jax.config_files import Config
+from cbam_jax.runlog import StepMonitor
+
+
+def summarize(
+    config: Config, workdir: Path, checkpoints: Checkpoints, step: int, monitor: StepMonitor
+) -> dict[str, Any]:
+    """Return the run's last line: where it stands, how fast it was, what training added."""
+    split, best = config.data.eval_split, checkpoints.best_step()
+    headline = experiment.headline(config)
+    shown = [f"map@{min(config.eval.ks)}", headline, headline.replace("map", "precision")]
+    shown = dict.fromkeys(shown + ["accuracy"] * experiment.classifies(config))
+    evaluations = {
+        number: {name: metrics.get(name) for name in shown}
+        for number, metrics in runs.recorded_evaluations(config, workdir).items()
+    }
+    batch = config.data.classes_per_batch * config.data.images_per_class
+    speed = round(monitor.images / monitor.seconds, 2) if monitor.seconds else None
+    return {
+        "workdir": str(workdir),
+        "step": step,
+        "finished": step == config.train.steps and step in evaluations,
+        "images_seen": step * batch,
+        "images_per_second": speed,
+        "split": split,
+        "untrained": evaluations.get(0),
+        "best": None if best is None else evaluations.get(best),
+        "best_step": best,
+    }
+
+
+def tell(summary: dict[str, Any]) -> str:
+    """Say in plain words what the run did and what to do next."""
+    lines = [f"{summary['step']} steps, {summary['images_seen']} images seen"]
+    before, after = summary["untrained"], summary["best"]
+    if before and after:
+        lines[0] += f"; {summary['split']}, untrained -> best (step {summary['best_step']}):"
+        lines += [f"  {name:14}{_number(before[name])} -> {_number(after[name])}" for name in after]
+        if summary["finished"] and _worse(before, after):
+            lines.append(
+                f"training made it worse than the untrained network ({evaluation.headline(after)})"
+                ": train longer, lower --config.optimizer.learning_rate, or look at the labels"
+            )
+    script = Path(sys.argv[0]).name == "train.py"
+    program = "python evaluate.py" if script else "cbam-jax evaluate"
+    workdir = shlex.quote(summary["workdir"])
+    lines.append(f"measure it: {program} --workdir={workdir} --split=test --figures")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    # None: the mean over no query.
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _worse(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    name = evaluation.headline(after)
+    old, new = before.get(name), after.get(name)
+    return old is not None and new is not None and new < old

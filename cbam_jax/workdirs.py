@@ -1,0 +1,95 @@
+"""A folder that a command writes to: held by one at a time; what a machine lacks in one line."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from cbam_jax import InputError
+from cbam_jax.config_files import Config
+from cbam_jax.file_locks import take_lock
+
+# Of an OSError: no room, or not allowed to.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make a workdir and keep others from training in it; the lock goes with the process.
+
+    Raises:
+        InputError: another process trains there, or the folder cannot be written.
+    """
+    if jax.process_index() != 0:  # Of several processes of one run the first one holds it.
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / "lock", "a")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror}): choose another"
+        ) from error
+    with file:
+        if not take_lock(file):
+            raise InputError(
+                f"--workdir={workdir} is in use by another training: wait for it to end, stop it, "
+                "or choose another"
+            )
+        yield
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder; InputError, with the remedy, where nothing could be written to it."""
+    probe = folder / "partial-metrics.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}): give a folder with --out=DIR"
+        ) from error
+
+
+@contextlib.contextmanager
+def told_in_one_line(config: Config, folder: Path) -> Iterator[None]:
+    """Turn what a machine lacks, memory or room in ``folder``, into an InputError that says so."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise InputError(out_of_memory(config, str(error))) from error
+    except OSError as error:
+        named = str(error.filename or folder)
+        if error.errno not in _UNWRITABLE or not named.startswith(str(folder)):
+            raise
+        raise InputError(
+            f"{named} cannot be written ({error.strerror}): make room in {folder}, or let it be "
+            "written, and give the same command again; what was saved is kept"
+        ) from error
+
+
+def out_of_memory(config: Config, error: str) -> str:
+    """Say in one line what would need less memory than there is.
+
+    >>> from cbam_jax.configs import default
+    >>> told = out_of_memory(default.get_config(), "Out of memory allocating 12 bytes.")
+    >>> "a batch of 64 images of 224 pixels: set --config.train.chunk_size=32" in told
+    True
+    """
+    fields, batch = config.data, config.data.classes_per_batch * config.data.images_per_class
+    chunk = (config.train.chunk_size or batch) // 2
+    reason = " ".join(error.split())[:120]
+    return (
+        f"out of memory ({reason}) with a batch of {batch} images of {fields.image_size} pixels: "
+        f"set --config.train.chunk_size={chunk}, "
+        f"--config.data.image_size={fields.image_size * 5 // 7}, "
+        f"--config.data.images_per_class={max(fields.images_per_class // 2, 2)} or "
+        "--config.model.dtype=bfloat16, for an evaluation "
+        f"--config.eval.batch_size={max(config.eval.batch_size // 2, 1)}; on a GPU see with "
+        "nvidia-smi who else holds it, and that XLA_PYTHON_CLIENT_MEM_FRACTION is not too small"
+    )
