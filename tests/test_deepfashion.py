@@ -776,9 +776,6 @@ def test_verify_shows_ten_findings_or_all(published, copy, capsys):
 
 
 def test_verify_of_nothing(pristine, tmp_path, capsys):
-    status, _, error = run_verify(capsys, "synthetic_garments", tmp_path)
-    assert status == 2
-    assert "verify does not know 'synthetic_garments': it knows deepfashion_inshop" in error
     status, _, error = run_verify(capsys, INSHOP, tmp_path)
     assert status == 2
     assert "expected list_bbox_inshop.txt" in error

@@ -16,7 +16,8 @@ import numpy as np
 from cbam_jax import InputError, __version__
 from cbam_jax.catalogue.catalogue import Neighbour
 from cbam_jax.catalogue.printing import payload_text
-from cbam_jax.catalogue.reading import LARGEST, small_image
+from cbam_jax.catalogue.reading import LARGEST
+from cbam_jax.datasets.looks import small_image
 from cbam_jax.foreign_files import read_file
 
 _SIDE = 240  # Pixels of a thumbnail's longer side.

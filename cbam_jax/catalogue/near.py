@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cbam_jax.catalogue.reading import differing_bits
 from cbam_jax.catalogue.store import Store
+from cbam_jax.datasets.looks import differing_bits
 
 BITS = 8
 COSINE = 0.98

@@ -1,4 +1,4 @@
-"""Prepares a dataset, checks, shrinks or draws photos, or verifies a copy of DeepFashion.
+"""Prepares a dataset, checks, shrinks or draws photos, finds images that are there twice.
 
 ``python -m cbam_jax.datasets prepare NAME``, ``... resize NAME FOLDER``, ``... verify NAME``,
 ``... draw FOLDER``.
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         if options.command == "verify":
-            return _verify(options.name, options.manual_dir, options.all)
+            return _verify(options.name, options.data_dir, options.manual_dir, options.all)
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
         {"prepare": _prepare, "resize": _resize, "draw": _draw}[options.command](**arguments)
     except InputError as error:
@@ -45,10 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         "--short_side", type=int, default=256, help="of the copies in pixels; default: 256"
     )
     verify = commands.add_parser(
-        "verify", help="check a copy of DeepFashion: counts, missing, unreadable, leaking images"
+        "verify",
+        help="check the images of any dataset: unreadable, equal or nearly equal in two splits; "
+        "of a copy of DeepFashion the published counts too",
     )
-    verify.add_argument("name", help="deepfashion_inshop[/highres], ..., as for prepare")
-    verify.add_argument("--manual_dir", required=True, help="the folder of what was fetched")
+    verify.add_argument("name", help="a dataset, photos.csv or ./photos/")
+    verify.add_argument("--data_dir", help="where prepared datasets live")
+    verify.add_argument("--manual_dir", help="the folder of what was fetched; DeepFashion needs it")
     verify.add_argument("--all", action="store_true", help="print every finding, not ten of a kind")
     draw = commands.add_parser(
         "draw", help="draw garments as photos, one folder a category, to try things out with"
@@ -60,19 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verify(name: str, manual_dir: str, show_all: bool) -> int:
+def _verify(name: str, data_dir: str | None, manual_dir: str | None, show_all: bool) -> int:
     check_options(manual_dir=manual_dir, on_bad_image="fail")
-    from cbam_jax.datasets.prepared import BY_HAND, make_builder
+    if not name.startswith("deepfashion_") or is_manifest(name) or is_folder(name):
+        from cbam_jax.datasets.verifying import verify
 
-    if name.partition("/")[0] not in BY_HAND:
-        raise InputError(
-            f"verify does not know '{name}': it knows {', '.join(BY_HAND)}; prepare checks others"
-        )
+        return verify(name, data_dir=data_dir, manual_dir=manual_dir, show_all=show_all)
+    if manual_dir is None:
+        raise InputError(f"verify {name} needs --manual_dir=FOLDER, the copy that it checks")
     from cbam_jax.datasets.building import BuilderFromFiles
-    from cbam_jax.datasets.deepfashion import verify
+    from cbam_jax.datasets.deepfashion import verify as verify_copy
+    from cbam_jax.datasets.prepared import make_builder
 
     builder = cast(BuilderFromFiles, make_builder(name, None, manual_dir, "fail"))
-    return verify(builder, show_all=show_all)
+    return verify_copy(builder, show_all=show_all)
 
 
 def _prepare(name: str, data_dir: str | None, manual_dir: str | None, on_bad_image: str) -> None:

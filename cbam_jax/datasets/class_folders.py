@@ -15,6 +15,7 @@ train, 10 % validation, 10 % test, as those of a manifest without a ``split`` co
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,23 @@ def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> in
         paths = [f"{listed}/{file}" for file in files]
         total += int(good_images(listed, paths, on_bad_image=on_bad_image, decode=True).sum())
     return total
+
+
+def photos(folder: str | os.PathLike) -> Iterator[tuple[str, str, str, str]]:
+    """The split, the path inside the folder, the class and the path of every image there is.
+
+    Raises:
+        InputError: as :func:`open_class_folders`.
+    """
+    root = Path(folder).expanduser()
+    found = _listing(root, ALL)
+    _check(found)
+    if _has_splits(root):
+        splits = [file.split("/")[0] for file in found.files]
+    else:
+        splits = assign_splits({"label": list(map(_class, found.files)), "id": found.files})
+    for split, file in zip(splits, found.files, strict=True):
+        yield split, file, _class(file), f"{root}/{file}"
 
 
 def split_names(folder: str | os.PathLike) -> list[str]:
