@@ -153,8 +153,6 @@ def serve(options: argparse.Namespace) -> int:
     with Store(options.catalogue) as store:
         listening = server.bound(options.host, options.port)
         embedder = embedders.load_embedder(options.model, store, server.TOGETHER)
-    host, port = listening.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ ; end it by Ctrl-C", flush=True)
     server.serve(options.catalogue, embedder, listening)
     return 0
 

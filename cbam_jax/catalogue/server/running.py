@@ -4,8 +4,12 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
+
 from cbam_jax import InputError
 from cbam_jax.catalogue.server.app import create_app
+from cbam_jax.catalogue.server.finding import TOGETHER
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -34,12 +38,23 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
+def warm(embedder: "Embedder") -> None:
+    """Compile what searches need, for one photo and for several, before anyone waits for it."""
+    grey = cv2.imencode(".png", np.full((64, 64, 3), 128, np.uint8))[1].tobytes()
+    embedder.embed_file(grey)
+    embedder.embed_files([grey] * TOGETHER, progress=False)
+
+
 def serve(path: str | os.PathLike, embedder: "Embedder", listening: socket.socket) -> None:
     """Serve a catalogue until the process is told to end."""
     import uvicorn  # pyright: ignore[reportMissingImports]
 
+    warm(embedder)
+
     host = listening.getsockname()[0]
     app = create_app(path, embedder, hosts=_LOCAL if host in _LOCAL else None)
+    name = f"[{host}]" if ":" in host else host
+    print(f"http://{name}:{listening.getsockname()[1]}/ ; end it by Ctrl-C", flush=True)
     config = uvicorn.Config(
         app,
         log_level="warning",
