@@ -7,9 +7,11 @@ import pytest
 
 from cbam_jax import InputError
 from cbam_jax.evaluation import (
+    Evaluation,
     chance_precision,
     evaluate_embeddings,
     make_protocol,
+    relevant_images,
     save_neighbours,
 )
 
@@ -102,6 +104,9 @@ def test_leave_one_out(split):
     assert np.nanmean(result.headline) == pytest.approx(metrics["map@10"])
     low, high = result.report["interval"]["of"]
     assert low < metrics["map@10"] < high
+    relevant = np.bincount(label)[label] - 1
+    by_chance = np.mean(relevant[relevant > 0] / 44)
+    assert result.report["chance"]["precision@10"] == pytest.approx(by_chance)
     assert result.report["protocol"] == "leave one out"
     assert result.report["num_gallery"] == 45
 
@@ -158,12 +163,13 @@ def test_embeddings_that_are_not_finite(split):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_chance_is_what_random_orders_give(split, rng, grouped):
-    embeddings, label = split
+    _, label = split
     everyone, is_gallery = np.ones(45, bool), rng.random(45) < 0.8
     item, series = rng.integers(0, 6, 45), rng.integers(0, 2, 45)
     options = {"item": item, "series": series, "ignore_same_series": grouped}
     protocol = make_protocol(everyone, is_gallery, **options, ks=(4, 9))
-    report = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=(4, 9)).report
+    relevant = relevant_images(label, protocol)
+    searched = relevant_images(np.zeros_like(label), protocol)
     for k in (4, 9):
         shares = []
         for query in range(45):
@@ -174,21 +180,22 @@ def test_chance_is_what_random_orders_give(split, rng, grouped):
             if hits.any():
                 # The mean over all orders of the hits among the first k, each place being alike.
                 shares.append(sum(hits.mean() for _ in range(min(k, len(hits)))) / k)
-        assert report["chance"][f"precision@{k}"] == pytest.approx(np.mean(shares))
+        assert chance_precision(relevant, searched, k) == pytest.approx(np.mean(shares))
     # Three images are searched and found, of which two are relevant: 2 of 6 places.
     assert chance_precision(np.array([2]), np.array([3]), 6) == pytest.approx(1 / 3)
     assert np.isnan(chance_precision(np.array([0, 0]), np.array([3, 4]), 2))
 
 
-def test_neighbours_are_written_with_names(split, tmp_path):
-    embeddings, label = split
-    is_query = np.arange(45) % 3 > 0
-    protocol = make_protocol(is_query, np.arange(45) < 40, ks=(3,))
-    result = evaluate_embeddings(embeddings, label, NAMES, protocol, ks=(3,))
-    result.neighbour[1, 2] = -1
+def test_neighbours_are_written_with_names(rng, tmp_path):
+    query = np.flatnonzero(np.arange(45) % 3)
+    neighbour, match = rng.integers(0, 45, (30, 3)), rng.random((30, 3)) < 0.5
+    neighbour[1, 2] = -1
+    distance = rng.random((30, 3)).astype(np.float32)
+    result = Evaluation({}, query, neighbour, distance, match, rng.random(30))
     ids = np.array([f'é "{i}", 连衣裙.jpg' for i in range(44)] + ["\udce9.jpg"])
+    categories = [NAMES[i % 5] for i in range(45)]
     path = tmp_path / "neighbours.csv"
-    save_neighbours(path, result, ids, [NAMES[i] for i in label])
+    save_neighbours(path, result, ids, categories)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first, *rows = csv.reader(file)
     assert first == [
@@ -196,12 +203,12 @@ def test_neighbours_are_written_with_names(split, tmp_path):
         "same_category",
     ]  # fmt: skip
     expected = []
-    for row, query in enumerate(np.flatnonzero(is_query)):
-        distance = np.linalg.norm(embeddings[:40] - embeddings[query], axis=1)
-        order = [i for i in np.argsort(distance, kind="stable") if i != query][:3]
-        for rank, i in enumerate(order[:2] if row == 1 else order, start=1):
-            same = str(label[i] == label[query]).lower()
-            names = NAMES[label[query]], str(rank), ids[i], NAMES[label[i]]
-            expected.append([ids[query], *names, f"{distance[i]:.7g}", same])
+    for row in range(30):
+        for rank in range(2 if row == 1 else 3):
+            q, i = query[row], neighbour[row, rank]
+            far, same = f"{distance[row, rank]:.7g}", str(match[row, rank]).lower()
+            expected.append(
+                [ids[q], categories[q], str(rank + 1), ids[i], categories[i], far, same]
+            )
     assert rows == expected
     assert {path.name for path in tmp_path.iterdir()} == {"neighbours.csv"}

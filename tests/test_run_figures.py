@@ -59,7 +59,7 @@ def test_small_images_are_not_enlarged_and_strips_keep_a_pixel(rng):
 
 @pytest.fixture
 def measured(rng, tmp_path):
-    """A split of two hats, and five categories of one image each."""
+    """A split of two images of a category, and five categories of one image each."""
     images = [jpeg(rng.integers(0, 256, (20, 30, 3), np.uint8)) for _ in range(7)]
     ids = [f"/home/someone/{i}.jpg" for i in range(7)]
     dataset = make_dataset(images, [0, 1, 2, 3, 4, 5, 5], ids)
@@ -87,7 +87,7 @@ def test_the_page_has_short_names_and_what_was_found(measured, tmp_path):
     run_figures.save_page(measured, {}, [])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "someone" not in page
-    assert "<small>5.jpg</small>" in page
+    assert "<small><bdi>5.jpg</bdi></small>" in page
     query = run_figures.describe_query(measured, 6, list("abcdefg"))
     assert (query.id, query.category) == ("g", "class 5")
     assert query.hits == measured.result.match[6, :5].sum()
