@@ -9,16 +9,20 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from cbam_jax import InputError
 from cbam_jax.catalogue.nearest import squared_norms
 from cbam_jax.catalogue.store import Store
+from cbam_jax.foreign_files import open_regular
 from cbam_jax.whole_files import written_whole
 
+_LONGEST = 65_536  # Numbers of an embedding.
 _HEADER = 4096  # Bytes; what follows is then aligned to pages.
 _SELECT = "SELECT id, embedding FROM item WHERE embedding IS NOT NULL ORDER BY id"
 
@@ -66,7 +70,7 @@ def open_gallery(store: Store) -> Gallery:
     """Map the embeddings of a catalogue, or read them where they were not kept or are others."""
     path = cache_path(store.path)
     header = _header(store)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return _mapped(path, header)
     gallery, header = _read(store)
     if not header.count:
@@ -80,7 +84,17 @@ def open_gallery(store: Store) -> Gallery:
 def _header(store: Store) -> _Header:
     (count,) = store.rows("SELECT count(*) FROM item WHERE embedding IS NOT NULL")[0]
     identity, revision = store.about("identity"), store.about("revision")
-    return _Header(identity, revision, count, store.about("dimension") or 0)
+    dimension = store.about("dimension") or 0
+    if type(dimension) is not int or not 0 <= dimension <= _LONGEST or type(revision) is not int:
+        raise _damaged(store, "what it says of its embeddings is nothing")
+    return _Header(identity, revision, count, dimension)
+
+
+def _damaged(store: Store, reason: str) -> InputError:
+    return InputError(
+        f"{store.path} is damaged: {reason}; put a copy in its place, or embed the photos anew: "
+        f"cbam-jax catalogue rebuild {store.path}"
+    )
 
 
 def read_gallery(store: Store) -> Gallery:
@@ -95,13 +109,15 @@ def _read(store: Store) -> tuple[Gallery, _Header]:
         ids = np.empty(header.count, np.int64)
         embeddings = np.empty((header.count, header.dimension), np.float32)
         for row, (number, embedding) in enumerate(store.stream(_SELECT)):
+            if not isinstance(embedding, bytes) or len(embedding) != 4 * header.dimension:
+                raise _damaged(store, f"the embedding of photo {number} is none")
             ids[row], embeddings[row] = number, np.frombuffer(embedding, np.float32)
     return Gallery(ids, embeddings, header.revision), header
 
 
 def _mapped(path: Path, expected: _Header) -> Gallery:
     """The kept embeddings; a ValueError where they are of something else."""
-    with open(path, "rb") as file:
+    with open_regular(path, sys.maxsize) as file:
         header = json.loads(file.read(_HEADER).rstrip(b"\0"))
     count, dimension = expected.count, expected.dimension
     start = _HEADER + -(-8 * count // _HEADER) * _HEADER

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import shown
 
 _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
@@ -63,8 +64,9 @@ class Store:
 
     def __init__(self, path: str | os.PathLike, *, create: bool = False):
         self.path = Path(path).expanduser()
-        if not create and not self.path.is_file():
-            what = "is no file" if self.path.exists() else "is not there"
+        there = os.path.lexists(self.path)
+        if not os.path.isfile(self.path) and (there or not create):  # SQLite waits for a pipe.
+            what = "is no file" if there else "is not there"
             raise InputError(
                 f"the catalogue {self.path} {what}: make one with "
                 f"`cbam-jax catalogue add {self.path} PHOTOS`"
@@ -172,7 +174,7 @@ class Store:
         """What SQLite refuses, in one line."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # Its message may hold any bytes.
             raise InputError(_told(self.path, error)) from error
 
 
@@ -180,18 +182,25 @@ def _connect(path: Path) -> sqlite3.Connection:
     """Open a database for writing, or for reading where that alone is allowed."""
     writable = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
     if writable:
-        connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
+        connection = _distrusting(path)
         connection.execute("PRAGMA synchronous = FULL")
         return connection
     # Readers of a log write beside it; without a log the file is read as it lies there.
     log = path.with_name(path.name + "-wal")
     mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     address = f"{path.absolute().as_uri()}?{mode}"
-    return sqlite3.connect(address, uri=True, timeout=_WAIT, isolation_level=None)
+    return _distrusting(address, uri=True)
 
 
-def _told(path: Path, error: sqlite3.Error) -> str:
-    text = str(error)
+def _distrusting(address: str | Path, *, uri: bool = False) -> sqlite3.Connection:
+    """Connect; triggers and views, which others may have put there, call nothing with effects."""
+    connection = sqlite3.connect(address, uri=uri, timeout=_WAIT, isolation_level=None)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    return connection
+
+
+def _told(path: Path, error: Exception) -> str:
+    text = shown(" ".join(str(error).split()))  # It may quote a damaged schema.
     if "locked" in text:
         return (
             f"another process has been writing to {path} for {_WAIT} s: wait until it has ended; "
@@ -206,8 +215,9 @@ def _told(path: Path, error: sqlite3.Error) -> str:
         return f"{path} may only be read: make the file and its folder writable, or copy it"
     if "unable to open" in text:
         return f"cannot open {path}: it needs a folder that is there and may be written to"
-    if isinstance(error, sqlite3.DatabaseError) and (
-        "malformed" in text or "not a database" in text
+    if isinstance(error, UnicodeDecodeError) or (
+        isinstance(error, sqlite3.DatabaseError)
+        and ("malformed" in text or "not a database" in text)
     ):
         return (
             f"{path} is damaged or no catalogue ({text}): put a copy in its place, or move it "

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import test_damaged_logs
+import test_hostile_catalogues
 import test_hostile_datasets
 import test_hostile_models
 import test_hostile_runs
@@ -38,6 +39,7 @@ KINDS = (
     ("a run's config", test_hostile_runs.CONFIGS, plain),
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
     ("a run's folder of datasets", test_hostile_runs.PLACES, "keeps its datasets in"),
+    ("a catalogue", test_hostile_catalogues.CHANGED, plain),
     ("a run's log", test_damaged_logs.DAMAGED_LINES, "the other lines are read, the file is kept"),
 )
 
