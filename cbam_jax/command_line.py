@@ -52,7 +52,10 @@ def path(text: str) -> Path:
     >>> path("~") == Path.home()
     True
     """
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{text}: there is no such home folder; give the whole path") from error
 
 
 def listed(each: Sequence[str], together: str) -> list[str]:
@@ -93,10 +96,19 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what was fetched or compiled: $CBAM_JAX_CACHE or ~/.cache/cbam_jax."""
+    """Return the folder of what was fetched or compiled: $CBAM_JAX_CACHE or ~/.cache/cbam_jax.
+
+    Raises:
+        InputError: there is no home folder, as for a user id that the system does not know.
+    """
     if folder := os.environ.get("CBAM_JAX_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cbam_jax"
+        return path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cbam_jax"
+    except RuntimeError as error:
+        raise InputError(
+            "this user has no home folder for what is fetched: set CBAM_JAX_CACHE=DIR"
+        ) from error
 
 
 def keep_compiled_programs() -> None:
@@ -104,13 +116,19 @@ def keep_compiled_programs() -> None:
 
     Under ``compiled/`` of the cache folder, unless ``JAX_COMPILATION_CACHE_DIR`` or JAX's config
     names another folder; ``JAX_ENABLE_COMPILATION_CACHE=0`` switches it off. A program is kept for
-    one kind of processor: where a home is shared, another could not run its instructions.
+    one kind of processor: where a home is shared, another could not run its instructions. Where
+    there is no folder for it, nothing is kept.
     """
     import jax  # Here: not every command needs it.
 
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    try:
         folder = cache_folder() / "compiled" / _processor()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    except InputError as error:
+        print(f"compiled programs are not kept: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _processor() -> str:

@@ -27,6 +27,8 @@ from cbam_jax.pretrained import IMAGENET, fetch_imagenet
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 LOSSES = ("triplet", "cross_entropy")
+# Pixels from which on every backbone, of at most five halvings, has some of them left.
+_SMALLEST_FOR_ALL = 32
 # Fields of a config's data that say how an image becomes a model's square.
 GEOMETRY = ("image_size", "crop_fraction", "resize", "interpolation", "pad_color")
 
@@ -56,8 +58,11 @@ def with_whole_paths(config: Config) -> Config:
 
 
 def _whole(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise InputError(f"{path}: there is no such home folder; give the whole path")
     # A closing slash is what tells a folder of class folders from a dataset's name.
-    return os.path.abspath(os.path.expanduser(path)) + "/" * path.endswith("/")
+    return os.path.abspath(expanded) + "/" * path.endswith("/")
 
 
 def check_config(config: Config) -> None:
@@ -79,6 +84,15 @@ def check_config(config: Config) -> None:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"train.steps={config.train.steps}: lower it"
         )
+    if config.optimizer.accumulate_steps < 1:
+        raise InputError(
+            f"optimizer.accumulate_steps={config.optimizer.accumulate_steps}: give at least 1 batch"
+        )
+    clip = config.optimizer.clip_norm
+    if clip is not None and not clip > 0:
+        raise InputError(
+            f"optimizer.clip_norm={clip}: give a norm above 0, or leave it out for no limit"
+        )
     if not 0 <= config.train.ema_decay < 1:
         raise InputError(f"train.ema_decay={config.train.ema_decay}: give a share in [0, 1)")
     check_choices(config)
@@ -89,6 +103,10 @@ def check_evaluation(config: Config) -> None:
     """Raise InputError for what no evaluation could be done by."""
     if config.eval.batch_size < 1:
         raise InputError(f"eval.batch_size={config.eval.batch_size}: give at least 1 image")
+    if not 0 < config.data.crop_fraction <= 1:
+        raise InputError(
+            f"data.crop_fraction={config.data.crop_fraction}: give a fraction in (0, 1]"
+        )
     if not config.eval.ks or min(config.eval.ks) < 1:
         raise InputError(f"eval.ks={tuple(config.eval.ks)}: give positive ks, such as (5,10,20)")
 
@@ -140,6 +158,21 @@ def check_choices(config: Config) -> None:
         jax.eval_shape(lambda: build_model(config) and None)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    check_image_size(config)
+
+
+def check_image_size(config: Config) -> None:
+    """Raise InputError where the model's poolings leave nothing of its images."""
+    size = config.data.image_size
+    if not 0 < size < _SMALLEST_FOR_ALL:  # Below 1 is the loading's to tell.
+        return
+    shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    features = jax.eval_shape(lambda images: build_model(config).features(images), shape)
+    if 0 in features.shape:
+        raise InputError(
+            f"data.image_size={size}: {config.model.name}'s poolings leave no pixel of it; set "
+            f"--config.data.image_size={_SMALLEST_FOR_ALL} or more"
+        )
 
 
 def check_classifier(config: Config) -> None:

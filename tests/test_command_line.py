@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from cbam_jax import InputError, command_line
+from cbam_jax import InputError, command_line, experiment
+from cbam_jax.configs import default
+from cbam_jax.datasets import open_dataset
+from cbam_jax.paper import __main__ as paper_command
 
 
 def raising(error):
@@ -82,6 +86,50 @@ def test_the_cache_folder_is_the_variables_or_in_the_home(monkeypatch):
     assert command_line.cache_folder() == Path("/caches/cbam_jax")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert command_line.cache_folder() == Path.home() / ".cache" / "cbam_jax"
+
+
+def test_the_users_home_is_meant_wherever_a_path_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CBAM_JAX_CACHE", "~/cache")
+    assert command_line.cache_folder() == tmp_path / "cache"
+    command = paper_command._parser().parse_args
+    for name in ("tables", "figures"):
+        assert command([name, "--workdir=~/paper"]).workdir == tmp_path / "paper"
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """A user id that the system does not know, as of docker run --user."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "CBAM_JAX_CACHE", "XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_without_a_home_nothing_is_kept_and_what_needs_one_is_told(cache_dir, capsys, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", None)
+    command_line.keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert capsys.readouterr().err.startswith("compiled programs are not kept: this user has no")
+    with pytest.raises(InputError, match="set CBAM_JAX_CACHE=DIR"):
+        command_line.cache_folder()
+    with pytest.raises(InputError, match="~/run: there is no such home folder"):
+        command_line.path("~/run")
+    with pytest.raises(InputError, match="--config.data.data_dir=DIR.*TFDS_DATA_DIR=DIR"):
+        open_dataset("synthetic_garments/quickstart", "train")
+    with pytest.raises(InputError, match="~/weights.pth: there is no such home folder"):
+        experiment.with_whole_paths(with_weights("~/weights.pth"))
+    assert not (tmp_path / "~").exists()
+
+
+def with_weights(path):
+    config = default.get_config()
+    config.model.pretrained = path
+    return config
 
 
 @pytest.fixture

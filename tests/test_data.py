@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import math
+import signal
 import sys
 
 import cv2
@@ -664,3 +665,22 @@ def test_an_unreadable_image_is_named(dataset, workers):
         list(batches)
     assert "images/33.png of toy cannot be decoded" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_loading_process_that_was_killed_is_one_line():
+    message = "exit code -9.*want of memory: set --config.data.workers=1, or 0 for threads"
+    killed = RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search")
+    with pytest.raises(InputError, match=message), pipeline._worker_ends_told(2):
+        raise killed
+    with pytest.raises(RuntimeError, match="ours"), pipeline._worker_ends_told(2):
+        raise RuntimeError("ours")
+
+
+def test_a_terminals_signals_are_the_trainings_to_answer(monkeypatch):
+    ignored = []
+    monkeypatch.setattr(cv2, "setNumThreads", lambda count: None)
+    monkeypatch.setattr(pipeline.signal, "signal", lambda *pair: ignored.append(pair))
+    pipeline._init_worker(0, 2)
+    names = {number.name for number, handler in ignored if handler == signal.SIG_IGN}
+    # SIGTERM is what ends a worker.
+    assert names == {"SIGINT", "SIGHUP", "SIGUSR1"}

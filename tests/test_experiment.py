@@ -119,3 +119,18 @@ def test_resuming_with_the_default_ks_is_no_change(capsys):
     config.eval.ks = (2,)
     experiment.check_same_run(config, saved)
     assert "resuming with changed fields: eval.ks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "left"), [(16, False), (31, False), (32, True)])
+def test_images_of_which_the_poolings_leave_nothing_are_refused(size, left):
+    config = make_config(**{"model.name": "vgg16", "data.image_size": size})
+    if left:
+        experiment.check_image_size(config)
+        return
+    message = f"data.image_size={size}: vgg16's .* set --config.data.image_size=32 or more"
+    with pytest.raises(InputError, match=message):
+        experiment.check_image_size(config)
+
+
+def test_small_images_that_a_model_takes_are_not_refused():
+    experiment.check_image_size(make_config(**{"model.name": "resnet18", "data.image_size": 8}))

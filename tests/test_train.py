@@ -444,6 +444,19 @@ MISTAKES = {
     "memory": ("--config.loss.memory_size=-1", "loss.memory_size=-1: give 0, or with"),
     "small memory": ("--config.loss.memory_size=7", "at least the 8 images of a batch"),
     "late memory": ("--config.loss.memory_size=8", "loss.memory_start_step=1000: give a step from"),
+    "accumulated": ("--config.optimizer.accumulate_steps=0", "accumulate_steps=0: give at least 1"),
+    "clipped to nothing": (
+        "--config.optimizer.clip_norm=0.0",
+        "clip_norm=0.0: give a norm above 0",
+    ),
+    "crop of nothing": (
+        "--config.data.crop_fraction=0.0",
+        "data.crop_fraction=0.0: give a fraction",
+    ),
+    "unknown home": (
+        "--config.data.data_dir=~nobody-here/d",
+        "no such home folder; give the whole",
+    ),
     "average": ("--config.train.ema_decay=1.0", "train.ema_decay=1.0"),
     "unknown dataset": ("--config.data.name=no_such_garments", "no_such_garments"),
     "missing csv": ("--config.data.name=absent/photos.csv", "absent/photos.csv"),

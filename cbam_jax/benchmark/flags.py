@@ -56,7 +56,12 @@ def _add_step(command: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave out the model without attention, which has to be compiled as well",
     )
-    command.add_argument("--trace", metavar="DIR", help="folder for a profile of a few steps")
+    command.add_argument(
+        "--trace",
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="folder for a profile of a few steps",
+    )
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:
@@ -69,7 +74,11 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--first_pass", choices=FIRST_PASSES, help="default: what suits the device"
     )
-    command.add_argument("--memmap", help="file to search in, instead of the devices' memory")
+    command.add_argument(
+        "--memmap",
+        type=os.path.expanduser,
+        help="file to search in, instead of the devices' memory",
+    )
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:

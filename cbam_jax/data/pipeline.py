@@ -10,9 +10,11 @@ import functools
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -293,16 +295,35 @@ def _iterate(
     iterator = iter(batches)
     # Closed here as well at the end and on an error: Grain's own iterators print tracebacks when
     # they live until the interpreter exits.
-    with contextlib.closing(iterator):
+    with contextlib.closing(iterator), _worker_ends_told(workers):
         for batch in iterator:
             # Workers deliver in shared memory, of which containers often have little. A copy frees
             # it at once, however long the batch is kept.
             yield {name: np.array(array) for name, array in batch.items()} if workers else batch
 
 
+@contextlib.contextmanager
+def _worker_ends_told(workers: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        code = re.search(r"exit code (-?\d+)", str(error))
+        status = f" (exit code {code[1]})" if code else ""
+        raise InputError(
+            f"a process that loads batches was ended{status}, often for want of memory: set "
+            f"--config.data.workers={workers - 1}, or 0 for threads, or give it more memory"
+        ) from error
+
+
 def _init_worker(worker: int, workers: int) -> None:
     del worker, workers
     cv2.setNumThreads(1)  # the workers themselves fill the cores
+    # A terminal sends these to its whole group; the training alone decides when it ends.
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows lacks some.
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:

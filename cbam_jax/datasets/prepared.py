@@ -146,6 +146,11 @@ def make_builder(
     module, _, plain_name = re.split("[/:]", name)[0].rpartition(".")
     builder_name = name.removeprefix(f"{module}.")
     module = OURS.get(plain_name, module)
+    if data_dir is None and not os.environ.get("TFDS_DATA_DIR") and os.path.expanduser("~") == "~":
+        raise InputError(
+            f"this user has no home folder to prepare '{name}' in: give a folder as data_dir "
+            "(--config.data.data_dir=DIR), or set TFDS_DATA_DIR=DIR"
+        )
     options: dict = {"data_dir": None if data_dir is None else os.path.expanduser(data_dir)}
     if plain_name == "clothing_dataset_small" or plain_name in BY_HAND:
         options |= {"manual_dir": manual_dir, "on_bad_image": on_bad_image}

@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError, command_line
@@ -112,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_tables(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workdir", required=True, type=Path, help="gets tables and runs")
+    command.add_argument(
+        "--workdir", required=True, type=command_line.path, help="gets tables and runs"
+    )
     command.add_argument("--data", help="a dataset, photos.csv or ./photos/; default: the configs'")
     command.add_argument(
         "--config",
@@ -123,7 +124,7 @@ def _add_tables(command: argparse.ArgumentParser) -> None:
 
 
 def _add_figures(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workdir", required=True, type=Path, help="of the tables")
+    command.add_argument("--workdir", required=True, type=command_line.path, help="of the tables")
     command.add_argument(
         "--query", action="append", default=[], help="an id; repeatable; default: six of the split"
     )

@@ -1,6 +1,7 @@
 """Draws a labelled overview: ``python -m cbam_jax.datasets.garments --sheet sheet.png``."""
 
 import argparse
+import os
 import sys
 
 import cv2
@@ -16,7 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m cbam_jax.datasets.garments",
         description="Draws a labelled sheet of synthetic garments.",
     )
-    parser.add_argument("--sheet", required=True, help="the picture to write, such as sheet.png")
+    parser.add_argument(
+        "--sheet",
+        required=True,
+        type=os.path.expanduser,
+        help="the picture to write, such as sheet.png",
+    )
     parser.add_argument("--items", type=int, default=3, help="items of each category")
     parser.add_argument("--views", type=int, default=4, help="views of each item")
     parser.add_argument("--image_size", type=int, default=128, help="pixels")
