@@ -271,7 +271,8 @@ def check_classes(config: Config, dataset: RetrievalDataset) -> None:
 
 def open_split(config: Config, split: str) -> RetrievalDataset:
     """Open one split of the config's dataset; prepared first if need be."""
-    options = {name: config.data[name] for name in ("data_dir", "manual_dir", "on_bad_image")}
+    names = ("data_dir", "manual_dir", "on_bad_image", "crop_to_box")
+    options = {name: config.data[name] for name in names}
     return open_dataset(config.data.name, split, label=config.data.label, **options)
 
 

@@ -2,13 +2,16 @@
 
 import os
 import unicodedata
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from cbam_jax import InputError, data
-from cbam_jax.datasets import open_dataset
+from cbam_jax import InputError, data, experiment
+from cbam_jax.configs import default
+from cbam_jax.datasets import image_files, open_dataset
 from cbam_jax.datasets.tables import read_table
 
 
@@ -136,3 +139,73 @@ def test_what_is_read_is_what_was_written(tmp_path):
     table = read_table(write(tmp_path, lines))
     assert table["id"] == ["a, b.png", "c.png"]
     assert table["label"] == ["hat", "coat"]
+
+
+def boxed(tmp_path):
+    """Photos of 30 x 40 pixels and boxes: on the edge, beyond it on either side, none; a PNG that
+    EXIF turns, so that it is 40 x 30."""
+    boxes = ["28,2,90,9", "30,0,35,9", "-9,-9,-1,5", ",,,", "35,1,39,9", "0,39.5,5,99"]
+    names = [f"{i}.{'png' if i % 2 else 'jpg'}" for i in range(6)]
+    lines = [f"{name},hat,{box}" for name, box in zip(names, boxes, strict=True)]
+    path = write(tmp_path, ["path,label,x1,y1,x2,y2", *lines], names)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (30, 40)).save(tmp_path / "4.jpg", "PNG", exif=exif)
+    return path
+
+
+def test_boxes_are_checked_when_they_will_be_cut_out(tmp_path, capsys):
+    path = boxed(tmp_path)
+    assert len(open_dataset(str(path), "all")) == 6
+    message = (
+        r"2 of 6 boxes of .*photos\.csv hold no pixel of their image: "
+        r"1\.png \(\[30\.0, 0\.0, 35\.0, 9\.0\], 30 x 40 pixels\); 2\.jpg .*on_bad_image=skip"
+    )
+    with pytest.raises(InputError, match=message):
+        open_dataset(str(path), "all", crop_to_box=True)
+    kept = open_dataset(str(path), "all", crop_to_box=True, on_bad_image="skip")
+    assert kept.id.tolist() == ["0.jpg", "3.png", "4.jpg", "5.png"]
+    assert "skipped: 2 of 6 boxes of" in capsys.readouterr().err
+    for index in range(4):  # What is kept can be cut out; what is not, cannot.
+        data.eval_image(kept, index, image_size=8, crop_to_box=True)
+    every = open_dataset(str(path), "all")
+    for index in (1, 2):
+        with pytest.raises(InputError, match="holds no pixel"):
+            data.eval_image(every, index, image_size=8, crop_to_box=True)
+
+
+def test_a_run_with_a_box_off_its_photo_is_refused_when_its_data_is_opened(tmp_path):
+    config = default.get_config()
+    config.data.name, config.data.crop_to_box = str(boxed(tmp_path)), True
+    with pytest.raises(InputError, match="2 of 6 boxes of"):
+        experiment.open_split(config, "all")
+
+
+def test_the_same_photo_in_two_splits_is_counted_and_told(tmp_path, rng, capsys):
+    names = [f"{split}{i}.png" for split in ("train", "test") for i in range(5)]
+    lines = ["path,label,split", *(f"{name},hat,{name[:-5]}" for name in names)]
+    path = write(tmp_path, lines)
+    for name in names:
+        cv2.imwrite(str(tmp_path / name), rng.integers(0, 256, (9, 9, 3), np.uint8))
+    open_dataset(str(path), "train")
+    assert "two splits" not in capsys.readouterr().err
+    (tmp_path / "test1.png").write_bytes((tmp_path / "train3.png").read_bytes())
+    (tmp_path / "test2.png").unlink()
+    (tmp_path / "test2.png").symlink_to("train0.png")
+    (tmp_path / "train4.png").write_bytes((tmp_path / "train1.png").read_bytes())
+    for split in ("train", "test"):
+        assert len(open_dataset(str(path), split)) == 5
+        told = capsys.readouterr().err
+        assert told.count("2 images are in two splits, equal to the byte") == 1
+        assert "train3.png (train) = test1.png (test)" in told
+        assert "train1.png" not in told  # Twice in one split: verify tells.
+
+
+def test_only_files_of_one_length_are_read(tmp_path, monkeypatch):
+    contents = [b"a" * 9000, b"a" * 9000, b"b" * 9000, b"a" * 8999, b"a" * 8999 + b"c", b"", b"d"]
+    files = [str(tmp_path / str(i)) for i in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        Path(file).write_bytes(content)
+    assert image_files.equal_files([*files, str(tmp_path / "absent")]) == [[0, 1]]
+    monkeypatch.setattr(image_files, "open_regular", None)
+    assert image_files.equal_files(files[3:4] + files[5:]) == []

@@ -40,6 +40,7 @@ def open_dataset(
     manual_dir: str | os.PathLike | None = None,
     label: str = "label",
     on_bad_image: str = "fail",
+    crop_to_box: bool = False,
 ) -> RetrievalDataset:
     """Opens one split of a dataset, preparing the dataset first if necessary.
 
@@ -57,6 +58,7 @@ def open_dataset(
         label: the integer column that decides what is similar; ``"item_id"`` is retrieval by item.
         on_bad_image: ``"fail"`` raises at missing or undecodable images; ``"skip"`` leaves them
             out, counts them on stderr and lists them in a file beside the dataset.
+        crop_to_box: whether boxes will be cut out: those of a manifest must then hold a pixel.
 
     Raises:
         InputError: one line that names the value and the remedy.
@@ -68,7 +70,9 @@ def open_dataset(
     if is_manifest(name):
         from cbam_jax.datasets.manifest import open_manifest
 
-        return open_manifest(name, split, label=label, on_bad_image=on_bad_image)
+        return open_manifest(
+            name, split, label=label, on_bad_image=on_bad_image, crop_to_box=crop_to_box
+        )
     if is_folder(name):
         from cbam_jax.datasets.class_folders import open_class_folders
 

@@ -28,6 +28,7 @@ from cbam_jax.datasets.image_files import (
     good_images,
     is_image_file,
     passed_over,
+    tell_copies,
 )
 from cbam_jax.datasets.manifest import ALL, assign_splits
 from cbam_jax.datasets.retrieval import RetrievalDataset
@@ -190,6 +191,7 @@ def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:
             f"{[*SPLITS, ALL]}"
         )
     splits = assign_splits({"label": [_class(file) for file in files], "id": files})
+    tell_copies(root, files, [f"{root}/{file}" for file in files], splits)
     counts = {name: splits.count(name) for name in SPLITS}
     print(f"{root} has no folders for splits; split by hash into {counts}", file=sys.stderr)
     return np.array(splits) == split

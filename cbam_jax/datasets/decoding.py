@@ -172,6 +172,23 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     return None
 
 
+def image_size(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width of :func:`decode_image`'s result; None where it cannot be decoded.
+
+    From the headers of a JPEG, and of what is neither turned nor transparent; else by decoding.
+
+    >>> image_size(cv2.imencode(".png", np.zeros((4, 6), np.uint8))[1].tobytes())
+    (4, 6)
+    """
+    size = jpeg_size(encoded)
+    if size is None and not _may_need_more(encoded):
+        size = next(iter(claimed_sizes(encoded)), None)
+    if size is None and is_decodable(encoded):
+        height, width, _ = decode_image(encoded).shape
+        size = height, width
+    return size
+
+
 def _exif_orientation(segment: bytes) -> int:
     """The orientation of a JPEG's EXIF segment, 1 to 8; from 5 on, height and width change places.
 

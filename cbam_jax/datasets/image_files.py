@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, open_regular, read_fi
 # Endings that photos have; a file of another one is looked into.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_HEADERS = 1 << 18  # Bytes at a JPEG's beginning that hold what a camera writes before the pixels.
 _QUICK = 20_000  # Files whose ends are looked at in about a second: no progress is shown.
 
 
@@ -80,6 +81,102 @@ def good_images(
     if bad:
         print(f"skipped: {found}; the whole list is in {skipped}", file=sys.stderr)
     return np.array([not problem for problem in problems])
+
+
+def tell_copies(
+    path: Path, names: Sequence[str], files: Sequence[str], splits: Sequence[str]
+) -> None:
+    """Says on stderr how many images are in two splits, equal to the byte, if any are."""
+    groups = [group for group in equal_files(files) if len({splits[i] for i in group}) > 1]
+    if groups:
+        told = few([" = ".join(f"{shown(names[i])} ({splits[i]})" for i in g) for g in groups])
+        print(
+            f"{path}: {len(groups)} images are in two splits, equal to the byte, so that "
+            f"evaluation asks for what training has seen: {told}; python -m cbam_jax.datasets "
+            "verify lists them",
+            file=sys.stderr,
+        )
+
+
+def equal_files(files: Sequence[str]) -> list[list[int]]:
+    """Groups of files of the same bytes, by index; only those of one length are read."""
+    groups = _grouped(range(len(files)), lambda index: _length(files[index]))
+    for read in (_beginning, _content):  # Most files differ by their headers.
+        regrouped = (_grouped(group, lambda index: read(files[index])) for group in groups)  # noqa: B023
+        groups = [group for parts in regrouped for group in parts]
+    return groups
+
+
+def _grouped(indices: Iterable[int], key: Callable[[int], object]) -> list[list[int]]:
+    """Two and more that share a key; None is shared with nobody."""
+    groups: dict[object, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(index), []).append(index)
+    groups.pop(None, None)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _length(file: str) -> int | None:
+    return os.path.getsize(file) if os.path.isfile(file) else None
+
+
+def _beginning(file: str) -> bytes | None:
+    return _content(file, 1 << 12)
+
+
+def _content(file: str, count: int = MOST_IMAGE) -> bytes | None:
+    try:
+        with open_regular(file, MOST_IMAGE) as opened:
+            return hashlib.sha256(opened.read(count)).digest()
+    except (OSError, InputError):
+        return None
+
+
+def good_boxes(
+    path: Path, names: Sequence[str], files: Sequence[str], boxes: np.ndarray, *, on_bad_image: str
+) -> np.ndarray:
+    """bool [n], whose boxes hold a pixel of their image; reports the others, as `good_images`.
+
+    Args:
+        path: the manifest, for the messages.
+        names: what messages call the images.
+        files: their paths; what cannot be read has no bad box.
+        boxes: [n, 4], ``x1, y1, x2, y2``; NaN where a row has none.
+        on_bad_image: ``"fail"`` or ``"skip"``.
+
+    Raises:
+        InputError: a bad box and ``"fail"``.
+    """
+    with ThreadPoolExecutor() as pool:
+        shapes = np.array([size or (np.inf, np.inf) for size in pool.map(_size, files)])
+    x1, y1, x2, y2 = boxes.T
+    outside = (x2 <= 0) | (y2 <= 0) | (x1 >= shapes[:, 1]) | (y1 >= shapes[:, 0])
+    told = few(
+        [
+            f"{shown(names[i])} ({boxes[i].tolist()}, {shapes[i, 1]:.0f} x {shapes[i, 0]:.0f} "
+            "pixels)"
+            for i in np.flatnonzero(outside).tolist()
+        ]
+    )
+    found = f"{outside.sum()} of {len(files)} boxes of {path} hold no pixel of their image: {told}"
+    if outside.any() and on_bad_image == "fail":
+        raise InputError(
+            f"{found}: correct them, leave them out with --config.data.on_bad_image=skip, or set "
+            "--config.data.crop_to_box=False"
+        )
+    if outside.any():
+        print(f"skipped: {found}", file=sys.stderr)
+    return ~outside
+
+
+def _size(file: str) -> tuple[int, int] | None:
+    """Height and width of an image file as it is decoded, from its first bytes where they tell."""
+    try:
+        with open_regular(file, MOST_IMAGE) as opened:
+            size = decoding.jpeg_size(opened.read(_HEADERS))
+        return size or decoding.image_size(read_file(file))
+    except (OSError, InputError):
+        return None
 
 
 def is_image_file(path: str | os.PathLike) -> bool:

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.image_files import ImageFiles, good_images
+from cbam_jax.datasets.image_files import ImageFiles, good_boxes, good_images, tell_copies
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.datasets.tables import read_table
 from cbam_jax.foreign_files import shown_names
@@ -38,7 +38,12 @@ ALL = "all"  # The split of every row, unless the column has that name.
 
 
 def open_manifest(
-    path: str | os.PathLike, split: str, *, label: str = "label", on_bad_image: str = "fail"
+    path: str | os.PathLike,
+    split: str,
+    *,
+    label: str = "label",
+    on_bad_image: str = "fail",
+    crop_to_box: bool = False,
 ) -> RetrievalDataset:
     """Opens one split of a CSV manifest. Nothing is converted or copied.
 
@@ -56,6 +61,8 @@ def open_manifest(
         split: a value of the ``split`` column, or one of :func:`assign_splits`; or ``all`` rows.
         label: the column that decides what is similar: ``label``, ``item_id`` or ``series``.
         on_bad_image: ``"fail"`` or ``"skip"``.
+        crop_to_box: whether the boxes will be cut out, so that each must hold a pixel of its image;
+            one that does not is treated as a bad image.
 
     Raises:
         InputError: names the file, the row (as a spreadsheet numbers it: the header is row 1) and
@@ -81,6 +88,11 @@ def open_manifest(
             "or name it in the split column"
         )
     here &= good_images(path, table["path"], on_bad_image=on_bad_image)
+    tell_copies(path, table["id"], table["path"], table["split"])
+    if crop_to_box and "bbox" in table:
+        boxes = np.array(table["bbox"], np.float64)
+        files = table["id"], table["path"]
+        here &= good_boxes(path, *files, boxes, on_bad_image=on_bad_image)
     return _select(path, split, table, label, np.flatnonzero(here))
 
 

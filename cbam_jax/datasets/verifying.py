@@ -90,8 +90,8 @@ def _photos(name: str, data_dir: str | None, manual_dir: str | None) -> Iterator
         for row in zip(splits, table["id"], table["label"], table["path"], strict=True):
             yield Photo(*row[:3], _reader(row[3]))
     elif is_folder(name):
-        for *fields, file in class_folders.photos(name):
-            yield Photo(*fields, _reader(file))
+        for split, inside, label, file in class_folders.photos(name):
+            yield Photo(split, inside, label, _reader(file))
     else:
         yield from _prepared_photos(name, data_dir, manual_dir)
 
