@@ -13,7 +13,7 @@ from PIL import Image
 from cbam_jax import InputError
 from cbam_jax.datasets import decode_image, decoding, jpeg_size
 from cbam_jax.datasets.decoding import is_decodable
-from cbam_jax.datasets.image_headers import claimed_sizes
+from cbam_jax.datasets.image_headers import claimed_sizes, scan_count
 
 PILLOW = ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "AVIF")
 OPENCV = ("hdr", "ras", "pam", "pfm", "pgm", "tiff", "webp", "jp2")
@@ -125,6 +125,23 @@ def test_a_jpeg_that_holds_nothing_of_what_it_claims_is_damaged(reduction, rng):
     with pytest.raises(InputError, match="cannot be decoded"):
         decode_image(encoded, reduction=reduction)
     assert not is_decodable(encoded)
+
+
+def test_a_jpeg_that_repeats_its_scans_is_damaged(rng):
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
+    image = cv2.resize(drawn(rng, 40, 50), (2_000, 1_600))
+    encoded = cv2.imencode(".jpg", image, options)[1].tobytes()
+    scans = scan_count(encoded)
+    assert 5 < scans <= 12
+    assert scan_count(jpeg(rng, 40, 50)) == 1
+    last = encoded[encoded.rindex(b"\xff\xda") : -2]
+    repeated = encoded[:-2] + 90 * last + encoded[-2:]
+    assert scan_count(repeated) == scans + 90
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_image(repeated)
+    behind = encoded + 90 * b"\xff\xda"  # As a film behind a photo may have it.
+    assert scan_count(behind) == scans
+    assert decode_image(behind).shape == (1_600, 2_000, 3)
 
 
 def test_a_jpeg_of_one_colour_is_whole_however_small():

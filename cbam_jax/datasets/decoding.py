@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.image_headers import check_pixels, claimed_sizes
+from cbam_jax.datasets.image_headers import check_pixels, claimed_sizes, has_too_many_scans
 
 HEAD = 64  # bytes at the beginning of a file that tell its format
 HEIC_REMEDY = "HEIC, which is read after pip install 'cbam_jax[heic]'"
@@ -227,10 +227,13 @@ def is_decodable(encoded: bytes) -> bool:
 def _is_hollow(encoded: bytes) -> bool:
     """Whether a JPEG has fewer bytes than any of its size: the rest would be decoded as grey.
 
-    A block of 8 x 8 pixels takes a bit at least, of Huffman's code.
+    A block of 8 x 8 pixels takes a bit at least, of Huffman's code. Or whether it goes over its
+    pixels again and again.
     """
     size = jpeg_size(encoded)
-    return size is not None and size[0] * size[1] > 1024 * len(encoded)
+    if size is None:
+        return False
+    return size[0] * size[1] > 1024 * len(encoded) or has_too_many_scans(encoded, *size)
 
 
 def _claimed_sizes(encoded: bytes) -> Iterable[tuple[int, int]]:

@@ -14,6 +14,9 @@ from cbam_jax import InputError
 
 # Of photos, 2**27 are 134 megapixels: a decoded image takes 0.4 GB, with transparency 0.5 GB.
 MOST_PIXELS = 1 << 27
+_COMMON_SCANS = 20
+# Within a scan's data a 0xFF is followed by zero, or by what says where to begin anew.
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 MOST_PIXELS_VARIABLE = "CBAM_JAX_MAX_PIXELS"
 
 
@@ -37,6 +40,30 @@ def most_pixels() -> int:
     if not re.fullmatch(r"[1-9]\d{0,11}", text):
         raise InputError(f"{MOST_PIXELS_VARIABLE}={text}: give a number of pixels, or unset it")
     return int(text)
+
+
+def has_too_many_scans(encoded: bytes, height: int, width: int) -> bool:
+    """Whether a progressive JPEG goes over its pixels so often that decoding would take for ever.
+
+    Common ones have ten scans; a scan can be a few bytes long, and takes as long as any.
+    """
+    if encoded.count(b"\xff\xda") <= _COMMON_SCANS:  # Fast; elsewhere it may stand by chance.
+        return False
+    scans = scan_count(encoded)
+    return scans > _COMMON_SCANS and scans * height * width > MOST_PIXELS
+
+
+def scan_count(encoded: bytes) -> int:
+    """Count the scans of a progressive JPEG; of another one it is 1."""
+    place, progressive, scans = 2, False, 0
+    while found := _MARKER.search(encoded, place):
+        kind, place = found[1], found.end()
+        scans += kind == b"\xda"
+        if kind == b"\xd9" or (scans and not progressive):
+            break
+        progressive = progressive or kind in b"\xc2\xc6\xca\xce"
+        place += int.from_bytes(encoded[place : place + 2])  # The segment, or a scan's header.
+    return scans
 
 
 def claimed_sizes(encoded: bytes) -> Iterator[tuple[int, int]]:

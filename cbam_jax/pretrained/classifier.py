@@ -4,6 +4,7 @@ Submodules carry torchvision's names (``fc``, or VGG's ``classifier.0``, ``.3`` 
 """
 
 import functools
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from flax import nnx
 from cbam_jax import InputError
 from cbam_jax.backbones.layers import adaptive_average_pool
 from cbam_jax.backbones.vgg import VGG
+from cbam_jax.foreign_files import read_file
 from cbam_jax.models import BACKBONES, normalize_images, pixel_scaling
 from cbam_jax.pretrained.loading import load_pretrained
 from cbam_jax.pretrained.published import IMAGENET
@@ -178,7 +180,7 @@ def read_central_square(path: Path, resize: int) -> np.ndarray:
     # PIL's antialiased bilinear resize is what the published figures were measured with.
     from PIL import Image
 
-    with Image.open(path) as file:
+    with Image.open(io.BytesIO(read_file(path))) as file:
         image = file.convert("RGB")
     # torchvision's rounding: the long side down, the crop's corner to the nearest.
     width, height = (side * resize // min(image.size) for side in image.size)
