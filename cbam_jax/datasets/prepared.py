@@ -321,7 +321,7 @@ def _open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence:
     return cast(Any, builder).as_data_source(split, decoders=skip)
 
 
-def _check_sizes(folder: Path, files: Sequence[str]) -> None:
+def _check_sizes(folder: Path, files: Sequence[str | os.PathLike]) -> None:
     """Raise RuntimeError where a file of records has another size than when it was written.
 
     Records have checksums; that a whole file is another one, such as another split's, they can't
