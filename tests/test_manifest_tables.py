@@ -11,7 +11,7 @@ from PIL import Image
 
 from cbam_jax import InputError, data, experiment
 from cbam_jax.configs import default
-from cbam_jax.datasets import image_files, open_dataset
+from cbam_jax.datasets import decoding, image_files, open_dataset
 from cbam_jax.datasets.tables import read_table
 
 
@@ -199,6 +199,15 @@ def test_the_same_photo_in_two_splits_is_counted_and_told(tmp_path, rng, capsys)
         assert told.count("2 images are in two splits, equal to the byte") == 1
         assert "train3.png (train) = test1.png (test)" in told
         assert "train1.png" not in told  # Twice in one split: verify tells.
+
+
+def test_a_heic_that_is_listed_is_named_with_the_remedy(tmp_path, monkeypatch):
+    path = write(tmp_path, ["path,label", "a.png,hat", "b.heic,hat"], ["a.png"])
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60))
+    monkeypatch.setattr(decoding, "_reads_heic", lambda: False)
+    with pytest.raises(InputError, match=r"1 of 2 .*b\.heic \(HEIC, .*pip install 'cbam_jax\[heic"):
+        open_dataset(str(path), "all")
+    assert open_dataset(str(path), "all", on_bad_image="skip").id.tolist() == ["a.png"]
 
 
 def test_only_files_of_one_length_are_read(tmp_path, monkeypatch):

@@ -428,7 +428,8 @@ def _check_class_sizes(
         names = ", ".join(single[:10]) + (", ..." if len(single) > 10 else "")
         raise InputError(
             f"{_name(dataset)} has {len(single)} labels with one image, which no other image can "
-            f"match: {names}; remove them, add images, or leave them out with skip_singletons=True"
+            f"match: {names}; remove them, add images, or leave them out with "
+            "--config.data.skip_singletons=True"
         )
     few = sum(len(rows) < images_per_class for rows in images)
     if few:

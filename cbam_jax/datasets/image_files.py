@@ -73,7 +73,10 @@ def good_images(
     told = few([f"{shown(file)} ({problem})" for file, problem in bad.items()])
     found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {told}"
     if bad and not skip:
-        raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
+        raise InputError(
+            f"{found}: repair them, or leave them out with --config.data.on_bad_image=skip (where "
+            "it is an argument, on_bad_image='skip')"
+        )
     if len(bad) == len(files):
         raise InputError(f"{found}: nothing is left; paths are relative to {path.parent}")
     if skip:
@@ -195,13 +198,18 @@ def is_image_file(path: str | os.PathLike) -> bool:
 
 
 def passed_over(paths: Iterable[str]) -> str:
-    """Count by ending what is no image; a folder ends in ``/``.
+    """Count by ending what is no image of a class; a folder ends in ``/``.
 
     >>> passed_over(["hat/a.txt", "hat/README", "hat/b.TXT", "hat/blue/"])
     '2 .txt, 1 inner folder (photos lie directly in the class folders), 1 without an ending'
+    >>> passed_over(["a.jpg"])
+    '1 .jpg beside the class folders'
     """
     kinds = [
-        "inner folder" if path.endswith("/") else Path(path).suffix.lower() or "without an ending"
+        "inner folder"
+        if path.endswith("/")
+        else (Path(path).suffix.lower() or "without an ending")
+        + " beside the class folders" * ("/" not in path)
         for path in paths
     ]
     remedy = {kind: f" ({decoding.HEIC_REMEDY})" for kind in (".heic", ".heif", ".hif")}
