@@ -354,7 +354,8 @@ class _Manager(ocp.CheckpointManager):
         except (OSError, ValueError) as error:
             _tell_once(f"the metrics of checkpoint {step} are damaged ({shown(str(error))})")
             return None
-        if isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values()):
+        numbers = (int, float, type(None))  # None: a mean over nothing.
+        if isinstance(metrics, dict) and all(type(value) in numbers for value in metrics.values()):
             return metrics
         _tell_once(f"the metrics of checkpoint {step} are damaged (no numbers)")
         return None

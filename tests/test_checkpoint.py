@@ -258,3 +258,13 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
         save(checkpoints, 3)
         assert checkpoints.steps() == [1, 3]
     assert not left.exists()
+
+
+def test_a_mean_over_nothing_is_no_damage(checkpoints, capsys):
+    checkpoint._tell_once.cache_clear()
+    save(checkpoints, 1, float("nan"))
+    save(checkpoints, 2, 0.5)
+    save(checkpoints, 3, float("nan"))
+    with Checkpoints(checkpoints.directory, best_metric="map@10", read_only=True) as opened:
+        assert opened.best_step() == 2
+    assert capsys.readouterr().err == ""

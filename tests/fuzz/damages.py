@@ -84,8 +84,8 @@ class Run:
                 optimizer={"step": np.int32(4)},
                 data={"seed": 0, "next_step": 4},
                 config=config.to_dict(),
-                metrics={"map@10": 0.4},
             )
+            checkpoints.add_metrics(4, {"map@10": 0.4})
         lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
         (folder / "metrics.jsonl").write_text(lines)
 
