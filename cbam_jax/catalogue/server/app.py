@@ -15,10 +15,11 @@ import cv2
 
 from cbam_jax import InputError, __version__
 from cbam_jax.catalogue.catalogue import Catalogue, Item
-from cbam_jax.catalogue.reading import LARGEST, small_image
+from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.server.finding import Busy, Finder, Search
 from cbam_jax.catalogue.server.uploads import Guard, check_photo
 from cbam_jax.catalogue.sources import parse_box
+from cbam_jax.datasets.looks import small_image
 from cbam_jax.foreign_files import read_file
 
 # FastAPI is an extra: it is imported where it is used.

@@ -1,0 +1,115 @@
+"""The page in Chromium: choose, box, filter, click through, enlarge, on a phone too."""
+
+import contextlib
+import shutil
+import threading
+
+import pytest
+from fakes import FakeEmbedder, write_photos
+
+from cbam_jax.catalogue import Catalogue
+
+pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'cbam_jax[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A server of twelve photos in a thread."""
+    from cbam_jax.catalogue import server
+
+    folder = tmp_path_factory.mktemp("shop")
+    write_photos(folder / "photos")
+    with Catalogue.open(folder / "shop.db", FakeEmbedder()) as shop:
+        shop.add(folder / "photos", progress=False)
+    listening = server.bound("127.0.0.1", 0)
+    app = server.create_app(folder / "shop.db", FakeEmbedder(), hosts={"127.0.0.1"})
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/", folder / "photos"
+    running.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@contextlib.contextmanager
+def opened(url, **options):
+    """A page, what its console said, and the hosts that it asked."""
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(**options)
+        errors, hosts = [], set()
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        page.goto(url)
+        yield page, errors, hosts
+        browser.close()
+
+
+def shows(page, condition):
+    """Wait until it holds of what was found, ``text``, and of how many, ``many``."""
+    page.wait_for_function(
+        "() => { const list = document.getElementById('results'), text = list.innerText,"
+        f" many = list.children.length; return {condition}; }}"
+    )
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1200, "dark")])
+def test_a_photo_is_chosen_boxed_filtered_clicked_and_enlarged(address, width, scheme):
+    url, photos = address
+    size = {"width": width, "height": 800}
+    with opened(url, viewport=size, color_scheme=scheme) as (page, errors, hosts):
+        page.set_input_files("#file", photos / "hat" / "03.png")
+        shows(page, "many === 12 && text.includes('1. distance 0.0000, category: hat')")
+        edges = page.locator("#frame").bounding_box()
+        page.mouse.move(edges["x"] + 4, edges["y"] + 4)
+        page.mouse.down()
+        page.mouse.move(edges["x"] + 30, edges["y"] + 25)
+        page.mouse.up()
+        shows(page, "many === 12 && !text.includes('0.0000')")
+        page.click("#clear")
+        shows(page, "text.includes('0.0000')")
+        page.select_option("#category", "dress")
+        shows(page, "many === 6")
+        page.select_option("#category", "")
+        shows(page, "many === 12")
+        page.locator(".find").first.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/#id=9")
+        shows(page, "many === 11")
+        page.locator(".more").first.focus()
+        page.keyboard.press("Enter")
+        assert page.locator("#large").is_visible()
+        page.keyboard.press("Escape")
+        assert not page.locator("#large").is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert (errors, hosts) == ([], {url.split("/")[2]})
+
+
+def test_a_box_by_keyboard_and_a_file_that_is_no_photo(address, tmp_path):
+    url, photos = address
+    (tmp_path / "a.jpg").write_text("<html>")
+    with opened(url) as (page, _, _):
+        page.set_input_files("#file", photos / "hat" / "03.png")
+        shows(page, "text.includes('0.0000')")
+        page.click("#begin-box")
+        shows(page, "many === 12 && !text.includes('0.0000')")
+        before = page.locator("#box").bounding_box()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Shift+ArrowDown")
+        after = page.locator("#box").bounding_box()
+        assert after["x"] > before["x"]
+        assert after["width"] == pytest.approx(before["width"], abs=1)
+        assert after["height"] > before["height"]
+        page.set_input_files("#file", tmp_path / "a.jpg")
+        page.wait_for_function("document.getElementById('error').innerText.includes('no photo')")
