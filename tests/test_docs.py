@@ -156,9 +156,11 @@ def readers_folder(tmp_path_factory):
         patch_tiny_models(patch)
         manifest = write_photos(folder)
         write_run(folder / "runs" / "quickstart", make_config(manifest))
-        for name in ("coat", "dress"):
-            shutil.copy(folder / f"test_{name}_1.jpg", folder / f"{name}.jpg")
-        (folder / "broken.jpg").write_bytes(b"no picture")
+        (folder / "drawn" / "sweater").mkdir(parents=True)
+        for i in range(2):
+            shutil.copy(
+                folder / f"test_coat_{2 * i + 1}.jpg", folder / f"drawn/sweater/0000_{i}.jpg"
+            )
         yield folder
 
 
