@@ -11,6 +11,7 @@ from PIL import Image
 
 from cbam_jax import InputError, data, experiment
 from cbam_jax.configs import default
+from cbam_jax.datasets import __main__ as command
 from cbam_jax.datasets import decoding, image_files, open_dataset
 from cbam_jax.datasets.tables import read_table
 
@@ -208,6 +209,16 @@ def test_a_heic_that_is_listed_is_named_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"1 of 2 .*b\.heic \(HEIC, .*pip install 'cbam_jax\[heic"):
         open_dataset(str(path), "all")
     assert open_dataset(str(path), "all", on_bad_image="skip").id.tolist() == ["a.png"]
+
+
+@pytest.mark.parametrize("arguments", [["prepare"], ["verify"], ["resize", "~/small"]])
+def test_every_command_finds_a_manifest_at_home(tmp_path, monkeypatch, capsys, arguments):
+    write(tmp_path, ["path,label", "a.png,hat", "bb.png,hat"], ["a.png", "bb.png"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command.main([arguments[0], "~/photos.csv", *arguments[1:]]) == 0, (
+        capsys.readouterr().err
+    )
+    assert (tmp_path / "small" / "manifest.csv").exists() == (arguments[0] == "resize")
 
 
 def test_only_files_of_one_length_are_read(tmp_path, monkeypatch):

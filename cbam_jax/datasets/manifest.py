@@ -134,7 +134,7 @@ def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
     Raises:
         InputError: as :func:`good_images`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     files = read_table(path)["path"]
     return int(good_images(path, files, on_bad_image=on_bad_image, decode=True).sum())
 

@@ -70,7 +70,7 @@ def resize_dataset(
     if folder.exists():
         raise InputError(f"{folder} exists already: give a new folder, or remove it")
     if is_manifest(name):
-        rows = _rows_of_manifest(Path(name), on_bad_image)
+        rows = _rows_of_manifest(Path(name).expanduser(), on_bad_image)
     else:
         options = {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
         rows = _rows_of_splits(name, data_dir=data_dir, **options)
