@@ -196,10 +196,10 @@ def test_the_same_photo_in_two_splits_is_counted_and_told(tmp_path, rng, capsys)
     (tmp_path / "train4.png").write_bytes((tmp_path / "train1.png").read_bytes())
     for split in ("train", "test"):
         assert len(open_dataset(str(path), split)) == 5
-        told = capsys.readouterr().err
-        assert told.count("2 images are in two splits, equal to the byte") == 1
-        assert "train3.png (train) = test1.png (test)" in told
-        assert "train1.png" not in told  # Twice in one split: verify tells.
+    told = capsys.readouterr().err
+    assert told.count("2 images are in two splits, equal to the byte") == 1  # Told once.
+    assert "train3.png (train) = test1.png (test)" in told
+    assert "train1.png" not in told  # Twice in one split: verify tells.
 
 
 def test_a_heic_that_is_listed_is_named_with_the_remedy(tmp_path, monkeypatch):

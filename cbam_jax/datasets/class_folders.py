@@ -13,7 +13,6 @@ train, 10 % validation, 10 % test, as those of a manifest without a ``split`` co
 """
 
 import os
-import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from cbam_jax.datasets.image_files import (
     tell_copies,
 )
 from cbam_jax.datasets.manifest import ALL, assign_splits
+from cbam_jax.datasets.progress import tell
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.foreign_files import shown_names
 
@@ -193,7 +193,7 @@ def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:
     splits = assign_splits({"label": [_class(file) for file in files], "id": files})
     tell_copies(root, files, [f"{root}/{file}" for file in files], splits)
     counts = {name: splits.count(name) for name in SPLITS}
-    print(f"{root} has no folders for splits; split by hash into {counts}", file=sys.stderr)
+    tell(f"{root} has no folders for splits; split by hash into {counts}")
     return np.array(splits) == split
 
 
@@ -206,7 +206,7 @@ def _check(found: _Listing) -> None:
             f"({', '.join(SUFFIXES)})" + f"; passed over: {others}" * bool(others)
         )
     if others:
-        print(f"{found.folder}: passed over: {others}", file=sys.stderr)
+        tell(f"{found.folder}: passed over: {others}")
     if len(found.classes) < 2:
         raise InputError(
             f"{found.folder} has one class only, '{found.classes[0]}': give at least two folders"

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets import decoding
-from cbam_jax.datasets.progress import few, progress
+from cbam_jax.datasets.progress import few, progress, tell
 from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, open_regular, read_file, shown
 
 # Endings that photos have; a file of another one is looked into.
@@ -82,7 +81,7 @@ def good_images(
     if skip:
         skipped = _write_skipped(path, files, bad)
     if bad:
-        print(f"skipped: {found}; the whole list is in {skipped}", file=sys.stderr)
+        tell(f"skipped: {found}; the whole list is in {skipped}")
     return np.array([not problem for problem in problems])
 
 
@@ -93,11 +92,10 @@ def tell_copies(
     groups = [group for group in equal_files(files) if len({splits[i] for i in group}) > 1]
     if groups:
         told = few([" = ".join(f"{shown(names[i])} ({splits[i]})" for i in g) for g in groups])
-        print(
+        tell(
             f"{path}: {len(groups)} images are in two splits, equal to the byte, so that "
             f"evaluation asks for what training has seen: {told}; python -m cbam_jax.datasets "
-            "verify lists them",
-            file=sys.stderr,
+            "verify lists them"
         )
 
 
@@ -168,7 +166,7 @@ def good_boxes(
             "--config.data.crop_to_box=False"
         )
     if outside.any():
-        print(f"skipped: {found}", file=sys.stderr)
+        tell(f"skipped: {found}")
     return ~outside
 
 

@@ -21,7 +21,6 @@ Without a ``split`` column the rows are split here, 80 % train, 10 % validation,
 
 import hashlib
 import os
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets.image_files import ImageFiles, good_boxes, good_images, tell_copies
+from cbam_jax.datasets.progress import tell
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.datasets.tables import read_table
 from cbam_jax.foreign_files import shown_names
@@ -79,7 +79,7 @@ def open_manifest(
     if "split" not in table:
         table["split"] = assign_splits(table)
         counts = {name: table["split"].count(name) for name in ("train", "validation", "test")}
-        print(f"{path} has no split column; split by hash into {counts}", file=sys.stderr)
+        tell(f"{path} has no split column; split by hash into {counts}")
     here = np.array([name == split for name in table["split"]])
     if not here.any():
         names = sorted(set(table["split"]))

@@ -1,5 +1,6 @@
 """What is told while a dataset is read: how far it is, and a few of many findings."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,12 @@ def progress(
         if done == total or time.monotonic() - last > _LOG_SECONDS:
             last = time.monotonic()
             print(f"{description}: {done} of {total}{unit}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def tell(line: str) -> None:
+    """Says a line on stderr, once: training opens a dataset for each of its splits."""
+    print(line, file=sys.stderr)
 
 
 def few(lines: Sequence[str]) -> str:

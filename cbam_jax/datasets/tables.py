@@ -10,12 +10,12 @@ import functools
 import io
 import math
 import os
-import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from cbam_jax import InputError
+from cbam_jax.datasets.progress import tell
 from cbam_jax.foreign_files import MOST_TABLE, read_file, shown, shown_names
 
 BOX = ("x1", "y1", "x2", "y2")
@@ -42,7 +42,7 @@ def read_table(path: Path) -> dict[str, list]:
     ignored = [column for column in header if column not in COLUMNS]
     if ignored:
         told = f"ignored the columns {shown_names(ignored)}; known are {list(COLUMNS)}"
-        print(f"{path}: {told}", file=sys.stderr)
+        tell(f"{path}: {told}")
     columns = {name: [(n, cells[i]) for n, cells in rows] for i, name in enumerate(header)}
     table: dict[str, list] = {
         name: [_text(name, row, text, mistakes) for row, text in columns[name]]
@@ -182,10 +182,9 @@ def _spelled(path: Path, names: list[str]) -> list[str]:
     changed = [(n, f) for n, f in zip(names, found, strict=True) if f not in (n, _posix(n))]
     if changed:
         name, file = (shown(text) for text in changed[0])
-        print(
+        tell(
             f"{path}: {len(changed)} paths are spelled in another way on the disk ({name} is "
-            f"{file})",
-            file=sys.stderr,
+            f"{file})"
         )
     return found
 
