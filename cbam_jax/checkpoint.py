@@ -190,6 +190,7 @@ class Checkpoints:
             "config": ocp.args.JsonSave(config),
             "checksums": ocp.args.JsonSave(checksums),
         }
+        _ignore_closed_loops()
         with _quiet(), self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -333,7 +334,7 @@ def _quiet() -> Iterator[None]:
     """Keep Orbax from warning that it may only read, which is what was asked for."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:
@@ -370,8 +371,8 @@ def _tell_once(line: str) -> None:
 def _ignore_closed_loops() -> None:
     """Keep the answers of TensorStore off stderr that come after Orbax gave up.
 
-    At the first damaged array Orbax closes its event loop, while the other arrays are still being
-    read: each of them would print a traceback.
+    At the first array that is damaged, or cannot be written, Orbax closes its event loop while the
+    others are still under way: each of them would print a traceback.
     """
     before = sys.unraisablehook
 

@@ -24,8 +24,9 @@ def run(main: Callable[[], Any]) -> int:
 
     With ``CBAM_JAX_TRACEBACK=1`` in the environment the traceback is shown as well.
     """
-    # Orbax and TFDS tell much that nobody asked for through absl's logger.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and TFDS tell much that nobody asked for through absl's logger, and Orbax each error
+    # several times, with its traceback, before it raises it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names that the terminal cannot show, or that are no UTF-8, end no command.
         sys.stdout.reconfigure(errors="backslashreplace")

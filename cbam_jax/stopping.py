@@ -46,7 +46,7 @@ class Stop:
 
     >>> with Stop(after=0) as stop:
     ...     stop.received
-    'its time being up'
+    '--stop_after'
     """
 
     def __init__(self, *, after: float | None = None, exits: bool = False):
@@ -60,7 +60,7 @@ class Stop:
     def received(self) -> str | None:
         """Why to stop, None where there is no reason to."""
         if self._signal is None and self._end is not None and time.monotonic() >= self._end:
-            return "its time being up"
+            return "--stop_after"
         return self._signal
 
     def checked(self, elements: Iterable[T]) -> Iterator[T]:

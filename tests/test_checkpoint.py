@@ -1,5 +1,7 @@
 import json
+import logging
 import os
+import resource
 import sys
 import types
 from pathlib import Path
@@ -268,3 +270,29 @@ def test_a_mean_over_nothing_is_no_damage(checkpoints, capsys):
     with Checkpoints(checkpoints.directory, best_metric="map@10", read_only=True) as opened:
         assert opened.best_step() == 2
     assert capsys.readouterr().err == ""
+
+
+def save_without_room(folder):
+    """Save step 1, then a step whose files may not be as large as they are."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).normal(size=(5, 30_000))
+    model = {f"a{i}": array for i, array in enumerate(noise)}
+    with Checkpoints(folder, best_metric="map@10") as checkpoints:
+        save(checkpoints, 1, 0.5)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            checkpoints.save(2, model=model, optimizer={}, data={"next_step": 2}, config={})
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_without_room_is_one_line_and_keeps_what_is_saved(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(logging.getLogger("absl"), "level", logging.CRITICAL)  # As of commands.
+    message = r"cannot be written \(.*\): make room there, .* same command again; saved: step 1$"
+    with pytest.raises(InputError, match=message) as told:
+        save_without_room(tmp_path)
+    assert "\n" not in str(told.value)
+    assert "Traceback" not in capfd.readouterr().err
+    with Checkpoints(tmp_path, best_metric="map@10") as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([1], 1)

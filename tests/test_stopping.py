@@ -56,7 +56,7 @@ def test_a_thread_takes_no_signals_but_its_time_runs():
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == ["its time being up", before]
+    assert found == ["--stop_after", before]
 
 
 # The main thread is where Python runs no handler: inside a lock that nobody gives back.
