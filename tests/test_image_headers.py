@@ -13,7 +13,7 @@ from PIL import Image
 from cbam_jax import InputError
 from cbam_jax.datasets import decode_image, decoding, jpeg_size
 from cbam_jax.datasets.decoding import is_decodable
-from cbam_jax.datasets.image_headers import claimed_sizes, scan_count
+from cbam_jax.datasets.image_headers import claimed_sizes, holds_less_than_it_claims, scan_count
 
 PILLOW = ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "AVIF")
 OPENCV = ("hdr", "ras", "pam", "pfm", "pgm", "tiff", "webp", "jp2")
@@ -117,6 +117,21 @@ def test_what_claims_too_much_is_not_decoded(kind, rng):
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
     assert not is_decodable(encoded)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(np.uint8, 1), (np.uint16, 3), (np.uint8, 4)])
+def test_a_png_that_holds_nothing_of_what_it_claims_is_damaged(dtype, channels):
+    """However even a picture is, it takes more than that."""
+    even = np.zeros((1_500, 1_000, channels), dtype)
+    encoded = cv2.imencode(".png", even, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
+    assert not holds_less_than_it_claims(encoded)
+    assert decode_image(encoded).shape == (1_500, 1_000, 3)
+    header = bytearray(encoded[12:29])
+    struct.pack_into(">II", header, 4, 4_000, 4_000)
+    claims = encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
+    assert holds_less_than_it_claims(claims)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_image(claims)
 
 
 @pytest.mark.parametrize("reduction", [1, 2, 8])

@@ -17,7 +17,12 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.datasets.image_headers import check_pixels, claimed_sizes, has_too_many_scans
+from cbam_jax.datasets.image_headers import (
+    check_pixels,
+    claimed_sizes,
+    has_too_many_scans,
+    holds_less_than_it_claims,
+)
 
 HEAD = 64  # bytes at the beginning of a file that tell its format
 HEIC_REMEDY = "HEIC, which is read after pip install 'cbam_jax[heic]'"
@@ -225,14 +230,14 @@ def is_decodable(encoded: bytes) -> bool:
 
 
 def _is_hollow(encoded: bytes) -> bool:
-    """Whether a JPEG has fewer bytes than any of its size: the rest would be decoded as grey.
+    """Whether a JPEG or PNG has fewer bytes than any of its size, or a JPEG goes over it for ever.
 
-    A block of 8 x 8 pixels takes a bit at least, of Huffman's code. Or whether it goes over its
-    pixels again and again.
+    A JPEG's block of 8 x 8 pixels takes a bit at least, of Huffman's code; what is not there would
+    be decoded as grey.
     """
     size = jpeg_size(encoded)
     if size is None:
-        return False
+        return holds_less_than_it_claims(encoded)
     return size[0] * size[1] > 1024 * len(encoded) or has_too_many_scans(encoded, *size)
 
 

@@ -73,6 +73,12 @@ IMAGES = {
         png(16_000, 16_000, depth=1, colour=3, extra=((b"PLTE", bytes(6)), (b"tRNS", b"\0"))),
         LARGE,
     ),
+    "a PNG with a chunk of 2 GB": (
+        png(10, 10, extra=((b"tEXt", b""),)).replace(b"\0\0\0\0tEXt", b"\x7f\xff\xff\xfftEXt"),
+        DAMAGED,
+    ),
+    "a PNG with pixels of 2 GB": (patched(PNG, 33, b"\x7f\xff\xff\xff"), DAMAGED),
+    "a PNG without its end": (PNG[:-12], DAMAGED),
     "a PNG of no rows": (png(10, 0), DAMAGED),
     "a PNG without pixels": (png(10, 10), DAMAGED),
     "a GIF that claims 65,535 x 65,535": (b"GIF89a" + b"\xff" * 4 + bytes(9), LARGE),
