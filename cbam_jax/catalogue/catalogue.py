@@ -162,6 +162,33 @@ class Catalogue:
         gone = indexing.vanished(self.store, folders)
         return Added(counts, gone, time.monotonic() - started)
 
+    def add_embeddings(
+        self,
+        names: Sequence[str],
+        embeddings: np.ndarray,
+        payloads: Sequence[Mapping[str, Any]] | None = None,
+    ) -> int:
+        """Add embeddings that the catalogue's model made elsewhere, all or none.
+
+        Args:
+            names: of the photos, each once: their paths, or any text. What has the name of a photo
+                that is there takes its place.
+            embeddings: [n, d], float32.
+            payloads: what is known of each.
+
+        Returns:
+            How many.
+
+        Raises:
+            InputError: they are not of that shape, or have NaN or infinity.
+        """
+        self._claim()
+        rows = indexing.checked_rows(names, embeddings, self.embedder.dimension, payloads)
+        with self.store.transaction():
+            for row in rows:
+                indexing.put_embedding(self.store, *row)
+        return len(rows)
+
     def _claim(self) -> None:
         """Write down whose embeddings the catalogue holds."""
         embedder = self.embedder

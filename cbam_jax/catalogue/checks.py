@@ -54,7 +54,8 @@ def _copy(store: Store) -> Iterator[str]:
     """Whether what searches read is what the database holds."""
     with contextlib.suppress(ValueError):  # Embeddings of a wrong size, told above.
         ours, theirs = read_gallery(store), open_gallery(store)
-        same = np.array_equal(ours.ids, theirs.ids) and all(
+        same = np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.squares, theirs.squares)
+        same = same and all(
             np.array_equal(ours.embeddings[i : i + 4096], theirs.embeddings[i : i + 4096])
             for i in range(0, len(ours.ids), 4096)
         )

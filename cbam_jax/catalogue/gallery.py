@@ -41,7 +41,7 @@ class Gallery:
 
     @functools.cached_property
     def squares(self) -> np.ndarray:
-        """Squared norms of the embeddings, [n] float32."""
+        """Squared norms of the embeddings, [n] float32; a copy beside the file has them too."""
         return squared_norms(self.embeddings)
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -120,19 +120,28 @@ def _mapped(path: Path, expected: _Header) -> Gallery:
     with open_regular(path, sys.maxsize) as file:
         header = json.loads(file.read(_HEADER).rstrip(b"\0"))
     count, dimension = expected.count, expected.dimension
-    start = _HEADER + -(-8 * count // _HEADER) * _HEADER
+    after_ids = _HEADER + _paged(8 * count)
+    start = after_ids + _paged(4 * count)
     if header != list(expected) or path.stat().st_size != start + 4 * count * dimension:
         raise ValueError("the embeddings are of another revision")
     ids = np.fromfile(path, np.int64, count, offset=_HEADER)
     embeddings = np.memmap(path, np.float32, "r", start, (count, dimension))
-    return Gallery(ids, embeddings, expected.revision)
+    gallery = Gallery(ids, embeddings, expected.revision)
+    gallery.squares = np.fromfile(path, np.float32, count, offset=after_ids)
+    return gallery
+
+
+def _paged(size: int) -> int:
+    """The size, filled up to whole pages."""
+    return -(-size // _HEADER) * _HEADER
 
 
 def _keep(path: Path, header: _Header, gallery: Gallery) -> None:
     # Several processes may do so at once: each writes a file of its own.
     own = path.with_name(f"{path.name}-{os.getpid()}")
     with written_whole(own) as partial, open(partial, "wb") as file:
-        for content in (json.dumps(header).encode(), gallery.ids.tobytes()):
+        parts = json.dumps(header).encode(), gallery.ids.tobytes(), gallery.squares.tobytes()
+        for content in parts:
             file.write(content + b"\0" * (-len(content) % _HEADER))
         gallery.embeddings.tofile(file)
     os.replace(own, path)

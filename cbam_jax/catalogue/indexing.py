@@ -11,12 +11,13 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cbam_jax import InputError
 from cbam_jax.catalogue.embedders import check_fingerprint
 from cbam_jax.catalogue.near import Lookout
 from cbam_jax.catalogue.reading import Read, read_photo
@@ -99,6 +100,35 @@ def add_photos(
         for batch in shown(batches, len(photos), started) if progress else batches:
             counts += _write(store, embedder, batch, lookout)
     return counts
+
+
+def checked_rows(
+    names: Sequence[str],
+    embeddings: np.ndarray,
+    dimension: int,
+    payloads: Sequence[Mapping[str, Any]] | None,
+) -> list[tuple[Photo, bytes]]:
+    """Embeddings made elsewhere, as they are kept; raises an InputError where they are none."""
+    embeddings = np.asarray(embeddings)
+    shape = len(names), dimension
+    if embeddings.shape != shape or embeddings.dtype != np.float32:
+        raise InputError(
+            f"embeddings are {embeddings.dtype} {list(embeddings.shape)}, expected float32 "
+            f"{list(shape)}: one for each name, by the catalogue's model"
+        )
+    if len(set(names)) < len(names) or (payloads is not None and len(payloads) != len(names)):
+        raise InputError("names are to be given once each, and a payload for each or none")
+    if not np.isfinite(embeddings).all():
+        raise InputError("embeddings have NaN or infinity: leave those photos out")
+    known = payloads if payloads is not None else [{}] * len(names)
+    photos = [Photo(name, payload) for name, payload in zip(names, known, strict=True)]
+    return [(p, row.tobytes()) for p, row in zip(photos, embeddings, strict=True)]
+
+
+def put_embedding(store: Store, photo: Photo, embedding: bytes) -> None:
+    """Write the row of a photo whose file was not read, inside a transaction."""
+    old = store.rows(f"SELECT {_ROW} FROM item WHERE path = ?", [photo.path])
+    _put(store, Read(photo), old, (None, embedding))
 
 
 def vanished(store: Store, folders: Sequence[str]) -> list[str]:

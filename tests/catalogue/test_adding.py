@@ -211,3 +211,25 @@ def test_nearly_the_same_is_left_out_when_asked_for(shop, photos):
     assert add(shop, photos, skip_near=True)[0] == counts
     assert add(shop, photos)[0] == {"unchanged": 12, "new": 2}
     assert len(shop) == 14
+
+
+def test_embeddings_made_elsewhere_are_added_all_or_none(shop, photos, rng):
+    add(shop, photos)
+    first = str(sorted(photos.glob("*/*"))[0])
+    rows = rng.random((2, 48), np.float32)
+    assert shop.add_embeddings(["b", first], rows, [{"price": 5}, {}]) == 2
+    assert [(n.id, n.distance) for n in shop.find(rows[0], k=1)] == [(13, 0.0)]
+    assert [(n.id, n.distance) for n in shop.find(rows[1], k=1)] == [(1, 0.0)]
+    assert shop.item(13).payload == {"price": 5}
+    assert shop.item(1).payload == {"category": "dress"}
+    for names, embeddings, message in (
+        (["c"], rows, "expected float32 \\[1, 48\\]"),
+        (["c", "d"], rows.astype(np.float64), "are float64"),
+        (["c", "c"], rows, "once each"),
+        (["c", "d"], rows * np.float32([[1], [np.nan]]), "NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            shop.add_embeddings(names, embeddings)
+    assert len(shop) == 13
+    assert shop.verify() == []
+    assert add(shop, photos)[0] == {"unchanged": 11, "changed": 1}

@@ -72,10 +72,12 @@ def test_verify_names_what_is_wrong_with_photos_and_embeddings(shop, photos):
 def test_verify_finds_a_damaged_copy_of_the_embeddings_and_a_damaged_file(shop, tmp_path):
     shop.find(1)
     kept = cache_path(tmp_path / "shop.db")
-    damaged = bytearray(kept.read_bytes())
-    damaged[-5] ^= 64
-    kept.write_bytes(damaged)
-    assert shop.verify(sample=0) == [f"{kept} is damaged: remove it, it is made anew"]
+    whole = kept.read_bytes()
+    for place in (4096, 8192 + 3, -5):  # An id, a squared norm, an embedding.
+        damaged = bytearray(whole)
+        damaged[place] ^= 64
+        kept.write_bytes(damaged)
+        assert shop.verify(sample=0) == [f"{kept} is damaged: remove it, it is made anew"]
     shop.store.rows("PRAGMA writable_schema = 1")
     shop.store.rows("UPDATE sqlite_master SET rootpage = 2 WHERE name = 'item_hash'")
     with Catalogue.open(tmp_path / "shop.db") as again:
