@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 METHODS = ("grad_cam", "grad_cam++", "hires_cam")
 # Pixels less their mean, divided by their deviation, are below 3.
@@ -191,7 +192,7 @@ def _check_images(images: jax.Array | np.ndarray) -> None:
         remedy = "give an array of images"
     elif not jnp.issubdtype(dtype, jnp.floating):
         remedy = "scale pixels first, model.preprocess(images)"
-    elif not isinstance(images, jax.core.Tracer) and np.max(np.abs(np.asarray(images))) > _LARGEST:
+    elif not isinstance(images, Tracer) and np.max(np.abs(np.asarray(images))) > _LARGEST:
         remedy = "these are pixels up to 255; give model.preprocess of them as uint8"
     else:
         return

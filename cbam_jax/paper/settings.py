@@ -66,7 +66,7 @@ def check_split(config_path: str, split: str, settings: Mapping[str, str]) -> No
     """Open the split that will be measured; InputError where there is none."""
     from cbam_jax.datasets import open_dataset  # Loads OpenCV.
 
-    fields = {
+    fields: dict[str, Any] = {
         name: settings.get(f"data.{name}", value)
         for name, value in _load_config(config_path)["data"].items()
         if name in ("name", "label", "data_dir", "manual_dir", "on_bad_image")
