@@ -95,7 +95,7 @@ def train_and_evaluate(
     experiment.check_config(config)
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
-        stop = stop or stack.enter_context(Stop())
+        stop = stop or stack.enter_context(take_signals())
         stack.enter_context(workdirs.locked(workdir))
         stack.enter_context(workdirs.told_in_one_line(config, workdir))
         checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))
@@ -123,6 +123,11 @@ def train_and_evaluate(
         make_up_evaluation(run, workdir, position)
         step = train(run, train_step, position)
         return run_summary.summarize(config, workdir, checkpoints, step, monitor)
+
+
+def take_signals(**options: Any) -> contextlib.AbstractContextManager[Stop]:
+    """Let signals ask to stop; of several processes JAX's own service takes SIGTERM, for all."""
+    return Stop(**options) if jax.process_count() == 1 else contextlib.nullcontext(Stop())
 
 
 def train(run: Run, train_step: Callable, position: Position) -> int:
@@ -435,7 +440,7 @@ def main() -> int:
     """Train, and print the JSON line; the exit status tells a stopped run from a finished one."""
     command_line.keep_compiled_programs()
     config, workdir, after = parse_flags()
-    with Stop(after=after, exits=True) as stop:
+    with take_signals(after=after, exits=True) as stop:
         try:
             summary = train_and_evaluate(config, workdir, stop=stop)
         except Stopped:

@@ -7,6 +7,7 @@ real run at random moments.
 import functools
 import json
 import shutil
+import signal
 import threading
 
 import jax
@@ -207,7 +208,7 @@ def test_time_that_is_up_stops_like_a_signal(config, expected, tmp_path, monkeyp
 def test_a_stopped_run_has_a_status_of_its_own(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "parse_flags", lambda: (config, tmp_path / "run", 3600))
     stop = Stop(after=3600)
-    monkeypatch.setattr(training, "Stop", lambda **_: stop)
+    monkeypatch.setattr(training, "take_signals", lambda **_: stop)
     at_step(monkeypatch, 2, stop_now(stop))
     assert training.main() == stopping.STATUS == 75
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["finished"] is False
@@ -378,6 +379,17 @@ def test_a_thread_and_a_str_will_do(config, expected, tmp_path):
     thread.join()
     assert summaries[0]["finished"]
     assert left(tmp_path / "run") == expected[0]
+
+
+def test_several_processes_leave_the_signals_to_jax(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with training.take_signals(exits=True) as stop:
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert stop.received is None
+    monkeypatch.undo()
+    with training.take_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
 
 
 # --- words ---
