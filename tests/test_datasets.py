@@ -274,6 +274,19 @@ def test_manifest_half_copied_files_are_found_when_it_is_opened(tmp_path, rng, c
     assert "skipped: 3 of 6 images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "BMP", "PNG", "GIF", "TIFF", "JPEG2000"])
+def test_manifest_half_copied_files_of_every_format_are_found(tmp_path, rng, kind):
+    image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
+    for name in ("whole", "half"):
+        image.save(tmp_path / name, kind)
+    path = write_csv(tmp_path / "a.csv", [{"path": n, "label": "hat"} for n in ("whole", "half")])
+    assert len(open_dataset(str(path), "all")) == 2
+    encoded = (tmp_path / "half").read_bytes()
+    (tmp_path / "half").write_bytes(encoded[: len(encoded) // 2])
+    with pytest.raises(InputError, match="1 of 2 images .*half .(cut off|cannot be decoded).: rep"):
+        open_dataset(str(path), "all")
+
+
 def test_manifest_what_is_no_file_is_told_and_not_waited_for(tmp_path, rng):
     names = photos(tmp_path, rng, 6)
     path = str(write_csv(tmp_path / "photos.csv", full_rows(names)))

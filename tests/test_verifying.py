@@ -6,6 +6,7 @@ import pytest
 
 from cbam_jax.datasets import __main__ as command
 from cbam_jax.datasets import clothing_dataset_small as clothing
+from cbam_jax.datasets.looks import look_of
 
 
 def scene(rng, side=96):
@@ -74,6 +75,29 @@ def test_verify_finds_what_is_there_twice(photos, capsys, as_manifest):
     first, _, rest = told.partition("\n")
     assert first == f"{name}: 12 images in the splits test, train"
     assert rest == FOUND
+
+
+def test_a_trimmed_copy_is_near_and_other_colours_are_another_photo(tmp_path, rng, capsys):
+    scenes = [scene(rng, 200) for _ in range(6)]
+    trimmed = [image[3:-2, 2:-4] for image in scenes]
+    grey = [cv2.cvtColor(cv2.cvtColor(s, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR) for s in scenes]
+    looks = [[look_of(jpeg(image)) for image in images] for images in (scenes, trimmed, grey)]
+    bits = [((a ^ b) & (1 << 64) - 1).bit_count() for a, b in zip(*looks[:2], strict=True)]
+    near = [i for i, count in enumerate(bits) if 0 < count <= 8]
+    assert near, bits  # Some bits differ, and yet it is found.
+    for split, images in (("train", scenes), ("test", trimmed), ("other", grey)):
+        for i in near:
+            path = tmp_path / split / ("hat", "coat")[i % 2] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(images[i]))
+    (tmp_path / "photos.csv").write_text(
+        "path,label,split\n"
+        + "".join(f"{p.relative_to(tmp_path)},x,{p.parts[-3]}\n" for p in tmp_path.rglob("*.jpg"))
+    )
+    command.main(["verify", f"{tmp_path}/photos.csv", "--all"])
+    told = capsys.readouterr().out
+    assert f"near copies in two splits: {len(near)}\n" in told
+    assert "other" not in told.partition("near copies")[2]
 
 
 def test_verify_of_what_is_right_and_of_splits_by_hash(tmp_path, rng, capsys):
