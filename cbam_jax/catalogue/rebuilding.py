@@ -74,11 +74,9 @@ def _collect(
 def _exchange(store: Store, embedder: "Embedder", source: str | None) -> int:
     """Put the new embeddings in the place of the old ones, all at once."""
     with store.transaction():
-        # A file that has changed is read again when it is added again, and so is what another
-        # process added meanwhile, by the old model.
+        # What another process added meanwhile, by the old model, is read when it is added again.
         store.run(
             "UPDATE item SET embedding = r.embedding, problem = r.problem, "
-            "modified = iif(r.hash IS item.hash, modified, NULL), "
             "hash = coalesce(r.hash, item.hash) "
             "FROM rebuilt r WHERE r.id = item.id"
         )

@@ -144,6 +144,20 @@ def test_what_another_process_added_during_a_rebuild_is_embedded_when_added_agai
         assert again.verify() == []
 
 
+def test_an_add_that_a_rebuild_overtakes_writes_no_embedding_of_the_old_model(shop, tmp_path):
+    class Overtaken(FakeEmbedder):
+        def embed_files(self, paths, **options):
+            other = FakeEmbedder("0" * 64)
+            Catalogue.rebuild(tmp_path / "shop.db", other, progress=False)
+            return super().embed_files(paths, **options)
+
+    write_photo(tmp_path / "new.png", 5)
+    with Catalogue.open(tmp_path / "shop.db", Overtaken()) as late:
+        with pytest.raises(InputError, match="another model"):
+            late.add(tmp_path / "new.png", progress=False)
+        assert len(late) == 12
+
+
 def test_duplicates_are_listed_exact_and_near(shop, photos, tmp_path):
     assert shop.duplicates() == []
     shutil.copy(photos[2], tmp_path / "photos" / "x_copy.png")

@@ -141,9 +141,15 @@ def test_the_embeddings_are_kept_beside_and_made_anew_when_they_are_others(shop,
     with Catalogue.open(tmp_path / "shop.db") as other:
         other.remove([before[0].id])
     assert pairs(shop.find(2, k=2)) == pairs(before)[1:]
+    # As many photos, and another embedding.
+    other = FakeEmbedder().embed_files([photos[0]]).embeddings
+    with Catalogue.open(tmp_path / "shop.db", FakeEmbedder()) as fresh:
+        fresh.add_embeddings([before[1].path], other)
+    assert shop.find(before[1].id, k=1)[0].distance == 0
+    after = pairs(shop.find(2, k=2))
     for damaged in (b"", b"{}", kept.read_bytes()[:-4], os.urandom(9000)):
         kept.write_bytes(damaged)
-        assert pairs(Catalogue(shop.store).find(2, k=2)) == pairs(before)[1:]
+        assert pairs(Catalogue(shop.store).find(2, k=2)) == after
     assert sorted(file.name for file in tmp_path.glob("*-emb*")) == [kept.name]
 
 
