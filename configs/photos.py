@@ -12,6 +12,11 @@ The run starts as exactly the pretrained network, which finds much on the first 
 (--checkpoint=untrained measures it): attention starts as the identity, embeddings are the pooled
 features, and BatchNorm keeps ImageNet's statistics, which batches of 32 would only blur. Photos are
 letterboxed, so that neither sleeves nor hems are cut off, and resized as the weights were trained.
+
+On the 372 test photos of clothing_dataset_small (--config.data.name=clothing_dataset_small) the
+pretrained network has map@10 0.803 and precision@10 0.686, by a centre crop 0.817 and 0.720. A
+trial had 0.871 and 0.783 after 50 of these steps, for five minutes of processor time (seed 0,
+benchmarks/results/photos_cpu.json). The 200 steps have not been run to their end.
 """
 
 import ml_collections
