@@ -61,6 +61,19 @@ def test_without_network_a_row_says_where_to_put_the_file(name, photos, tmp_path
     assert "\n" not in str(caught.value)
 
 
+def test_without_its_package_photos_says_how_to_install_it(photos, tmp_path, monkeypatch):
+    files = IMAGENET["imagenet"]
+    absent = files["efficientnet_lite0"]._replace(package="absent_from_here")
+    monkeypatch.setitem(files, "efficientnet_lite0", absent)
+    monkeypatch.setattr(experiment, "check_choices", lambda config: None)
+    monkeypatch.setattr(experiment, "build_model", None)
+    config = read("photos")
+    config.data.name = f"{photos}/"
+    with pytest.raises(InputError, match=r"pip install 'cbam_jax\[lite\]'") as caught:
+        training.train_and_evaluate(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Eight classes of three images, for train and for validation."""
