@@ -7,6 +7,7 @@ from flax import nnx
 from PIL import Image
 
 from cbam_jax import InputError
+from cbam_jax.models import pixel_scaling
 from cbam_jax.pretrained import image_accuracy
 from cbam_jax.pretrained.__main__ import main
 
@@ -18,6 +19,7 @@ class BrightestPatch(nnx.Module):
 
     def __init__(self):
         self.zero = nnx.Param(jnp.zeros(()))
+        self.scaling = nnx.static(pixel_scaling(""))
 
     def set_view(self, use_running_average):
         assert use_running_average
