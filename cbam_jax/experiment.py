@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -32,7 +33,9 @@ _SMALLEST_FOR_ALL = 32
 # Fields of a config's data that say how an image becomes a model's square.
 GEOMETRY = ("image_size", "crop_fraction", "resize", "interpolation", "pad_color")
 
-DEFAULT_KS = (5, 10, 20)  # eval.ks of configs/default.py, which adapts to splits of few images
+# Of configs/default.py; where a config has these, they adapt to a dataset of few images or classes.
+DEFAULT_KS = (5, 10, 20)
+DEFAULT_CLASSES_PER_BATCH = 8
 
 
 def with_whole_paths(config: Config) -> Config:
@@ -245,7 +248,7 @@ def check_same_run(config: Config, saved: Config) -> None:
         for section, fields in config.to_dict().items()
         if section != "seed"
         for field, value in fields.items()
-        if before[section][field] != value and (field, value) != ("ks", DEFAULT_KS)
+        if before[section][field] != value and not _adapts(config, field)
     ]
     changed += ["seed"] if config.seed != saved.seed else []
     for field in changed:
@@ -324,6 +327,41 @@ def with_fitting_ks(
     config = config.copy_and_resolve_references()
     config.eval.ks = fitting
     return config
+
+
+def with_fitting_batch(config: Config, dataset: RetrievalDataset) -> Config:
+    """Return a copy whose batches need no more classes than a dataset has; the user's stay.
+
+    The batch is made of fewer classes and of more images of each, so that it is no larger than it
+    was; images of a small class then stand in it more than once, each time cut differently.
+    """
+    size = config.data.classes_per_batch * config.data.images_per_class
+    counts = np.unique(dataset.label, return_counts=True)[1]
+    classes = int(np.sum(counts > 1)) if config.data.skip_singletons else len(counts)
+    if not _adapts(config, "classes_per_batch") or not 2 <= classes < DEFAULT_CLASSES_PER_BATCH:
+        return config
+    devices = jax.device_count()
+    images = max(size // classes // devices, 1) * devices
+    if config.train.chunk_size is not None or images < 2:
+        return config
+    if jax.process_index() == 0:
+        print(
+            f"batches of {classes} classes x {images} images in place of "
+            f"{config.data.classes_per_batch} x {config.data.images_per_class}: split "
+            f"{dataset.split!r} has {classes} classes",
+            flush=True,
+        )
+    config = config.copy_and_resolve_references()
+    config.data.classes_per_batch, config.data.images_per_class = classes, images
+    return config
+
+
+def _adapts(config: Config, field: str) -> bool:
+    """Whether a field of a config is one that adapts to the data, since it is the default's."""
+    if field == "ks":
+        return tuple(config.eval.ks) == DEFAULT_KS
+    batch = field in ("classes_per_batch", "images_per_class")
+    return batch and config.data.classes_per_batch == DEFAULT_CLASSES_PER_BATCH
 
 
 def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Protocol:

@@ -100,6 +100,7 @@ def train_and_evaluate(
         stack.enter_context(workdirs.told_in_one_line(config, workdir))
         checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))
         training, validation, source = open_data(config, workdir, checkpoints)
+        config = experiment.with_fitting_batch(config, training)
         config = experiment.with_fitting_ks(config, validation)
         experiment.split_protocol(config, validation)
         model, mesh = build_model(config, source), steps.data_mesh()

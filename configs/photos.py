@@ -6,7 +6,8 @@ python evaluate.py --workdir=runs/photos --split=test --figures
 
 FOLDER/ holds a folder of photos for each class, FOLDER/CLASS/photo.jpg: photos of one class are to
 be found by each other. The weights come with the first line, 17 MB; nothing else is downloaded.
-With fewer than eight classes lower --config.data.classes_per_batch.
+Classes of one photo, which no other can match, are left out of training, unreadable photos too;
+the run says how many.
 
 The run starts as exactly the pretrained network, which finds much on the first day already
 (--checkpoint=untrained measures it): attention starts as the identity, embeddings are the pooled
@@ -35,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.classes_per_batch = 8
     config.data.images_per_class = 4
     config.data.on_bad_image = "skip"
+    config.data.skip_singletons = True
     config.model.name = "efficientnet_lite0_cbam"
     config.model.pretrained = "imagenet"
     config.model.attention_init = "identity"

@@ -1,6 +1,7 @@
 """What a config means for a dataset at hand: few photos, the K that can be measured among them."""
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -45,6 +46,38 @@ def test_the_default_ks_are_those_that_a_split_can_give(count, expected, capsys)
     assert told.count("\n") == (expected != (5, 10, 20))
     assert not told or f"eval.ks={expected} in place of (5, 10, 20)" in told
     experiment.split_protocol(fitted, dataset)
+
+
+@pytest.mark.parametrize(
+    ("classes", "devices", "expected"),
+    [(9, 1, (8, 4)), (3, 1, (3, 10)), (2, 1, (2, 16)), (3, 4, (3, 8)), (1, 1, (8, 4))],
+)
+def test_batches_need_no_more_classes_than_there_are(
+    classes, devices, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    config = make_config(**{"data.images_per_class": 4})
+    dataset = make_dataset([*range(classes), *range(classes), classes + 1])
+    for alone, count in ((False, classes + 1), (True, classes)):
+        config.data.skip_singletons = alone
+        fitted = experiment.with_fitting_batch(config, dataset).data
+        if count == classes:
+            assert (fitted.classes_per_batch, fitted.images_per_class) == expected
+            assert capsys.readouterr().out.count("\n") == (expected != (8, 4))
+        capsys.readouterr()
+    config.data.classes_per_batch = 12  # The user's own, which is refused if it cannot be.
+    assert experiment.with_fitting_batch(config, dataset) is config
+
+
+def test_a_resumed_run_does_not_call_what_adapted_changed(capsys):
+    config = make_config(**{"data.images_per_class": 4})
+    fitted = experiment.with_fitting_batch(config, make_dataset([0, 0, 1, 1, 2, 2]))
+    capsys.readouterr()
+    experiment.check_same_run(config, fitted)
+    assert "classes_per_batch" not in capsys.readouterr().out
+    fitted.data.flip = False
+    experiment.check_same_run(config, fitted)
+    assert "flip" in capsys.readouterr().out
 
 
 def test_chosen_ks_are_kept_and_refused_with_the_flag_to_type():
