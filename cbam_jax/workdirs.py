@@ -81,15 +81,24 @@ def out_of_memory(config: Config, error: str) -> str:
     >>> "a batch of 64 images of 224 pixels: set --config.train.chunk_size=32" in told
     True
     """
-    fields, batch = config.data, config.data.classes_per_batch * config.data.images_per_class
-    chunk = (config.train.chunk_size or batch) // 2
-    reason = " ".join(error.split())[:120]
+    batch = config.data.classes_per_batch * config.data.images_per_class
     return (
-        f"out of memory ({reason}) with a batch of {batch} images of {fields.image_size} pixels: "
-        f"set --config.train.chunk_size={chunk}, "
-        f"--config.data.image_size={fields.image_size * 5 // 7}, "
-        f"--config.data.images_per_class={max(fields.images_per_class // 2, 2)} or "
-        "--config.model.dtype=bfloat16, for an evaluation "
-        f"--config.eval.batch_size={max(config.eval.batch_size // 2, 1)}; on a GPU see with "
-        "nvidia-smi who else holds it, and that XLA_PYTHON_CLIENT_MEM_FRACTION is not too small"
+        f"out of memory ({' '.join(error.split())[:120]}) with a batch of {batch} images of "
+        f"{config.data.image_size} pixels: set {', '.join(_smaller(config, batch))}; for an "
+        f"evaluation --config.eval.batch_size={max(config.eval.batch_size // 2, 1)}; on a GPU see "
+        "with nvidia-smi who else holds it, and that XLA_PYTHON_CLIENT_MEM_FRACTION is not too "
+        "small"
     )
+
+
+def _smaller(config: Config, batch: int) -> list[str]:
+    """Flags that a run would take, each of which needs less memory."""
+    devices, fields = jax.device_count(), config.data
+    largest = (config.train.chunk_size or batch) - 1
+    chunks = (n for n in range(largest, 0, -1) if batch % n == 0 and n % devices == 0)
+    flags = [f"--config.train.chunk_size={n}" for n in list(chunks)[:1]]
+    flags.append(f"--config.data.image_size={max(fields.image_size * 5 // 7, 32)}")
+    images = max(fields.images_per_class // 2, 2)
+    if images < fields.images_per_class and fields.classes_per_batch * images % devices == 0:
+        flags.append(f"--config.data.images_per_class={images}")
+    return [*flags, "--config.model.dtype=bfloat16"]

@@ -16,7 +16,18 @@ import pytest
 from flax import nnx
 from tiny_run import make_config, write_photos
 
-from cbam_jax import InputError, evaluation, models, run_summary, runs, stopping, training
+from cbam_jax import (
+    InputError,
+    config_files,
+    evaluation,
+    experiment,
+    models,
+    run_summary,
+    runs,
+    stopping,
+    training,
+    workdirs,
+)
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.runlog import read_log
 from cbam_jax.stopping import Stop, Stopped
@@ -233,9 +244,10 @@ ERRORS = {
     "memory": (
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."),
         InputError,
+        # A chunk or batch below 8 could not be shared by the 8 devices of the tests.
         "allocating 99 bytes.* with a batch of 8 images of 32 pixels: set "
-        "--config.train.chunk_size=4, --config.data.image_size=22, --config.data.images_per_class="
-        "2 or --config.model.dtype=bfloat16, .*nvidia-smi.* XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "--config.data.image_size=32, --config.model.dtype=bfloat16; for an evaluation "
+        "--config.eval.batch_size=4; .*nvidia-smi.* XLA_PYTHON_CLIENT_MEM_FRACTION",
     ),
     "host memory": (MemoryError("Unable to allocate 9 GiB"), InputError, "allocate 9 GiB"),
     "bug": (ZeroDivisionError("ours"), ZeroDivisionError, "ours"),
@@ -255,6 +267,21 @@ def test_the_last_sound_step_is_saved_before_an_error_leaves(
     assert "step 5 is saved: the same command goes on" in capsys.readouterr().out
     at_step(monkeypatch, None, None)
     assert_goes_on_to_the_same(config, tmp_path / "run", expected)
+
+
+def test_what_needs_less_memory_is_what_a_run_would_take(monkeypatch):
+    fields = {"data.classes_per_batch": 9, "data.images_per_class": 5, "model.name": "resnet18"}
+    for devices, batch, flags in (
+        (1, 45, ["train.chunk_size=15", "data.image_size=160", "data.images_per_class=2"]),
+        (3, 45, ["train.chunk_size=15", "data.image_size=160", "data.images_per_class=2"]),
+        (45, 45, ["data.image_size=160"]),
+    ):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        config = make_config("photos.csv", **fields, **{"data.image_size": 224})
+        told = [f"--config.{flag}" for flag in (*flags, "model.dtype=bfloat16")]
+        assert workdirs._smaller(config, batch) == told
+        for flag in flags:
+            experiment.check_config(config_files.override(config, [f"--config.{flag}"]))
 
 
 def test_an_error_during_an_evaluation_loses_no_step(config, expected, tmp_path, monkeypatch):
