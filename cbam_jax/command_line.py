@@ -17,10 +17,13 @@ from cbam_jax.foreign_files import escaped
 from cbam_jax.whole_files import written_whole
 
 _READER_LEFT = 141  # As of a command that SIGPIPE ends.
+_INTERRUPTED = 130  # As of a command that Ctrl-C ends.
 
 
 def run(main: Callable[[], Any]) -> int:
     """Run a command; a mistake of the user's ends in one line on stderr and exit status 2.
+
+    Ctrl-C ends it with 130.
 
     With ``CBAM_JAX_TRACEBACK=1`` in the environment the traceback is shown as well.
     """
@@ -42,6 +45,9 @@ def run(main: Callable[[], Any]) -> int:
         for line in f"error: {error}".split("\n"):
             print(escaped(line), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing is left half written", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:  # Who reads the output, such as head, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_LEFT

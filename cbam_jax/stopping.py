@@ -5,9 +5,11 @@ finish the step under way and save it. What asks is answered at once, also while
 inside a compiled program or the compiler, where Python runs no handler of signals.
 """
 
+import contextlib
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -90,6 +92,7 @@ class Stop:
 
     def _receive(self, number: int, _: Any) -> None:
         """In the main thread, once it runs Python again."""
+        _leave_lost_terminal()
         first = self._signal is None
         self._signal = SIGNALS[number]
         if not self._exits and first and self.waits_for:
@@ -112,12 +115,23 @@ class Stop:
                 if number[0] not in SIGNALS:
                     continue
                 count += 1
+                _leave_lost_terminal()
                 name, waits_for = SIGNALS[signal.Signals(number[0])], self.waits_for
                 if count > 1 or waits_for is None:
                     print(f"stopped by {name}: the same command goes on", file=sys.stderr)
                     _leave()
                 else:
                     print(_answer(name, waits_for), file=sys.stderr, flush=True)
+
+
+def _leave_lost_terminal() -> None:
+    """Send output nowhere where its terminal was closed: writing there would be an error."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # It may be closed.
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
 
 
 def _leave() -> None:

@@ -34,6 +34,11 @@ def test_a_mistake_is_one_line_and_status_2(error, capsys, monkeypatch):
         command_line.run(raising(error))
 
 
+def test_an_interrupted_command_says_so_without_a_traceback(capsys):
+    assert command_line.run(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "interrupted: nothing is left half written\n")
+
+
 def test_other_errors_are_ours_and_keep_their_traceback():
     with pytest.raises(ValueError, match="a bug"):
         command_line.run(raising(ValueError("a bug")))

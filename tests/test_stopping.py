@@ -1,6 +1,7 @@
 """Being asked to stop: by signals, in threads, in a process that is busy, by the clock."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -92,6 +93,36 @@ def test_a_busy_command_answers_at_once(waits_for):
         stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (stopping.STATUS, "")
     assert stderr == f"stopped by {name}: the same command goes on\n"
+
+
+# What a training does when the terminal that it runs in is closed: it saves, and says so.
+IN_A_TERMINAL = """
+import fcntl, sys, termios, threading
+from cbam_jax.stopping import STATUS, Stop
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+with Stop(exits=True) as stop:
+    stop.waits_for = "the step under way"
+    print("training", flush=True)
+    while not stop.received:
+        stop._thread.join(0.01)
+    open(sys.argv[1], "w").write(stop.received)
+    print("stopped", flush=True)
+    print("stopped", file=sys.stderr, flush=True)
+sys.exit(STATUS)
+"""
+
+
+def test_a_closed_terminal_is_a_stop_like_any_other(tmp_path):
+    outer, inner = pty.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "saved")]
+    with subprocess.Popen(
+        command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
+    ) as process:
+        os.close(inner)
+        assert os.read(outer, 100).startswith(b"training")
+        os.close(outer)
+    assert process.returncode == stopping.STATUS
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
 
 
 def test_after_a_command_signals_are_as_they_were():
