@@ -457,6 +457,7 @@ MISTAKES = {
         "--config.data.data_dir=~nobody-here/d",
         "no such home folder; give the whole",
     ),
+    "no time": ("--stop_after=45", "--stop_after=45: give a time such as 45m, 2h or 1h30m"),
     "average": ("--config.train.ema_decay=1.0", "train.ema_decay=1.0"),
     "unknown dataset": ("--config.data.name=no_such_garments", "no_such_garments"),
     "missing csv": ("--config.data.name=absent/photos.csv", "absent/photos.csv"),
