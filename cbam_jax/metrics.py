@@ -9,15 +9,24 @@ mAP@K are in use and differ a lot, so each has a name of its own; `METRIC_DEFINI
 apart, and every printed table should quote it.
 """
 
-import functools
-import operator
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cbam_jax.relevance import count_relevant, label_matches, plain_labels, traced
+
+__all__ = [
+    "METRIC_DEFINITIONS",
+    "bootstrap_interval",
+    "count_relevant",
+    "label_matches",
+    "per_category_metrics",
+    "per_query_metrics",
+    "retrieval_metrics",
+    "t_interval",
+]
 METRIC_DEFINITIONS: Mapping[str, str] = {
     "map@K": "mean over queries of (sum of P_i at hit ranks i <= K) / (hits among the first K); "
     "0 without hits (the paper's eq. 5 to 7)",
@@ -78,7 +87,7 @@ def retrieval_metrics(
       (1.0, 4.0)
     """
     per_query = per_query_metrics(matches, num_relevant, ks)
-    if xp := _traced(matches, num_relevant):
+    if xp := traced(matches, num_relevant):
         return _traced_means(per_query, xp.asarray(num_relevant) > 0)
     return _means(per_query, np.asarray(num_relevant) > 0)
 
@@ -106,7 +115,7 @@ def per_query_metrics(
       ([0.5, nan], [0.5, nan])
     """
     hits, relevant = _checked(matches, num_relevant, ks)
-    if _traced(hits, relevant):
+    if traced(hits, relevant):
         return _traced_metrics(hits, relevant, ks)
     # Blocks of queries: the cumulative sums of 10,000 full rankings would take gigabytes.
     starts = range(0, max(len(hits), 1), _ROWS)
@@ -148,7 +157,7 @@ def per_category_metrics(
     """
     _on_host("per_category_metrics", matches, num_relevant, categories)
     per_query = per_query_metrics(matches, num_relevant, ks)
-    categories, counted = _plain("categories", categories), np.asarray(num_relevant) > 0
+    categories, counted = plain_labels("categories", categories), np.asarray(num_relevant) > 0
     if categories.shape != counted.shape:
         raise ValueError(f"categories have shape {categories.shape}, expected {counted.shape}")
     names, group = np.unique(categories, return_inverse=True)
@@ -262,114 +271,6 @@ def t_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, floa
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def label_matches(indices: ArrayLike, query_labels: ArrayLike, gallery_labels: ArrayLike) -> Any:
-    """Which retrieved items have the query's label.
-
-    Args:
-      indices: ``[q, k]`` integers into the gallery, -1 where a row has no item left.
-      query_labels: ``[q]``, integers or strings (traced: integers).
-      gallery_labels: ``[n]``, likewise.
-
-    Returns:
-      ``[q, k]`` bool, False at index -1.
-
-    Raises:
-      ValueError: For labels that are not ``[q]`` and ``[n]``, that could never be equal (numbers on
-        one side, text on the other), or that equal nothing (NaN, None).
-
-    Example:
-      >>> label_matches([[0, 2, -1]], [7], [7, 8, 8]).tolist()
-      [[True, False, False]]
-    """
-    xp = _traced(indices, query_labels, gallery_labels)
-    if xp:
-        own, labels = xp.asarray(query_labels), xp.asarray(gallery_labels)
-    else:
-        own, labels = _comparable("labels", query_labels, gallery_labels)
-    items = (xp or np).asarray(indices)
-    return (labels[items] == own[:, None]) & (items >= 0)
-
-
-def count_relevant(
-    query_labels: ArrayLike,
-    gallery_labels: ArrayLike,
-    query_in_gallery: ArrayLike = False,
-    query_group: ArrayLike | None = None,
-    gallery_group: ArrayLike | None = None,
-) -> Any:
-    """How many gallery items have each query's label, not counting the ignored ones.
-
-    The counterpart of what `search` and `top_k` of `cbam_jax.search` ignore: the query itself, or
-    its whole group.
-
-    Args:
-      query_labels: ``[q]``, integers or strings (traced: integers).
-      gallery_labels: ``[n]``, likewise.
-      query_in_gallery: ``[q]`` bool or one bool, whether the query itself is in the gallery and
-        ignored; unused with groups, since a query is of its own group.
-      query_group: ``[q]``, or None.
-      gallery_group: ``[n]``, or None; items with the query's group are ignored.
-
-    Returns:
-      ``[q]`` int64, R of the metrics (int32 of traced arrays).
-
-    Raises:
-      ValueError: As `label_matches` does, also of groups.
-
-    Example:
-      >>> count_relevant([7, 8], [7, 8, 8], query_in_gallery=True).tolist()
-      [0, 1]
-    """
-    given = query_labels, gallery_labels, query_in_gallery, query_group, gallery_group
-    if _traced(*given):
-        return _traced_count(*given)
-    query_labels, gallery_labels = _comparable("labels", query_labels, gallery_labels)
-    counts = _count(query_labels[:, None], gallery_labels[:, None])
-    if query_group is None or gallery_group is None:
-        return counts - np.asarray(query_in_gallery, np.int64)
-    # Labels and groups as integers, so that pairs of them can be counted as rows of a matrix.
-    label = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)[1]
-    groups = np.concatenate(_comparable("group", query_group, gallery_group))
-    pair = np.stack([label, np.unique(groups, return_inverse=True)[1]], axis=1)
-    return counts - _count(pair[: len(query_labels)], pair[len(query_labels) :])
-
-
-def _comparable(what: str, query: ArrayLike, gallery: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of both sides as arrays of numbers or of text; ValueError where none could match."""
-    own, labels = _plain(f"query_{what}", query), _plain(f"gallery_{what}", gallery)
-    kinds = [{"U": "text", "S": "bytes"}.get(a.dtype.kind, "numbers") for a in (own, labels)]
-    if kinds[0] != kinds[1] and own.size and labels.size:
-        raise ValueError(
-            f"query_{what} are {own.dtype} and gallery_{what} {labels.dtype}, which are never "
-            f"equal: give both as {kinds[0]} or both as {kinds[1]}"
-        )
-    return own, labels
-
-
-def _plain(name: str, values: ArrayLike) -> np.ndarray:
-    """An array ``[n]`` of numbers or text; of objects, as pandas has them, what they hold."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} have shape {array.shape}, expected one dimension")
-    if array.dtype.kind in "OT":
-        kind = str if len(array) and isinstance(array[0], str) else (int, np.integer)
-        odd = [value for value in array.tolist() if not isinstance(value, kind)]
-        if odd:
-            raise ValueError(f"{name} hold {odd[0]!r}: give integers alone, or text alone")
-        array = np.array(array.tolist())
-    if array.dtype.kind == "f" and np.isnan(array).any():
-        raise ValueError(f"{name} hold NaN, which equals nothing: leave those rows out")
-    return array
-
-
-def _count(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """How often each row of ``queries`` occurs in ``gallery``."""
-    rows = np.concatenate([queries, gallery])
-    _, inverse = np.unique(rows, axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    return np.bincount(inverse[len(queries) :], minlength=len(rows))[inverse[: len(queries)]]
-
-
 def _block(
     xp: Any, matches: Any, num_relevant: Any, ks: Sequence[int], complete: bool
 ) -> dict[str, Any]:
@@ -420,22 +321,6 @@ def _traced_means(per_query: dict[str, Any], counted: Any) -> dict[str, Any]:
     return {**means, "num_queries": queries, "num_left_out": queries - count}
 
 
-def _traced(*arrays: Any) -> Any:
-    """jax.numpy where an array is traced, else None. Without jax none is, and it is not loaded."""
-    jax = sys.modules.get("jax")
-    if jax is None or not any(isinstance(a, jax.core.Tracer) for a in arrays):
-        return None
-    return jax.numpy
-
-
-def _on_host(name: str, *arrays: Any) -> None:
-    if _traced(*arrays):
-        raise TypeError(
-            f"{name} runs on the host: its arrays are traced; return them from the jitted function "
-            "and call it there"
-        )
-
-
 def _traced_metrics(matches: Any, num_relevant: Any, ks: Sequence[int]) -> dict[str, Any]:
     """`per_query_metrics` of traced arrays: a result's names cannot depend on values."""
     import jax.numpy as jnp
@@ -447,39 +332,8 @@ def _traced_metrics(matches: Any, num_relevant: Any, ks: Sequence[int]) -> dict[
     return {name: jnp.where(num_relevant > 0, value, jnp.nan) for name, value in values.items()}
 
 
-def _traced_count(
-    query_labels: Any,
-    gallery_labels: Any,
-    query_in_gallery: Any,
-    query_group: Any,
-    gallery_group: Any,
-) -> Any:
-    """`count_relevant` of traced arrays."""
-    import jax.numpy as jnp
-
-    counts = _count_rows([query_labels], [gallery_labels])
-    if query_group is None or gallery_group is None:
-        return counts - jnp.asarray(query_in_gallery).astype(np.int32)
-    return counts - _count_rows([query_labels, query_group], [gallery_labels, gallery_group])
-
-
-def _count_rows(queries: Sequence[Any], gallery: Sequence[Any]) -> Any:
-    """How often each row, given by columns, is in the gallery: equal rows are runs once sorted."""
-    import jax.numpy as jnp
-
-    q = len(queries[0])
-    pairs = zip(queries, gallery, strict=True)
-    rows = [jnp.concatenate([jnp.asarray(a) for a in pair]) for pair in pairs]
-    order = jnp.lexsort(rows)
-    ascending = [column[order] for column in rows]
-    new = functools.reduce(operator.or_, [column[1:] != column[:-1] for column in ascending])
-    run = jnp.concatenate([jnp.zeros(1, np.int32), jnp.cumsum(new, dtype=np.int32)])
-    counts = jnp.zeros(len(order), np.int32).at[run].add((order >= q).astype(np.int32))
-    return jnp.zeros(len(order), np.int32).at[order].set(counts[run])[:q]
-
-
 def _checked(matches: Any, num_relevant: Any, ks: Sequence[int]) -> tuple[Any, Any]:
-    xp = _traced(matches, num_relevant) or np
+    xp = traced(matches, num_relevant) or np
     matches, num_relevant = xp.asarray(matches), xp.asarray(num_relevant)
     if matches.ndim != 2 or not matches.shape[1] or num_relevant.shape != matches.shape[:1]:
         raise ValueError(
@@ -507,3 +361,11 @@ def _checked(matches: Any, num_relevant: Any, ks: Sequence[int]) -> tuple[Any, A
             "count relevant items with the same items ignored as in the search"
         )
     return matches, num_relevant
+
+
+def _on_host(name: str, *arrays: Any) -> None:
+    if traced(*arrays):
+        raise TypeError(
+            f"{name} runs on the host: its arrays are traced; return them from the jitted function "
+            "and call it there"
+        )

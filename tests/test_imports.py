@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "attention": set(),
     "compiler_options": set(),
     "distances": set(),
-    "metrics": set(),
+    "relevance": set(),
+    "metrics": {"relevance"},
     "gradcam": set(),
     "whole_files": set(),
     "file_locks": set(),
@@ -171,7 +172,16 @@ MAY_IMPORT = {
     "benchmark": {"data", "datasets", "losses", "models", "search", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
-WITHOUT_INPUT_ERROR = ("attention", "distances", "metrics", "gradcam", "losses", "steps", "models")
+WITHOUT_INPUT_ERROR = (
+    "attention",
+    "distances",
+    "metrics",
+    "relevance",
+    "gradcam",
+    "losses",
+    "steps",
+    "models",
+)
 
 
 def modules():
