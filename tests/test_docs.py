@@ -89,6 +89,8 @@ def own_module(words):
 
 def check_foreign(words):
     """A program of ours outside the package, an installation, or a program of others."""
+    if words[:2] == ["taskset", "-c"]:
+        words = words[3:]
     if words[0] == "python" and words[1].endswith(".py"):
         flags = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
         text = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
