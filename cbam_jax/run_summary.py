@@ -8,6 +8,7 @@ from typing import Any
 from cbam_jax import evaluation, experiment, runs
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.config_files import Config
+from cbam_jax.datasets import is_path
 from cbam_jax.runlog import StepMonitor
 
 
@@ -39,7 +40,7 @@ def summarize(
 
 
 def tell(summary: dict[str, Any]) -> str:
-    """Say in plain words what the run did and what to do next."""
+    """Say in plain words what the run did."""
     lines = [f"{summary['step']} steps, {summary['images_seen']} images seen"]
     before, after = summary["untrained"], summary["best"]
     if before and after:
@@ -50,10 +51,34 @@ def tell(summary: dict[str, Any]) -> str:
                 f"training made it worse than the untrained network ({evaluation.headline(after)})"
                 ": train longer, lower --config.optimizer.learning_rate, or look at the labels"
             )
+    return "\n".join(lines)
+
+
+def next_commands(workdir: str, data: str) -> str:
+    """Return what to type next: to measure a run, and to find similar photos by it.
+
+    Among the photos that it was trained on, or drawn ones; for other datasets none are named.
+
+    >>> print(next_commands("runs/my run", "./photos/"))
+    measure it: cbam-jax evaluate --workdir='runs/my run' --split=test --html
+    find similar photos: cbam-jax catalogue add shop.db ./photos/ --model='runs/my run'
+    """
     script = Path(sys.argv[0]).name == "train.py"
-    program = "python evaluate.py" if script else "cbam-jax evaluate"
-    workdir = shlex.quote(summary["workdir"])
-    lines.append(f"measure it: {program} --workdir={workdir} --split=test --figures")
+    evaluate, command = (
+        ("python evaluate.py", "python -m cbam_jax")
+        if script
+        else ("cbam-jax evaluate", "cbam-jax")
+    )
+    workdir = shlex.quote(workdir)
+    lines = [f"measure it: {evaluate} --workdir={workdir} --split=test --html"]
+    add = f"{command} catalogue add shop.db"
+    if is_path(data):
+        lines.append(f"find similar photos: {add} {shlex.quote(data)} --model={workdir}")
+    elif data.startswith("synthetic_garments"):
+        lines.append(
+            f"find similar photos: {command} datasets draw drawn && {add} drawn --model={workdir} "
+            f"&& {command} catalogue find shop.db drawn/sweater/0000_0.jpg --html=found.html"
+        )
     return "\n".join(lines)
 
 

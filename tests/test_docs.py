@@ -13,7 +13,7 @@ import jax
 import pytest
 from tiny_run import make_config, patch_tiny_models, write_photos, write_run
 
-from cbam_jax import command_line
+from cbam_jax import command_line, run_summary
 from cbam_jax.__main__ import COMMANDS
 from cbam_jax.config_files import read_config_file
 
@@ -35,16 +35,20 @@ def blocks(page, *languages):
 
 
 def commands(page):
-    """The commands of a page's blocks without a language: lines, joined and cut as a shell does."""
+    """The commands of a page's blocks without a language."""
     for block in blocks(page, "", "bash"):
         # What stands in brackets may be left out.
-        block = re.sub(r"(?<= )\[(--[^]]+)\]", r"\1", block)
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words:
-                end = words.index("&&") if "&&" in words else len(words)
-                yield words[:end]
-                words = words[end + 1 :]
+        yield from cut(re.sub(r"(?<= )\[(--[^]]+)\]", r"\1", block))
+
+
+def cut(text):
+    """The commands of some lines, joined and cut as a shell does."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            yield words[:end]
+            words = words[end + 1 :]
 
 
 class ParsedError(Exception):
@@ -78,6 +82,8 @@ def own_module(words):
     """The module of a command of ours, and its arguments; None for another's command."""
     if words[0] == "cbam-jax":
         return COMMANDS[words[1]][0], words[2:]
+    if words[:3] == ["python", "-m", "cbam_jax"]:
+        return COMMANDS[words[3]][0], words[4:]
     if words[:2] == ["python", "-m"] and words[2].startswith("cbam_jax."):
         name = words[2]
         is_wing = (ROOT / name.replace(".", "/")).is_dir()
@@ -133,6 +139,18 @@ def test_a_command_with_a_wrong_flag_or_field_would_be_seen(monkeypatch):
         check_own("cbam_jax.training", arguments, patch)
     with pytest.raises(AssertionError):
         check_foreign(["pip", "install", "-e", ".[no_such]"])
+
+
+@pytest.mark.parametrize("data", ["./photos/", "my photos.csv", "synthetic_garments/quickstart"])
+@pytest.mark.parametrize("program", ["train.py", "cbam-jax"])
+def test_what_a_run_says_to_type_next_can_be_typed(data, program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program])
+    lines = run_summary.next_commands("runs/my run", data).splitlines()
+    told = list(cut("\n".join(line.partition(": ")[2] for line in lines)))
+    assert len(told) == (4 if "garments" in data else 2)
+    for words in told:
+        with monkeypatch.context() as patch:
+            check_own(*own_module(words), patch)
 
 
 PROGRAMS = [

@@ -115,7 +115,15 @@ MAY_IMPORT = {
         "whole_files",
         "workdirs",
     },
-    "run_summary": {"checkpoint", "config_files", "evaluation", "experiment", "runlog", "runs"},
+    "run_summary": {
+        "checkpoint",
+        "config_files",
+        "datasets",
+        "evaluation",
+        "experiment",
+        "runlog",
+        "runs",
+    },
     "hub_config": {"foreign_files"},
     "hub": {
         "command_line",
