@@ -172,6 +172,23 @@ def chance_precision(relevant: np.ndarray, searched: np.ndarray, k: int) -> floa
     return float(np.mean(relevant / searched * np.minimum(searched, k) / k))
 
 
+def possible_precision(relevant: np.ndarray, k: int) -> float:
+    """Return what precision@K is when all that there is to find is found first.
+
+    It is below 1 where a category has fewer than K images to find: the mean of min(K, R) / K over
+    the queries that have one; NaN where none has.
+
+    Args:
+        relevant: int [q], R, from ``relevant_images``.
+        k: of the metric.
+
+    >>> possible_precision(np.array([2, 9, 0]), 4)
+    0.75
+    """
+    counted = relevant[relevant > 0]
+    return float(np.mean(np.minimum(counted, k) / k)) if len(counted) else float("nan")
+
+
 def evaluate_embeddings(
     embeddings: np.ndarray,
     label: np.ndarray,
@@ -218,6 +235,7 @@ def evaluate_embeddings(
         "ks": list(ks),
         "metrics": retrieval_metrics(match, relevant, ks),
         "chance": {f"precision@{k}": chance_precision(relevant, searched, k) for k in ks},
+        "possible": {f"precision@{k}": possible_precision(relevant, k) for k in ks},
         "interval": {"metric": chosen, "confidence": 0.95, "of": bootstrap_interval(by_query)},
         "per_category": {label_names[i]: metrics for i, metrics in categories.items()},
         "definitions": dict(METRIC_DEFINITIONS),

@@ -27,22 +27,34 @@ def first_k(ks: Sequence[int]) -> int:
 def plain_words(report: Mapping[str, Any]) -> str:
     """Say what a report means to someone who knows no metric.
 
-    >>> plain_words({"ks": [10], "metrics": {"precision@10": 0.72, "recall@10": 0.97},
-    ...     "chance": {"precision@10": 0.14}})
-    'Of the first 10 images found, 7.2 are of the same category as the query; by chance \
-1.4 would be. 97 of 100 queries find at least one.'
+    >>> metrics = {"precision@10": 0.16, "recall@10": 0.8, "num_queries": 17.0, "num_left_out": 2.0}
+    >>> plain_words({"ks": [10], "metrics": metrics, "chance": {"precision@10": 0.11},
+    ...     "possible": {"precision@10": 0.18}})
+    'Of the first 10 images found, 1.6 are of the same category as the query; by chance \
+1.1 would be; at most 1.8 are possible. 12 of 15 queries find at least one.'
     """
     k = first_k(report["ks"])
     metrics = report["metrics"]
-    hits, some = metrics[f"precision@{k}"], metrics[f"recall@{k}"]
+    hits = metrics[f"precision@{k}"]
     if not is_number(hits):
         return "No query has an image of its category to find: there is nothing to measure."
-    chance = report.get("chance", {}).get(f"precision@{k}")
-    return (
-        f"Of the first {k} images found, {_few(k * hits)} are of the same category as the query"
-        + (f"; by chance {_few(k * chance)} would be. " if is_number(chance) else ". ")
-        + f"{_percent(some)} of 100 queries find at least one."
+    chance, possible = (
+        report.get(name, {}).get(f"precision@{k}") for name in ("chance", "possible")
     )
+    told = f"Of the first {k} images found, {_few(k * hits)} are of the same category as the query"
+    if is_number(chance):
+        told += f"; by chance {_few(k * chance)} would be"
+    if is_number(possible) and _few(k * possible) != _few(k):  # Categories of few images.
+        told += f"; at most {_few(k * possible)} are possible"
+    return f"{told}. {_finding(metrics, k)}"
+
+
+def _finding(metrics: Mapping[str, float], k: int) -> str:
+    """How many queries find one; of a hundred and more, a percentage is easier to read."""
+    counted = round(metrics["num_queries"] - metrics["num_left_out"])
+    share = metrics[f"recall@{k}"]
+    percent = f" ({_percent(share)} %)" if counted >= 100 else ""
+    return f"{round(share * counted)} of {counted} queries find at least one{percent}."
 
 
 def _few(number: float) -> str:

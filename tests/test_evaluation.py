@@ -11,6 +11,7 @@ from cbam_jax.evaluation import (
     chance_precision,
     evaluate_embeddings,
     make_protocol,
+    possible_precision,
     relevant_images,
     save_neighbours,
 )
@@ -159,6 +160,20 @@ def test_embeddings_that_are_not_finite(split):
     protocol = make_protocol(label >= 0, label >= 0, ks=KS)
     with pytest.raises(ValueError, match="NaN or infinity in 1 rows, the first is row 7"):
         evaluate_embeddings(embeddings, label, NAMES, protocol, ks=KS)
+
+
+def test_possible_is_what_embeddings_give_that_are_the_categories():
+    label = np.repeat([0, 1, 2, 3], [13, 6, 2, 1])
+    everyone = np.ones(22, bool)
+    protocol = make_protocol(everyone, everyone, ks=KS)
+    report = evaluate_embeddings(
+        np.eye(4, dtype=np.float32)[label], label, NAMES, protocol, ks=KS
+    ).report
+    for k in KS:
+        best = report["metrics"][f"precision@{k}"]
+        assert report["possible"][f"precision@{k}"] == pytest.approx(best)
+    assert report["possible"]["precision@10"] == pytest.approx((13 * 10 + 6 * 5 + 2 * 1) / 210)
+    assert np.isnan(possible_precision(np.array([0, 0]), 2))
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -41,9 +41,16 @@ def test_it_begins_with_what_a_shop_understands(rng):
     )
     first = " ".join(text.split())
     # Not 100, for it is not all of them.
-    assert "by chance 1.4 would be. 99 of 100 queries find at least one." in first
+    assert "by chance 1.4 would be. 60260 of 60502 queries find at least one (99 %)." in first
     report = make_report(rng, ["coat"]) | {"chance": {"precision@10": 0.0012}}
     assert "by chance 0.01 would be" in plain_words(report)
+    assert "at most" not in plain_words(report | {"possible": {"precision@10": 0.9999}})
+    small = dict.fromkeys(("precision@10", "recall@10"), 0.2) | {
+        "num_queries": 17.0,
+        "num_left_out": 2.0,
+    }
+    told = plain_words(report | {"metrics": small, "possible": {"precision@10": 0.23}})
+    assert told.endswith("; at most 2.3 are possible. 3 of 15 queries find at least one.")
     nothing = {"precision@5": float("nan"), "recall@5": float("nan")}
     report = {"ks": [5], "metrics": nothing, "chance": {"precision@5": float("nan")}}
     assert "No query has an image of its category to find" in plain_words(report)
