@@ -147,9 +147,8 @@ def train(run: Run, train_step: Callable, position: Position) -> int:
                     tell_forecast(run, step)
                 stopped = stop_requested(run, step)
                 if stopped or evaluates(config, step) or step % config.train.checkpoint_every == 0:
-                    with (
-                        monitor.paused()
-                    ):  # Steps under way are found finite before they are saved.
+                    # Pausing waits for the steps under way: what is saved was found finite.
+                    with monitor.paused():
                         saved = step
                         save(config, run.checkpoints, Position(state, step, monitor.window))
                         if evaluates(config, step):
