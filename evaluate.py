@@ -9,7 +9,11 @@ python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|unt
 import sys
 
 from cbam_jax import command_line
-from cbam_jax.runs import evaluate, main
+
+try:  # Importing takes seconds, in which Ctrl-C is no mistake either.
+    from cbam_jax.runs import evaluate, main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 __all__ = ["evaluate", "main"]
 

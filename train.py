@@ -9,7 +9,11 @@ means is in ``cbam_jax.experiment``. An installed package has it as ``cbam-jax t
 import sys
 
 from cbam_jax import command_line
-from cbam_jax.training import main, train_and_evaluate
+
+try:  # Importing takes seconds, in which Ctrl-C is no mistake either.
+    from cbam_jax.training import main, train_and_evaluate
+except KeyboardInterrupt:
+    sys.exit(130)
 
 __all__ = ["main", "train_and_evaluate"]
 

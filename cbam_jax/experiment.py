@@ -87,6 +87,11 @@ def check_config(config: Config) -> None:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"train.steps={config.train.steps}: lower it"
         )
+    if not 0 < config.optimizer.learning_rate < math.inf:
+        raise InputError(
+            f"optimizer.learning_rate={config.optimizer.learning_rate}: give a number above 0, "
+            "such as --config.optimizer.learning_rate=1e-3"
+        )
     if config.optimizer.accumulate_steps < 1:
         raise InputError(
             f"optimizer.accumulate_steps={config.optimizer.accumulate_steps}: give at least 1 batch"

@@ -73,6 +73,10 @@ def read_config(workdir: Path) -> Config:
     except (OSError, ValueError) as error:
         with _checkpoints(workdir) as checkpoints:
             kept = checkpoints.read_config()
+        if kept is None and not os.path.lexists(path):
+            raise InputError(
+                f"the run in {workdir} ended before it began: train first, or check --workdir"
+            ) from error
         if kept is None:
             raise InputError(
                 f"{path} cannot be read ({error}), and no checkpoint has a copy: restore it"
@@ -122,8 +126,9 @@ def restore_model(
     Args:
         config: of the run.
         workdir: of the run, which need not be writable.
-        which: ``"best"``, ``"last"``, a step, or ``"untrained"``: the model that the run started
-            from, so that what training added can be seen.
+        which: ``"best"`` (the last, and told, where none was validated yet), ``"last"``, a step, or
+            ``"untrained"``: the model that the run started from, so that what training added can be
+            seen.
         mesh: whose devices get the arrays.
 
     Raises:
@@ -136,6 +141,9 @@ def restore_model(
         _, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
         return model, steps.replicate(tuple(state), mesh), 0
     with open_checkpoints(config, workdir, read_only=True) as checkpoints:
+        if which == "best" and checkpoints.steps() and checkpoints.best_step() is None:
+            which = "last"
+            print(f"{workdir}: no step was validated yet, so the last is taken", file=sys.stderr)
         read = checkpoints.restore(which, optimizer=False)
     model = nnx.eval_shape(lambda: experiment.build_model(config))
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)

@@ -99,10 +99,7 @@ def train_and_evaluate(
         stack.enter_context(workdirs.locked(workdir))
         stack.enter_context(workdirs.told_in_one_line(config, workdir))
         checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))
-        training, validation, source = open_data(config, workdir, checkpoints)
-        config = experiment.with_fitting_batch(config, training)
-        config = experiment.with_fitting_ks(config, validation)
-        experiment.split_protocol(config, validation)
+        config, training, validation, source = open_data(config, workdir, checkpoints)
         model, mesh = build_model(config, source), steps.data_mesh()
         optimizer, learning_rate = experiment.build_optimizer(config)
         train_step = make_train_step(config, model, optimizer, experiment.build_loss(config), mesh)
@@ -184,10 +181,11 @@ def keep(run: Run, state: steps.TrainState, step: int) -> bool:
 
 def open_data(
     config: Config, workdir: Path, checkpoints: Checkpoints
-) -> tuple[RetrievalDataset, RetrievalDataset, str | None]:
-    """Open both splits; with them the weights to start from, None where the run goes on.
+) -> tuple[Config, RetrievalDataset, RetrievalDataset, str | None]:
+    """Open both splits; with them the config as it fits them, and the weights to start from.
 
-    All that can be wrong is found here, before a model is drawn, which takes a while.
+    Those are None where the run goes on. All that can be wrong is found here, before a model is
+    drawn, which takes a while.
     """
     resumes = bool(checkpoints.steps())
     if resumes:
@@ -197,10 +195,13 @@ def open_data(
     training = experiment.open_split(config, config.data.train_split)
     validation = experiment.open_split(config, config.data.eval_split)
     experiment.check_labels(config, training, validation)
+    config = experiment.with_fitting_batch(config, training)
+    config = experiment.with_fitting_ks(config, validation)
+    experiment.split_protocol(config, validation)
     experiment.train_batches(config, training, step=0).close()
     if source:
         experiment.check_source(config, source)
-    return training, validation, source
+    return config, training, validation, source
 
 
 def build_model(config: Config, source: str | None) -> EmbeddingModel:
@@ -381,7 +382,8 @@ def describe(run: Run, position: Position) -> str:
         f"{config.model.name} ({size / 1e6:.1f} M parameters) on {config.data.name}: "
         f"{len(training)} training and {len(validation)} validation images of "
         f"{len(training.label_names)} classes, {jax.device_count()} "
-        f"{jax.devices()[0].platform} device(s), steps {position.step} to {config.train.steps}"
+        f"{jax.devices()[0].platform} device(s), steps {position.step} to {config.train.steps}; "
+        "compiling the first takes up to minutes"
     )
 
 

@@ -1,11 +1,14 @@
 """What a config means for a dataset at hand: few photos, the K that can be measured among them."""
 
+import types
+
 import cv2
 import jax
 import numpy as np
 import pytest
+from tiny_run import write_photos
 
-from cbam_jax import InputError, evaluation, experiment
+from cbam_jax import InputError, evaluation, experiment, training
 from cbam_jax.configs import default
 from cbam_jax.datasets import RetrievalDataset
 
@@ -67,6 +70,18 @@ def test_batches_need_no_more_classes_than_there_are(
         capsys.readouterr()
     config.data.classes_per_batch = 12  # The user's own, which is refused if it cannot be.
     assert experiment.with_fitting_batch(config, dataset) is config
+
+
+def test_few_classes_are_no_mistake_when_the_data_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    manifest = write_photos(tmp_path, splits=("train", "validation"), count=4)
+    config = make_config(**{"data.name": str(manifest), "data.images_per_class": 4})
+    checkpoints = types.SimpleNamespace(steps=list)
+    config, opened, _, source = training.open_data(config, tmp_path, checkpoints)
+    assert (config.data.classes_per_batch, config.data.images_per_class) == (3, 10)
+    assert (tuple(config.eval.ks), source) == ((5, 10), None)
+    batch = next(iter(experiment.train_batches(config, opened, 0)))
+    assert np.bincount(batch["label"]).tolist() == [10, 10, 10]
 
 
 def test_a_resumed_run_does_not_call_what_adapted_changed(capsys):

@@ -295,3 +295,18 @@ def test_a_config_of_ones_own_stands_on_the_packages(tmp_path, monkeypatch):
     (tmp_path / "old.py").write_text(text.replace("cbam_jax.configs", "no_such_configs"))
     with pytest.raises(InputError, match="No module named 'no_such_configs'; the package's own"):
         config_files.read_config_file(str(tmp_path / "old.py"), [])
+
+
+def test_a_run_without_a_validation_gives_its_last_step(manifest, tmp_path, capsys):
+    config = make_config(manifest)
+    write_run(tmp_path / "run", config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3" / "metrics")
+    _, _, step = runs.restore_model(config, tmp_path / "run", "best", steps.data_mesh())
+    assert step == 3
+    assert "no step was validated yet, so the last is taken" in capsys.readouterr().err
+
+
+def test_a_run_that_ended_before_it_began_is_none(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"ended before it began: train first"):
+        runs.read_config(tmp_path / "run")

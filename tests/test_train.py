@@ -424,6 +424,7 @@ def test_evaluate_agrees_with_what_training_recorded(uninterrupted, monkeypatch,
 # Arguments of train.py that are wrong, and what the line must name.
 MISTAKES = {
     "unknown field": ("--config.train.stepz=5", "stepz"),
+    "no rate": ("--config.optimizer.learning_rate=nan", "learning_rate=nan: give a number above 0"),
     "wrong type": ("--config.train.steps=many", "many"),
     "not divisible": ("--config.data.images_per_class=3", "= 12 cannot be divided among 8"),
     "no batch": ("--config.eval.batch_size=0", "eval.batch_size=0: give at least 1 image"),
@@ -463,7 +464,7 @@ MISTAKES = {
     "missing csv": ("--config.data.name=absent/photos.csv", "absent/photos.csv"),
     "missing manual_dir": ("--config.data.manual_dir=/no/such", "manual_dir /no/such"),
     "unknown split": ("--config.data.train_split=training", "split 'training'"),
-    "too many classes": ("--config.data.classes_per_batch=8", "has 4 classes, fewer than"),
+    "too many classes": ("--config.data.classes_per_batch=16", "has 4 classes, fewer than"),
     "series": ("--config.eval.ignore_same_series=True", "eval.ignore_same_series=True"),
     "config": ("--config=configs/absent.py", "configs/absent.py: no such file"),
     "unknown argument": ("--configs.seed=3", "configs.seed"),
