@@ -14,6 +14,32 @@ from cbam_jax import InputError
 # An ml_collections.ConfigDict. Its fields, which configs/default.py lists, no type checker knows.
 Config = Any
 CONFIGS = Path(__file__).parent / "configs"
+# What errors of a dataset advise, in a program's words, and in those of the commands with a config.
+_AS_FLAGS = {
+    "on_bad_image='skip'": "--config.data.on_bad_image=skip",
+    "crop_to_box=False": "--config.data.crop_to_box=False",
+    "replace the file, or leave it out": (
+        "replace the file, or leave it out with --config.data.on_bad_image=skip"
+    ),
+}
+
+
+@contextlib.contextmanager
+def told_as_flags() -> Iterator[None]:
+    """Within it, an InputError that advises an argument advises the flag instead.
+
+    >>> with told_as_flags():
+    ...     raise InputError("no boxes: set crop_to_box=False")
+    Traceback (most recent call last):
+    cbam_jax.InputError: no boxes: set --config.data.crop_to_box=False
+    """
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for argument, flag in _AS_FLAGS.items():
+            message = message.replace(argument, flag)
+        raise InputError(message) from error
 
 
 def find_config(config: str) -> Path:

@@ -433,6 +433,7 @@ def parse_checkpoint(text: str) -> str | int:
     return which
 
 
+@config_files.told_as_flags()
 def main() -> None:
     """Evaluate, and print the JSON line."""
     flags, overrides = parse_flags()

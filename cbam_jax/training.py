@@ -438,6 +438,7 @@ def parse_flags() -> tuple[Config, Path, float | None]:
     return config, known.workdir, after
 
 
+@config_files.told_as_flags()
 def main() -> int:
     """Train, and print the JSON line; the exit status tells a stopped run from a finished one."""
     command_line.keep_compiled_programs()

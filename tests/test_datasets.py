@@ -836,7 +836,9 @@ def test_command_prepares_and_checks(tmp_path, copy, capsys):
     victim = tree / next(iter(copy[0]))
     victim.write_bytes(victim.read_bytes()[:-40])
     assert command.main(["prepare", str(path)]) == 2  # only decoding finds it
-    assert "error: 1 of 14 images" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "error: 1 of 14 images" in told
+    assert told.endswith("leave them out with --on_bad_image=skip\n")
     assert command.main(["prepare", str(path), "--on_bad_image=skip"]) == 0
     assert "13 images can be used" in capsys.readouterr().out
     assert command.main(["prepare", "clothes"]) == 2

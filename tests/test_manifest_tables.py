@@ -160,7 +160,8 @@ def test_boxes_are_checked_when_they_will_be_cut_out(tmp_path, capsys):
     assert len(open_dataset(str(path), "all")) == 6
     message = (
         r"2 of 6 boxes of .*photos\.csv hold no pixel of their image: "
-        r"1\.png \(\[30\.0, 0\.0, 35\.0, 9\.0\], 30 x 40 pixels\); 2\.jpg .*on_bad_image=skip"
+        r"1\.png \(\[30\.0, 0\.0, 35\.0, 9\.0\], 30 x 40 pixels\); 2\.jpg .*"
+        "on_bad_image='skip', or set crop_to_box=False$"
     )
     with pytest.raises(InputError, match=message):
         open_dataset(str(path), "all", crop_to_box=True)

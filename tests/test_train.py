@@ -527,6 +527,7 @@ def test_image_that_cannot_be_read(content, manifest, tmp_path, monkeypatch, cap
     status, _, stderr = run_main(monkeypatch, capsys, train.main, *arguments)
     assert_one_line(status, stderr, "broken.png")
     assert "1 of 49 images" in stderr
+    assert stderr.endswith("or leave them out with --config.data.on_bad_image=skip\n")
 
 
 def test_workdir_of_another_model(uninterrupted, manifest, monkeypatch, capsys):

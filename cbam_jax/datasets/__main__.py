@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
         {"prepare": _prepare, "resize": _resize, "draw": _draw}[options.command](**arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Advice is given as an argument of a program's; here that is a flag.
+        told = str(error).replace("on_bad_image='skip'", "--on_bad_image=skip")
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -86,8 +86,7 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
         raise InputError(f"{name} is {HEIC_REMEDY}")
     if image is None:
         raise InputError(
-            f"{name} cannot be decoded ({len(encoded)} bytes): replace the file, or leave it out "
-            "(of a dataset with on_bad_image='skip')"
+            f"{name} cannot be decoded ({len(encoded)} bytes): replace the file, or leave it out"
         )
     return image
 

@@ -72,10 +72,7 @@ def good_images(
     told = few([f"{shown(file)} ({problem})" for file, problem in bad.items()])
     found = f"{len(bad)} of {len(files)} images of {path} cannot be used: {told}"
     if bad and not skip:
-        raise InputError(
-            f"{found}: repair them, or leave them out with --config.data.on_bad_image=skip (where "
-            "it is an argument, on_bad_image='skip')"
-        )
+        raise InputError(f"{found}: repair them, or leave them out with on_bad_image='skip'")
     if len(bad) == len(files):
         raise InputError(f"{found}: nothing is left; paths are relative to {path.parent}")
     if skip:
@@ -162,8 +159,8 @@ def good_boxes(
     found = f"{outside.sum()} of {len(files)} boxes of {path} hold no pixel of their image: {told}"
     if outside.any() and on_bad_image == "fail":
         raise InputError(
-            f"{found}: correct them, leave them out with --config.data.on_bad_image=skip, or set "
-            "--config.data.crop_to_box=False"
+            f"{found}: correct them, leave them out with on_bad_image='skip', or set "
+            "crop_to_box=False"
         )
     if outside.any():
         tell(f"skipped: {found}")
