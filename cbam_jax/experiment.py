@@ -375,6 +375,12 @@ def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Prot
     Raises:
         InputError: too few images for ``eval.ks``, or none that is relevant to any query.
     """
+    if not len(dataset.label):
+        raise InputError(
+            f"split {dataset.split!r} of {dataset.name} has no images: where splits are made, a "
+            "class needs 4 photos to have two for validation, and 6 to have two for a test as "
+            "well; add photos, or say which are whose by folders or a split column"
+        )
     protocol = evaluation.make_protocol(
         dataset.is_query,
         dataset.is_gallery,

@@ -121,6 +121,8 @@ def test_a_split_in_which_nothing_can_be_found_is_refused():
     with pytest.raises(InputError, match=r"'validation' of photos\.csv holds no two images of one"):
         experiment.split_protocol(config, make_dataset([0, 1, 2]))
     experiment.split_protocol(config, make_dataset([0, 1, 1]))
+    with pytest.raises(InputError, match=r"has no images: .* needs 4 photos"):
+        experiment.split_protocol(config, make_dataset([]))
     # Queries whose like is in the gallery, and queries whose like is not.
     sides = {"is_query": np.array([True, False, False]), "is_gallery": ~np.eye(3, dtype=bool)[0]}
     experiment.split_protocol(config, make_dataset([0, 0, 1], **sides))
