@@ -300,3 +300,22 @@ def test_photos_are_drawn_into_class_folders_and_again_goes_on(tmp_path, capsys)
     assert datasets_command([*command, "--number=0"]) == 2
     (tmp_path / "file").touch()
     assert datasets_command(["draw", str(tmp_path / "file")]) == 2
+
+
+@pytest.mark.parametrize("other", ["mine.jpg", "Hats/a.jpg", "Dress/IMG_1.jpg"])
+def test_photos_are_not_drawn_among_others(other, tmp_path, capsys):
+    other = other.replace("Dress", CATEGORIES[3])
+    (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / other).touch()
+    (tmp_path / CATEGORIES[0]).mkdir(exist_ok=True)
+    for ours in (".DS_Store", f"{CATEGORIES[0]}/partial-0000_0.jpg"):
+        (tmp_path / ours).touch()
+    command = ["draw", str(tmp_path), "--image_size=32", "--number=1"]
+    assert datasets_command(command) == 2
+    told = capsys.readouterr().err
+    assert "which was not drawn here: give a new folder" in told
+    assert other.partition("/")[0] in told
+    (tmp_path / other).unlink()
+    if other.startswith("Hats"):
+        (tmp_path / "Hats").rmdir()
+    assert datasets_command(command) == 0

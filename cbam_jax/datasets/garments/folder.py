@@ -1,11 +1,14 @@
 """Drawn garments as photos in a folder, for a first try of what takes photos, without a network."""
 
+import os
+import re
 from pathlib import Path
 
 from cbam_jax import InputError
 from cbam_jax.datasets.garments.builder import SyntheticGarmentsConfig, make_example
 from cbam_jax.datasets.garments.drawing import CATEGORIES
 from cbam_jax.datasets.progress import progress
+from cbam_jax.foreign_files import shown
 from cbam_jax.whole_files import written_whole
 
 
@@ -26,11 +29,13 @@ def draw_folder(
         How many were drawn now.
 
     Raises:
-        InputError: a number out of its range, or a folder that cannot be written.
+        InputError: a number out of its range, or a folder that cannot be written, or holds
+            anything that was not drawn here: photos of one's own would become one class with ours.
     """
     if number < 1:
         raise InputError(f"--number={number}: give at least 1")
     config = SyntheticGarmentsConfig(name="folder", image_size=image_size, seed=seed)
+    _refuse_others(Path(folder).expanduser())
     paths = [Path(folder).expanduser() / _name(row) for row in range(number)]
     left = [row for row in range(number) if not paths[row].exists()]
     try:
@@ -41,6 +46,29 @@ def draw_folder(
     except OSError as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     return len(left)
+
+
+def _refuse_others(root: Path) -> None:
+    for folder, folders, files in os.walk(root):
+        # Hidden ones, such as .DS_Store, are no class and no photo.
+        folders[:] = [name for name in folders if name[0] != "."]
+        inside = Path(folder).relative_to(root)
+        others = [f"{inside / name}/" for name in folders if f"{inside / name}" not in CATEGORIES]
+        others += [
+            f"{inside / name}"
+            for name in files
+            if name[0] != "." and not _is_drawn((inside / name).as_posix())
+        ]
+        if others:
+            raise InputError(
+                f"{root} holds {shown(min(others))}, which was not drawn here: give a new folder"
+            )
+
+
+def _is_drawn(file: str) -> bool:
+    """Whether a file is one of ours by its name, or what an interrupted call left of one."""
+    category, _, name = file.rpartition("/")
+    return category in CATEGORIES and bool(re.fullmatch(r"(partial-)?\d{4,}_[01]\.jpg", name))
 
 
 def _key(row: int) -> tuple[str, int, int]:
