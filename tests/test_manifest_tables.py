@@ -222,6 +222,45 @@ def test_every_command_finds_a_manifest_at_home(tmp_path, monkeypatch, capsys, a
     assert (tmp_path / "small" / "manifest.csv").exists() == (arguments[0] == "resize")
 
 
+def test_a_path_at_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    write(tmp_path / "home", [], ["a.png"])
+    path = write(tmp_path / "csv", ["path,label", "~/a.png,hat", "~/b.png,hat"], ["~/b.png"])
+    table = read_table(path)
+    assert table["id"] == [f"{tmp_path}/home/a.png", "~/b.png"]
+    assert all(map(os.path.exists, table["path"]))
+
+
+MISSPELT = {
+    ("train", "trian", "test"): "'trian' (first in row 4) for 'train'",
+    ("Train", "test"): "'Train' (first in row 2) for 'train'",
+    ("train", "val"): "'val' (first in row 4) for 'validation'",
+    ("tests", "tes", "tezt"): "'tests' (first in row 2) for 'test', 'tes' (first in row 4) for",
+    ("mine", "Mine"): "'Mine' (first in row 4) for 'mine'",
+    ("train", "validation", "test", "dev", "tester", "trainval", "gallery", "rain2"): None,
+}
+
+
+@pytest.mark.parametrize("splits", MISSPELT)
+def test_splits_that_look_misspelt_are_told_with_their_row(splits, tmp_path, capsys):
+    lines = [f"{i}.png,hat,{split}" for i, split in enumerate(np.repeat(splits, 2))]
+    read_table(write(tmp_path, ["path,label,split", *lines]))
+    told, expected = capsys.readouterr().err, MISSPELT[splits]
+    assert told.count("\n") == (expected is not None)
+    assert (expected or "") in told
+
+
+def test_prepare_counts_each_split(tmp_path, capsys):
+    names = ["a.png", "bb.png", "ccc.png", "dddd.png"]
+    splits = ["train", "train", "Train", "test"]
+    lines = [f"{name},hat,{split}" for name, split in zip(names, splits, strict=True)]
+    path = write(tmp_path, ["path,label,split", *lines], names)
+    (tmp_path / "bb.png").write_bytes(b"")
+    assert command.main(["prepare", str(path), "--on_bad_image=skip"]) == 0
+    assert capsys.readouterr().out.endswith(" 3 images can be used: train 1, Train 1, test 1\n")
+
+
 def test_only_files_of_one_length_are_read(tmp_path, monkeypatch):
     contents = [b"a" * 9000, b"a" * 9000, b"b" * 9000, b"a" * 8999, b"a" * 8999 + b"c", b"", b"d"]
     files = [str(tmp_path / str(i)) for i in range(len(contents))]

@@ -10,6 +10,7 @@ from typing import cast
 
 from cbam_jax import InputError
 from cbam_jax.datasets import check_options, is_folder, is_manifest
+from cbam_jax.foreign_files import escaped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +87,9 @@ def _prepare(name: str, data_dir: str | None, manual_dir: str | None, on_bad_ima
     if is_manifest(name):
         from cbam_jax.datasets.manifest import check_images
 
-        print(f"{name}: {check_images(name, on_bad_image=on_bad_image)} images can be used")
+        counts = check_images(name, on_bad_image=on_bad_image)
+        told = ", ".join(f"{escaped(split)} {count}" for split, count in counts.items())
+        print(f"{name}: {sum(counts.values())} images can be used: {told}")
         return
     if is_folder(name):
         from cbam_jax.datasets import class_folders

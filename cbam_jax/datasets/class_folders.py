@@ -32,11 +32,8 @@ from cbam_jax.datasets.image_files import (
 from cbam_jax.datasets.manifest import ALL, assign_splits
 from cbam_jax.datasets.progress import tell
 from cbam_jax.datasets.retrieval import RetrievalDataset
+from cbam_jax.datasets.tables import SPLITS, VALIDATION
 from cbam_jax.foreign_files import shown_names
-
-# One split goes by any of these names: ImageNet's folder is val, TFDS's split validation.
-VALIDATION = ("validation", "val", "valid")
-SPLITS = ("train", "validation", "test")
 
 
 def open_class_folders(

@@ -128,15 +128,17 @@ def assign_splits(table: dict[str, list]) -> list[str]:
     return [split_of[item] for item in items]
 
 
-def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
-    """Decodes every image of a manifest (all splits), and returns how many can be used.
+def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> dict[str, int]:
+    """Decodes every image of a manifest, and returns how many of each split can be used.
 
     Raises:
         InputError: as :func:`good_images`.
     """
     path = Path(path).expanduser()
-    files = read_table(path)["path"]
-    return int(good_images(path, files, on_bad_image=on_bad_image, decode=True).sum())
+    table = read_table(path)
+    good = good_images(path, table["path"], on_bad_image=on_bad_image, decode=True)
+    splits = np.array(table.get("split") or assign_splits(table))
+    return {name: int(good[splits == name].sum()) for name in dict.fromkeys(splits.tolist())}
 
 
 def _digest(text: str) -> bytes:

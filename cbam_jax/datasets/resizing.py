@@ -150,7 +150,7 @@ def _rows_of_splits(name: str, **options) -> list[Row]:
     rows = []
     for split in splits:
         dataset = open_dataset(name, split, **options)
-        written = "validation" if split in class_folders.VALIDATION else split
+        written = "validation" if split in tables.VALIDATION else split
         rows += [
             (_row(dataset, index, written), functools.partial(dataset.encoded, index))
             for index in range(len(dataset))

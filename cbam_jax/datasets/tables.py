@@ -20,6 +20,9 @@ from cbam_jax.foreign_files import MOST_TABLE, read_file, shown, shown_names
 
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)
+SPLITS = ("train", "validation", "test")
+# One split goes by any of these names: ImageNet's folder is val, TFDS's split validation.
+VALIDATION = ("validation", "val", "valid")
 _TRUE, _FALSE = ("1", "1.0", "true", "t", "yes", "y"), ("0", "0.0", "false", "f", "no", "n")
 _TOLD = 10  # mistakes that one error names
 
@@ -57,10 +60,11 @@ def read_table(path: Path) -> dict[str, list]:
     if BOX[0] in columns:
         boxes = zip(*(columns[side] for side in BOX), strict=True)
         table["bbox"] = [_box(cells, mistakes) for cells in boxes]
-    table["id"] = _spelled(path, table["path"])
+    table["id"] = _spelled(path, [_at_home(path.parent, name) for name in table["path"]])
     table["path"] = [os.path.join(path.parent, name) for name in table["id"]]
     _check_unique([number for number, _ in rows], table, mistakes)
     _refuse(path, mistakes)
+    _tell_misspelt(path, columns.get("split", []))
     return table
 
 
@@ -84,9 +88,11 @@ def _refuse(path: Path, mistakes: Mistakes) -> None:
 
 def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
     """The header, the rows that have as many cells, and what is wrong with the others."""
+    lines: list[list[str]] = []
     try:
         text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
-        lines = [[cell.strip() for cell in cells] for cells in csv.reader(text, strict=True)]
+        for cells in csv.reader(text, strict=True):
+            lines.append([cell.strip() for cell in cells])
     except FileNotFoundError:
         raise InputError(f"there is no manifest {path}: give the path of a CSV file") from None
     except OSError as error:
@@ -94,7 +100,11 @@ def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as 'CSV UTF-8'") from error
     except csv.Error as error:
-        raise InputError(f"{path} is not a CSV file: {error}") from error
+        # Of an open quote the row that begins with it, which goes on to the end of the file.
+        raise InputError(
+            f"{path} row {len(lines) + 1}: its quotes are not in pairs ({error}): close them, and "
+            "write two for each one that is part of a text"
+        ) from error
     header = lines[0] if lines else []
     _check_header(path, header)
     rows = [(number, cells) for number, cells in enumerate(lines[1:], 2) if any(cells)]
@@ -164,6 +174,40 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _tell_misspelt(path: Path, splits: list[tuple[int, str]]) -> None:
+    """Says on stderr which names of splits look like another one; a split may have any name."""
+    known = {name.casefold(): name for name in SPLITS}
+    told = []
+    first: dict[str, int] = {}
+    for row, text in splits:
+        first.setdefault(unicodedata.normalize("NFC", text), row)
+    for name, row in first.items():
+        meant = known.setdefault(name.casefold(), name)
+        if meant == name and name not in SPLITS:
+            off = (split for split in SPLITS if _one_letter_off(name.casefold(), split))
+            meant = "validation" if name.casefold() in VALIDATION else next(off, name)
+        if meant != name:
+            told.append(f"'{shown(name, 80)}' (first in row {row}) for '{shown(meant, 80)}'")
+    if told:
+        tell(f"{path}: splits that may be misspelt: {', '.join(told[:_TOLD])}")
+
+
+def _one_letter_off(one: str, other: str) -> bool:
+    """Whether a letter more, less or another, or two that changed places, make the difference."""
+    while one and other and one[0] == other[0]:
+        one, other = one[1:], other[1:]
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
+
+
+def _at_home(root: Path, name: str) -> str:
+    """A path with ``~`` expanded, unless the CSV's folder holds one that is spelled so."""
+    if not name.startswith("~/") or "\0" in name or os.path.lexists(root / name):
+        return name
+    return os.path.expanduser(name)
 
 
 def _check_unique(rows: list[int], table: dict[str, list], mistakes: Mistakes) -> None:
