@@ -2,14 +2,16 @@
 
 import contextlib
 import copy
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import shown
 
 # An ml_collections.ConfigDict. Its fields, which configs/default.py lists, no type checker knows.
 Config = Any
@@ -94,19 +96,52 @@ def _parsed(define: Callable, arguments: list[str], **options: Any) -> Config:
     """The config that a flag holds once the arguments are read, locked."""
     values = flags.FlagValues()
     with _told_in_one_line():
-        holder = define(
-            "config", lock_config=True, flag_values=values, sys_argv=arguments, **options
-        )
-        rest = values(arguments)
+        try:
+            holder = define(
+                "config", lock_config=True, flag_values=values, sys_argv=arguments, **options
+            )
+            rest = values(arguments)
+        except (AttributeError, KeyError, TypeError):
+            plain = [arguments[0], *(a for a in arguments if a.startswith("--config="))]
+            if plain != arguments:
+                _refuse_unknown(_parsed(define, plain, **options), arguments)
+            raise
     if rest[1:]:
         raise InputError(f"unknown argument {rest[1]!r}: see --help")
     return holder.value
+
+
+def _refuse_unknown(config: Config, arguments: Sequence[str]) -> None:
+    """Raise InputError for the first argument whose field a config lacks, with the nearest ones."""
+    fields = list(_fields(config))
+    for argument in arguments:
+        field = argument.partition("=")[0].partition("[")[0].removeprefix("--config.")
+        if not argument.startswith("--config.") or field in fields:
+            continue
+        last = field.rpartition(".")[2]
+        same = [known for known in fields if known.rpartition(".")[2] == last]
+        near = dict.fromkeys([*same, *difflib.get_close_matches(field, fields, cutoff=0.8)])
+        told = f"; near are {', '.join(near)}" if near else ""
+        raise InputError(
+            f"{shown(argument)}: there is no field {shown(field)}{told}; configs/default.py lists "
+            "every field"
+        )
+
+
+def _fields(config: Config) -> Iterator[str]:
+    """Names of all fields as flags have them: ``train.steps``; and of the sections."""
+    for name, value in config.items():
+        yield name
+        if isinstance(value, ConfigDict):
+            yield from (f"{name}.{field}" for field in _fields(value))
 
 
 @contextlib.contextmanager
 def _told_in_one_line() -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except ModuleNotFoundError as error:
         raise InputError(
             f"config: {error}; the package's own are imported as: from cbam_jax.configs import "

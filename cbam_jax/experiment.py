@@ -85,7 +85,8 @@ def check_config(config: Config) -> None:
     if not 0 <= config.optimizer.warmup_steps < config.train.steps:
         raise InputError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
-            f"train.steps={config.train.steps}: lower it"
+            f"train.steps={config.train.steps}: set "
+            f"--config.optimizer.warmup_steps={config.train.steps // 10}"
         )
     if not 0 < config.optimizer.learning_rate < math.inf:
         raise InputError(

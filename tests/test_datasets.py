@@ -208,8 +208,11 @@ def test_manifest_mistakes_are_told_in_one_line(tmp_path, rng, edit, message):
         (b"path,label\na.jpg,hat\nb.jpg\n", "row 3: it has 1 cells and the header 2"),
         (b"path,label\na.jpg,hat, red\n", "row 2: it has 3 cells"),
         ("path,label\na.jpg,hat\n".encode("utf-16"), "is not UTF-8"),
-        (b'path,label\nb.jpg,a\n"a.jpg,hat\n', "row 3: its quotes are not in pairs"),
-        (b'path,label\n"a.jpg,hat\n"b.jpg",hat', "row 2: its quotes are not in pairs"),
+        (
+            b'path,label\nb.jpg,a\n"a.jpg,hat\n',
+            "not a CSV file: row 3: unexpected end of data; close each",
+        ),
+        (b'path,label\n"a.jpg,hat\n"b.jpg",hat', "row 2: .* close each quote"),
     ],
 )
 def test_manifest_that_is_no_table(tmp_path, content, message):

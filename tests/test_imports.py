@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "model_list": {"command_line", "models", "pretrained"},
     "__main__": {"command_line"},
     "configs": set(),
-    "config_files": set(),
+    "config_files": {"foreign_files"},
     "workdirs": {"config_files", "file_locks"},
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {

@@ -423,7 +423,11 @@ def test_evaluate_agrees_with_what_training_recorded(uninterrupted, monkeypatch,
 
 # Arguments of train.py that are wrong, and what the line must name.
 MISTAKES = {
-    "unknown field": ("--config.train.stepz=5", "stepz"),
+    "unknown field": (
+        "--config.data.batch_size=7",
+        "there is no field data.batch_size; near are eval.batch_size",
+    ),
+    "unknown field and value": ("--config.train.stepz.x=5", "no field train.stepz.x; near are tr"),
     "no rate": ("--config.optimizer.learning_rate=nan", "learning_rate=nan: give a number above 0"),
     "wrong type": ("--config.train.steps=many", "many"),
     "not divisible": ("--config.data.images_per_class=3", "= 12 cannot be divided among 8"),
@@ -435,7 +439,7 @@ MISTAKES = {
     "optimizer": ("--config.optimizer.name=lamb", "optimizer.name='lamb': choose one of"),
     "dtype": ("--config.model.dtype=int8", "model.dtype='int8': choose one of"),
     "margin": ("--config.loss.margin=-0.1", "loss.margin=-0.1"),
-    "warm-up": ("--config.optimizer.warmup_steps=6", "optimizer.warmup_steps=6"),
+    "warm-up": ("--config.optimizer.warmup_steps=6", "set --config.optimizer.warmup_steps=0"),
     "no steps": ("--config.train.eval_every=0", "train.eval_every=0"),
     "chunk": (
         "--config.train.chunk_size=3",

@@ -100,10 +100,10 @@ def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as 'CSV UTF-8'") from error
     except csv.Error as error:
-        # Of an open quote the row that begins with it, which goes on to the end of the file.
+        # An open quote makes one row of all that follows, up to the next quote or the end.
         raise InputError(
-            f"{path} row {len(lines) + 1}: its quotes are not in pairs ({error}): close them, and "
-            "write two for each one that is part of a text"
+            f"{path} is not a CSV file: row {len(lines) + 1}: {error}; close each quote that opens "
+            "a cell there, and write two for each one within a text"
         ) from error
     header = lines[0] if lines else []
     _check_header(path, header)

@@ -195,7 +195,7 @@ MANIFESTS = {
     "a manifest of another encoding": (HEADER + b"\xff\xfe,a,b\n", "not UTF-8"),
     "a manifest in UTF-16": ((HEADER + ROW).decode().encode("utf-16"), "not UTF-8"),
     "a photo as a manifest": (PNG, "not UTF-8|not a CSV"),
-    "a quote that never ends": (HEADER + b'"photo.png,a,test\n' * 5, "not a CSV|cells"),
+    "a quote that never ends": (HEADER + b'"photo.png,a,test\n' * 5, "not a CSV file: row 2: "),
     "a cell of a megabyte": (HEADER + b"x" * (1 << 20) + b",a,test\n", "not a CSV"),
     "a column twice": (b"path,label,label\nphoto.png,a,b\n", "twice"),
     "a row of one cell more": (HEADER + b"photo.png,a,test,x\n", "4 cells and the header 3"),
