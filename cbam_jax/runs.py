@@ -34,7 +34,7 @@ from cbam_jax import (
 )
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.config_files import Config
-from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.datasets import RetrievalDataset, is_ours, is_path
 from cbam_jax.figures import HIT_COLORS
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
@@ -417,8 +417,18 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
     known, overrides = parser.parse_known_args()
     if known.data is not None:
-        overrides.append(f"--config.data.name={known.data}")
+        overrides.append(f"--config.data.name={_dataset(known.data)}")
     return known, overrides
+
+
+def _dataset(text: str) -> str:
+    """The dataset that ``--data`` means: ``moved/photos`` is a folder where there is one.
+
+    A closing slash tells it from the name of a dataset. Ours, such as ``synthetic_garments/clean``,
+    are never mistaken for one.
+    """
+    folder = "/" in text and os.path.isdir(text) and not is_ours(text)
+    return text.rstrip("/") + "/" if folder and not is_path(text) else text
 
 
 def parse_checkpoint(text: str) -> str | int:

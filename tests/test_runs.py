@@ -274,6 +274,25 @@ def test_a_workdir_that_cannot_be_made_is_told(tmp_path):
         pass
 
 
+DATA = {
+    "moved/photos": "moved/photos/",
+    "moved/photos/": "moved/photos/",
+    "./moved/photos": "./moved/photos",
+    "moved/absent": "moved/absent",
+    "moved": "moved",
+    "synthetic_garments/clean": "synthetic_garments/clean",
+}
+
+
+@pytest.mark.parametrize("given", DATA)
+def test_a_folder_that_is_there_is_taken_as_the_data(given, tmp_path, monkeypatch):
+    for folder in ("moved/photos", "synthetic_garments/clean"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--workdir=run", f"--data={given}"])
+    assert runs.parse_flags()[1] == [f"--config.data.name={DATA[given]}"]
+
+
 # --- configs by name ---
 
 
