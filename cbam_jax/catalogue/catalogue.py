@@ -20,7 +20,7 @@ from cbam_jax.catalogue.near import duplicates
 from cbam_jax.catalogue.nearest import nearest
 from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.rebuilding import rebuild
-from cbam_jax.catalogue.store import Store
+from cbam_jax.catalogue.store import Store, damaged
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -265,7 +265,7 @@ class Catalogue:
         condition, values = selected(where)
         sql = f"SELECT id, path, payload, problem FROM item WHERE {condition} ORDER BY id"
         for number, path, payload, problem in self.store.stream(sql, values):
-            yield Item(number, path, json.loads(payload), problem)
+            yield Item(number, path, self._payload(number, payload), problem)
 
     def item(self, number: int) -> Item:
         """One photo, by its id.
@@ -280,7 +280,17 @@ class Catalogue:
 
     def _item(self, number: int) -> Item | None:
         rows = self.store.rows("SELECT path, payload, problem FROM item WHERE id = ?", [number])
-        return Item(number, rows[0][0], json.loads(rows[0][1]), rows[0][2]) if rows else None
+        if not rows:
+            return None
+        path, payload, problem = rows[0]
+        return Item(number, path, self._payload(number, payload), problem)
+
+    def _payload(self, number: int, text: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = f"what is known of photo {number} is no JSON"
+            raise damaged(self.store.path, reason) from error
 
     def remove(self, ids: Iterable[int]) -> int:
         """Forget photos, all or none; their files stay. Returns how many.
@@ -353,6 +363,8 @@ class Catalogue:
             near = max_distance is None or distance <= max_distance
             if near and number not in own and len(found) < k:
                 item = self._item(number)
-                if item is not None:  # Another process may have removed it meanwhile.
+                if item is not None:
                     found.append(Neighbour(number, item.path, item.payload, distance))
+                elif self.store.about("revision") == gallery.revision:  # Nobody removed it.
+                    raise damaged(self.store.path, f"photo {number} is not there any more")
         return found

@@ -13,6 +13,7 @@ import numpy as np
 from cbam_jax import InputError, command_line
 from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, sources
 from cbam_jax.catalogue.catalogue import Catalogue
+from cbam_jax.catalogue.gallery import open_gallery
 from cbam_jax.catalogue.indexing import KINDS
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
@@ -151,6 +152,8 @@ def serve(options: argparse.Namespace) -> int:
     from cbam_jax.catalogue import server
 
     with Store(options.catalogue) as store:
+        store.check_pages()
+        open_gallery(store)
         listening = server.bound(options.host, options.port)
         embedder = embedders.load_embedder(options.model, store, server.TOGETHER)
     server.serve(options.catalogue, embedder, listening)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cbam_jax import InputError, __version__
-from cbam_jax.catalogue.gallery import cache_path
+from cbam_jax.catalogue.gallery import cache_path, read_gallery
 from cbam_jax.catalogue.store import Store
 
 # What an extra brings, and what it is for.
@@ -36,6 +36,8 @@ def doctor(path: Path | None, model: str | None) -> Iterator[str]:
         return
     try:
         with Store(path) as store:
+            store.check_pages()
+            read_gallery(store)
             yield from _catalogue(store, model)
     except InputError as error:
         yield f"catalogue: {error}"

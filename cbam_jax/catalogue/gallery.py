@@ -7,6 +7,7 @@ written to has none, and the embeddings are read from the database each time.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -16,9 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cbam_jax import InputError
-from cbam_jax.catalogue.nearest import squared_norms
-from cbam_jax.catalogue.store import Store
+from cbam_jax.catalogue.nearest import LARGEST_NUMBER, squared_norms
+from cbam_jax.catalogue.store import Store, damaged
 from cbam_jax.foreign_files import open_regular
 from cbam_jax.whole_files import written_whole
 
@@ -86,15 +86,8 @@ def _header(store: Store) -> _Header:
     identity, revision = store.about("identity"), store.about("revision")
     dimension = store.about("dimension") or 0
     if type(dimension) is not int or not 0 <= dimension <= _LONGEST or type(revision) is not int:
-        raise _damaged(store, "what it says of its embeddings is nothing")
+        raise damaged(store.path, "what it says of its embeddings is nothing")
     return _Header(identity, revision, count, dimension)
-
-
-def _damaged(store: Store, reason: str) -> InputError:
-    return InputError(
-        f"{store.path} is damaged: {reason}; put a copy in its place, or embed the photos anew: "
-        f"cbam-jax catalogue rebuild {store.path}"
-    )
 
 
 def read_gallery(store: Store) -> Gallery:
@@ -108,11 +101,26 @@ def _read(store: Store) -> tuple[Gallery, _Header]:
         header = _header(store)
         ids = np.empty(header.count, np.int64)
         embeddings = np.empty((header.count, header.dimension), np.float32)
-        for row, (number, embedding) in enumerate(store.stream(_SELECT)):
+        row = -1
+        rows = itertools.islice(store.stream(_SELECT), header.count)
+        for row, (number, embedding) in enumerate(rows):
             if not isinstance(embedding, bytes) or len(embedding) != 4 * header.dimension:
-                raise _damaged(store, f"the embedding of photo {number} is none")
+                raise damaged(store.path, f"the embedding of photo {number} is none")
             ids[row], embeddings[row] = number, np.frombuffer(embedding, np.float32)
-    return Gallery(ids, embeddings, header.revision), header
+    gallery = Gallery(ids, embeddings, header.revision)
+    if row + 1 < header.count or (np.diff(ids) <= 0).any():
+        raise damaged(store.path, "its photos are not in the order of their ids")
+    _check_numbers(store, gallery)
+    return gallery, header
+
+
+def _check_numbers(store: Store, gallery: Gallery) -> None:
+    """Raise an InputError for embeddings that no model makes: bytes that were never numbers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        most = gallery.embeddings.shape[1] * np.float32(LARGEST_NUMBER) ** 2
+        wrong = gallery.ids[~(gallery.squares <= most)]  # Nor is NaN.
+    if len(wrong):
+        raise damaged(store.path, f"the embedding of photo {wrong[0]} is none")
 
 
 def _mapped(path: Path, expected: _Header) -> Gallery:

@@ -20,6 +20,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.catalogue.embedders import check_fingerprint
 from cbam_jax.catalogue.near import Lookout
+from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 from cbam_jax.catalogue.reading import Read, read_photo
 from cbam_jax.catalogue.sources import Photo, parse_box
 from cbam_jax.catalogue.store import Store
@@ -118,8 +119,11 @@ def checked_rows(
         )
     if len(set(names)) < len(names) or (payloads is not None and len(payloads) != len(names)):
         raise InputError("names are to be given once each, and a payload for each or none")
-    if not np.isfinite(embeddings).all():
-        raise InputError("embeddings have NaN or infinity: leave those photos out")
+    if not (np.abs(embeddings) <= LARGEST_NUMBER).all():  # Nor is NaN.
+        raise InputError(
+            f"embeddings have NaN, infinity or numbers beyond {LARGEST_NUMBER:g}: leave those "
+            "photos out"
+        )
     known = payloads if payloads is not None else [{}] * len(names)
     photos = [Photo(name, payload) for name, payload in zip(names, known, strict=True)]
     return [(p, row.tobytes()) for p, row in zip(photos, embeddings, strict=True)]
@@ -246,7 +250,7 @@ def embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]:
         made = embedder.embed_files(files, boxes=boxes, progress=False)
         reasons = iter(made.failed)
         for read, row in zip(some, np.asarray(made.embeddings, np.float32), strict=True):
-            readable = bool(np.isfinite(row).all())
+            readable = bool((np.abs(row) <= LARGEST_NUMBER).all())
             problem = None if readable else reason(next(reasons, ("", "no finite numbers"))[1])
             found[_key(read)] = (row.tobytes() if readable else None, problem)
     return found

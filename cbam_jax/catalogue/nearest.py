@@ -12,6 +12,9 @@ import numpy as np
 
 _PRODUCTS = 2**26  # Of a block of queries with all items, at most: 256 MB.
 _ROWS = 4096  # Rows gathered at a time.
+LARGEST_NUMBER = (
+    1e15  # A number of an embedding, at most: sums of squares then stay within float32.
+)
 
 
 def squared_norms(embeddings: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.indexing import reason
+from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -140,7 +141,7 @@ def _checked(embedding: np.ndarray, gallery: Gallery) -> np.ndarray:
             f"an embedding of {embedding.dtype} {list(embedding.shape)}, and those of the "
             f"catalogue are float32 [{dimension}]"
         )
-    if not np.isfinite(embedding).all() or np.abs(embedding).max(initial=0) > 1e15:
+    if not np.isfinite(embedding).all() or np.abs(embedding).max(initial=0) > LARGEST_NUMBER:
         raise InputError("an embedding with NaN, infinity or numbers beyond 1e15")
     return embedding.astype(np.float32)
 

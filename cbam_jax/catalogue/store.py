@@ -169,6 +169,12 @@ class Store:
             self.tell(identity=uuid.uuid4().hex, revision=0)
         self._connection.execute("COMMIT")
 
+    def check_pages(self) -> None:
+        """Read the whole file, and raise an InputError where it does not hold together."""
+        ((found, *_), *_) = self.rows("PRAGMA quick_check(1)")
+        if found != "ok":
+            raise damaged(self.path, found)
+
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """What SQLite refuses, in one line."""
@@ -176,6 +182,18 @@ class Store:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # Its message may hold any bytes.
             raise InputError(_told(self.path, error)) from error
+
+
+def damaged(path: Path, reason: str) -> InputError:
+    """What is said, in one line, of a file that is not as it was written.
+
+    >>> str(damaged(Path("shop.db"), "photo 3 is\\nnone"))[:54]
+    'shop.db is damaged or no catalogue (photo 3 is none): '
+    """
+    return InputError(
+        f"{path} is damaged or no catalogue ({shown(' '.join(reason.split()))}): put a copy in its "
+        "place, or move it away and add the photos again"
+    )
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -219,8 +237,5 @@ def _told(path: Path, error: Exception) -> str:
         isinstance(error, sqlite3.DatabaseError)
         and ("malformed" in text or "not a database" in text)
     ):
-        return (
-            f"{path} is damaged or no catalogue ({text}): put a copy in its place, or move it "
-            "away and add the photos again"
-        )
+        return str(damaged(path, text))
     return f"{path}: {text}"

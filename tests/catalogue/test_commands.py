@@ -192,3 +192,27 @@ def test_a_catalogue_that_was_not_made_leaves_no_file(run, photos, tmp_path):
     run("add", "newer.db", "nowhere", "--model=runs/mine")
     run("add", "newest.db", "photos", "--model=runs/none")
     assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize("place", [8192, 12288, 16384])
+@pytest.mark.parametrize("filler", [b"x", b"\xff", b"\0"])
+def test_a_damaged_catalogue_is_one_line_and_no_answer(run, photos, tmp_path, place, filler):
+    (tmp_path / "photos.csv").write_text(
+        "path,text\n" + "".join(f"{photo},{'long ' * 400}\n" for photo in photos)
+    )
+    run("add", "dam.db", "photos.csv", "--model=runs/mine")
+    content = bytearray((tmp_path / "dam.db").read_bytes())
+    assert len(content) > place + 8192
+    content[place : place + 30_000] = filler * len(content[place : place + 30_000])
+    (tmp_path / "dam.db").write_bytes(content)
+    told = "error: dam.db is damaged or no catalogue ("
+    for command in (
+        ["find", "dam.db", photos[0]],
+        ["find", "dam.db", "1"],
+        ["serve", "dam.db", "--port=-1"],
+    ):
+        status, out, err = run(*command)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(told)
+    status, out, err = run("doctor", "dam.db")
+    assert out.splitlines()[-1].startswith(told.replace("error", "catalogue"))

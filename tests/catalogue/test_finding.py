@@ -169,3 +169,28 @@ def test_an_empty_catalogue_says_how_to_fill_it(tmp_path):
         cv2.imwrite(str(tmp_path / "one.png"), np.zeros((9, 9, 3), np.uint8))
         shop.add(tmp_path / "one.png", progress=False)
         assert [n.id for n in shop.find(tmp_path / "one.png")] == [1]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e17, 3e38])
+def test_embeddings_that_no_model_makes_are_a_damage(shop, number):
+    row = np.full(48, 0.5, np.float32)
+    row[7] = number
+    with shop.store.transaction():
+        shop.store.run("UPDATE item SET embedding = ? WHERE id = 5", [row.tobytes()])
+    told = pytest.raises(InputError, match=r"damaged .*the embedding of photo 5 is none.*a copy")
+    with told:
+        shop.find(1)
+    with pytest.raises(InputError, match="beyond 1e"):
+        shop.add_embeddings(["x"], row[None])
+
+
+def test_a_photo_that_is_lost_though_nobody_removed_it_is_a_damage(shop):
+    shop.find(1)
+    with shop.store.transaction(revised=False):
+        shop.store.run("DELETE FROM item WHERE id = 5")
+    with pytest.raises(InputError, match="damaged"):
+        shop.find(1)
+    with shop.store.transaction(revised=False):
+        shop.store.run("UPDATE item SET payload = '{' WHERE id = 2")
+    with pytest.raises(InputError, match="what is known of photo 2 is no JSON"):
+        shop.item(2)
