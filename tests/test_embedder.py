@@ -295,7 +295,7 @@ def test_a_runs_folder_is_a_pretrained_model_in_evaluation_mode(run, embedder, r
     expected = jitted(embedder.model, images)
     np.testing.assert_allclose(expected, together, atol=1e-6, rtol=1e-5)
     model, _ = from_pretrained(run, training=True)
-    assert np.abs(jitted(model, images[2:3])[0] - jitted(model, images)[2]).max() > 1e-3
+    assert np.abs(jitted(model, images[2:3])[0] - jitted(model, images)[2]).max() > 1e-4
 
 
 def changed(embedder, tmp_path, *, preprocessing=None, **arguments):

@@ -80,7 +80,8 @@ CLASSIFY = {"loss.name": "cross_entropy", "model.num_classes": 4, "model.normali
 def classified(photos, tmp_path_factory):
     """A run with cross-entropy, its summary, and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "classified"
-    config = make_config(photos, **CLASSIFY, **{"loss.label_smoothing": 0.1})
+    fields = {"loss.label_smoothing": 0.1, "optimizer.learning_rate": 2.0}
+    config = make_config(photos, **CLASSIFY, **fields)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         summary = training.train_and_evaluate(config, workdir)
     return workdir, summary, output.getvalue()
@@ -96,7 +97,7 @@ def test_cross_entropy_learns_and_says_so(classified):
     assert "distance_positive" not in trained[0]
     assert summary["best"]["accuracy"] == records[-1]["validation/accuracy"]
     assert summary["untrained"]["accuracy"] < 0.8
-    line = re.search(r"step +12  loss (\S+)  accuracy (\S+)  \S+ images/s", output)
+    line = re.search(r"step +12 of 12  loss (\S+)  accuracy (\S+)  \S+ images/s", output)
     assert line is not None
     assert float(line[2]) == pytest.approx(trained[-1]["accuracy"], abs=1e-3)
     assert re.search(r"step +12  validation  map@10 .* accuracy ", output)
