@@ -147,7 +147,7 @@ def _figure(image: np.ndarray | None, alt: str, lines: Sequence[str], title: str
     text = "<br>".join(html.escape(line) for line in lines if line)
     name = html.escape(Path(title).name)
     return (
-        f'<figure title="{html.escape(title)}">{picture}<figcaption>{text}<br><small>{name}'
+        f'<figure title="{name}">{picture}<figcaption>{text}<br><small>{name}'
         "</small></figcaption></figure>"
     )
 

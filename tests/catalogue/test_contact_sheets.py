@@ -48,6 +48,7 @@ def test_the_page_holds_its_photos_and_needs_nothing_else(answers):
     assert all(value.startswith("data:image/jpeg;base64,") for value in sources)
     assert not re.search(r"https?://", page(answers))
     assert "2, distance 0.1250" in read.text
+    assert "/" not in "".join(value for name, value in read.attributes if name == "title")
     assert 'category=a "good" <hat>' in read.text
     assert "the photo cannot be read" in read.text
     assert "Nothing was found." in read.text
