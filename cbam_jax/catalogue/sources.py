@@ -144,33 +144,36 @@ def _in_folder(root: Path) -> Iterator[Photo]:
 
 def _in_manifest(path: Path) -> Iterator[Photo]:
     header, rows = _read(path)
-    for number, cells in enumerate(rows, 2):
+    for number, cells in rows:
         row = dict(zip(header, cells, strict=False))
-        if len(cells) != len(header) or not row["path"]:
+        if len(cells) != len(header):
             raise InputError(
-                f"{path} row {number} has {len(cells)} cells of {len(header)}, or no path: fill "
-                "it up or remove it, and put quotes around text that holds a comma"
+                f"{path} row {number} has {len(cells)} cells of {len(header)}: fill it up or "
+                "remove it, and put quotes around text that holds a comma"
             )
+        if not row["path"]:
+            raise InputError(f"{path} row {number} has no path: fill it in or remove the row")
         box = _box(path, number, [row.pop(name, "") for name in _BOX])
         file = os.path.abspath(path.parent / Path(row.pop("path")).expanduser())
         yield Photo(file, {name: _value(text) for name, text in row.items()}, box)
 
 
-def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and the rows that are not empty with their numbers, as a spreadsheet counts."""
     try:
         text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
         lines = [[cell.strip() for cell in line] for line in csv.reader(text, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
         raise InputError(f"cannot read the manifest {path}: {reason}") from error
-    lines = [line for line in lines if any(line)]
-    header = lines[0] if lines else []
+    filled = [(number, line) for number, line in enumerate(lines, 1) if any(line)]
+    header = filled[0][1] if filled else []
     if "path" not in header or len(set(header)) < len(header):
         raise InputError(
             f"{path}: its first line must name the columns, each once, path among them, and is "
             f"{','.join(header)!r}"
         )
-    return header, lines[1:]
+    return header, filled[1:]
 
 
 def _box(path: Path, number: int, texts: list[str]) -> str:

@@ -153,6 +153,7 @@ def test_a_manifest_says_what_is_known_and_where_the_garment_is(shop, photos, tm
     [
         ("label\nhat\n", "its first line must name the columns"),
         ("path,price\na.jpg\n", "row 2 has 1 cells of 2"),
+        ("path,price\n\n,3\n", "row 3 has no path"),
         ("path,x1,y1,x2,y2\na.jpg,3,3,1,9\n", "row 2: --box=3,3,1,9 is empty"),
     ],
 )

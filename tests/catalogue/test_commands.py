@@ -216,3 +216,16 @@ def test_a_damaged_catalogue_is_one_line_and_no_answer(run, photos, tmp_path, pl
         assert err.startswith(told)
     status, out, err = run("doctor", "dam.db")
     assert out.splitlines()[-1].startswith(told.replace("error", "catalogue"))
+
+
+def test_a_refused_first_add_leaves_no_file_and_the_default_is_taken_later(
+    run, photos, tmp_path, monkeypatch
+):
+    install(monkeypatch, default=True)
+    (tmp_path / "bad.csv").write_text("path,price\n,3\n")
+    assert "row 2 has no path" in run("add", "shop.db", "bad.csv")[2]
+    assert not (tmp_path / "shop.db").exists()
+    (tmp_path / "none").mkdir()
+    run("add", "shop.db", "none")  # A catalogue, without a model.
+    assert run("add", "shop.db", "photos")[0] == 0
+    assert "model: efficientnet_lite0" in run("doctor", "shop.db")[1]
