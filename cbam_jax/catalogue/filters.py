@@ -6,9 +6,30 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cbam_jax import InputError
+from cbam_jax.catalogue.store import Store
+from cbam_jax.foreign_files import shown, shown_names
 
 _CONDITION = re.compile(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 Where = str | Mapping[str, Any] | Iterable[str] | None
+
+
+def check_names(store: Store, where: Where) -> None:
+    """Raise an InputError for a name that no photo has: a typing error finds nothing, or all."""
+    named = "SELECT 1 FROM item, json_each(payload) WHERE key = ? LIMIT 1"
+    for name, _, _ in _conditions(where):
+        if store.rows(named, [name]):
+            continue
+        names = store.rows("SELECT DISTINCT key FROM item, json_each(payload) ORDER BY key")
+        there = shown_names([known for (known,) in names]) if names else "none"
+        raise InputError(f"--where: no photo has {shown(name)!r}; there are {there}")
+
+
+def _conditions(where: Where) -> list[tuple[str, str, Any]]:
+    if where is None:
+        return []
+    if isinstance(where, Mapping):
+        return [(name, "=", value) for name, value in where.items()]
+    return [_parsed(text) for text in ([where] if isinstance(where, str) else where)]
 
 
 def selected(where: Where) -> tuple[str, list[Any]]:
@@ -28,13 +49,7 @@ def selected(where: Where) -> tuple[str, list[Any]]:
         >>> selected("price<50")[1]
         ['price', 50]
     """
-    if where is None:
-        return "1", []
-    if isinstance(where, Mapping):
-        conditions = [(name, "=", value) for name, value in where.items()]
-    else:
-        conditions = [_parsed(text) for text in ([where] if isinstance(where, str) else where)]
-    parts = [_sql(*condition) for condition in conditions]
+    parts = [_sql(*condition) for condition in _conditions(where)]
     return " AND ".join(["1", *(sql for sql, _ in parts)]), [v for _, some in parts for v in some]
 
 

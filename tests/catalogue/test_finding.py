@@ -67,7 +67,9 @@ def test_only_what_a_filter_passes_exactly(shop, embeddings):
             embeddings[0], embeddings, 4, hats
         )
     assert shop.find(embeddings[0], where="category=coat") == []
-    assert shop.find(embeddings[0], where=["category=hat", "price<5"]) == []
+    assert shop.find(embeddings[0], where=["category=hat", "category=dress"]) == []
+    with pytest.raises(InputError, match=r"no photo has 'price'; there are .*category"):
+        shop.find(embeddings[0], where=["category=hat", "price!=5"])
 
 
 def test_a_box_and_a_distance(shop, photos, embeddings):
