@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print("stopped; what was written before is kept", file=sys.stderr)
+        writes = options.run in (add, rebuild)
+        kept = "; what was written before is kept" if writes else ""
+        print(f"stopped{kept}", file=sys.stderr)
         return 130
 
 
@@ -106,9 +108,12 @@ def list_(options: argparse.Namespace) -> int:
             for item in catalogue.items(options.where or None)
             if not options.problems or item.problem
         ]
+        filled = bool(catalogue.store.rows("SELECT 1 FROM item LIMIT 1"))
     text = _printer(options, "items")(items)
     if text:
         print(text)
+    elif not filled:
+        print(f"{options.catalogue} is empty", file=sys.stderr)
     return 0
 
 
@@ -161,10 +166,12 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def doctor_(options: argparse.Namespace) -> int:
-    """Say what is installed and would be used."""
+    """Say what is installed and would be used; 1 where the catalogue is missing or damaged."""
+    wrong = False
     for line in doctor.doctor(options.catalogue, options.model):
+        wrong |= line.startswith(doctor.WRONG)
         print(line)
-    return 0
+    return int(wrong)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,8 @@ _EXTRAS = {
     "pillow_heif": "photos of iPhones, HEIC: pip install 'cbam_jax[heic]'",
 }
 
+WRONG = "catalogue: error: "  # How the line begins that says why there is none.
+
 
 def doctor(path: Path | None, model: str | None) -> Iterator[str]:
     """Ten lines on the installation and, where ``path`` is given, a catalogue."""
@@ -40,7 +42,7 @@ def doctor(path: Path | None, model: str | None) -> Iterator[str]:
             read_gallery(store)
             yield from _catalogue(store, model)
     except InputError as error:
-        yield f"catalogue: {error}"
+        yield f"{WRONG}{error}"
 
 
 def _catalogue(store: Store, model: str | None) -> Iterator[str]:

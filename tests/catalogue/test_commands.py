@@ -215,7 +215,8 @@ def test_a_damaged_catalogue_is_one_line_and_no_answer(run, photos, tmp_path, pl
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(told)
     status, out, err = run("doctor", "dam.db")
-    assert out.splitlines()[-1].startswith(told.replace("error", "catalogue"))
+    assert status == 1
+    assert out.splitlines()[-1].startswith(f"catalogue: {told}")
 
 
 def test_a_refused_first_add_leaves_no_file_and_the_default_is_taken_later(
@@ -229,3 +230,18 @@ def test_a_refused_first_add_leaves_no_file_and_the_default_is_taken_later(
     run("add", "shop.db", "none")  # A catalogue, without a model.
     assert run("add", "shop.db", "photos")[0] == 0
     assert "model: efficientnet_lite0" in run("doctor", "shop.db")[1]
+
+
+def test_an_empty_catalogue_a_missing_one_and_ctrl_c_are_told(run, tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    run("add", "shop.db", "none", "--model=runs/mine")
+    assert run("list", "shop.db") == (0, "", "shop.db is empty\n")
+    assert run("doctor", "shop.db")[0] == 0
+    assert run("doctor", "gone.db")[0] == 1
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cbam_jax.catalogue.commands.Catalogue.open", interrupted)
+    assert run("find", "shop.db", "1") == (130, "", "stopped\n")
+    assert run("add", "shop.db", "none", "--model=runs/mine")[2].endswith("before is kept\n")
