@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from cbam_jax.catalogue.gallery import open_gallery
 from cbam_jax.catalogue.indexing import KINDS
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
+from cbam_jax.datasets.image_files import SUFFIXES
 from cbam_jax.foreign_files import shown
 from cbam_jax.whole_files import written_whole
 
@@ -26,6 +28,7 @@ _SHOWN = 10  # Lines of what may be many.
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 1 where it found something wrong."""
     options = _parser().parse_args(argv)
+    _check_catalogue(options.catalogue)
     command_line.keep_compiled_programs()
     try:
         return options.run(options)
@@ -34,6 +37,19 @@ def main(argv: list[str] | None = None) -> int:
         kept = "; what was written before is kept" if writes else ""
         print(f"stopped{kept}", file=sys.stderr)
         return 130
+
+
+def _check_catalogue(path: Path | None) -> None:
+    """Refuse what is a source of photos: they are given after the catalogue."""
+    if path is None:
+        return
+    ending = path.suffix.lower()
+    what = "a folder" if path.is_dir() else f"named {ending}"
+    if path.is_dir() or ending in (*SUFFIXES, ".csv"):
+        raise InputError(
+            f"the first argument is the catalogue's file, such as shop.db, and "
+            f"{shlex.quote(str(path))} is {what}: give the catalogue before it"
+        )
 
 
 def add(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ schema below says what a row is. Whatever SQLite refuses is told in one line.
 
 import contextlib
 import os
+import shlex
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,7 @@ class Store:
             what = "is no file" if there else "is not there"
             raise InputError(
                 f"the catalogue {self.path} {what}: make one with "
-                f"`cbam-jax catalogue add {self.path} PHOTOS`"
+                f"`cbam-jax catalogue add {shlex.quote(str(self.path))} PHOTOS`"
             )
         with self._told():
             self._connection = _connect(self.path)

@@ -129,6 +129,10 @@ def test_find_by_several_of_one_garment_and_by_embeddings(run, shop, photos, tmp
     ("arguments", "message"),
     [
         (["find", "none.db", "1"], "the catalogue none.db is not there"),
+        (["add", "x.JPG", "photos"], "such as shop.db, and x.JPG is named .jpg"),
+        (["add", "x.csv", "photos"], "x.csv is named .csv: give the catalogue before it"),
+        (["find", "photos", "1"], "such as shop.db, and photos is a folder"),
+        (["find", "my shop.db", "1"], "catalogue add 'my shop.db' PHOTOS"),
         (["find", "shop.db"], "no query: give photos or ids"),
         (["find", "shop.db", "99"], "no photo 99"),
         (["find", "shop.db", "nowhere.jpg"], "nowhere.jpg"),
