@@ -46,7 +46,8 @@ def embeddings_of(
         rows = embed_photos(embedder(), files, [boxes[place] for place in photos])
         for place, row in zip(photos, rows, strict=True):
             if isinstance(row, str):
-                raise InputError(f"{row}; give another photo")
+                other = "--box" if "the box" in row and boxes[place] is not None else "photo"
+                raise InputError(f"{row}; give another {other}")
             found[place] = row
     return np.array(found, np.float32).reshape(len(parts), -1)
 

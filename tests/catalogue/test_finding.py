@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from fakes import FakeEmbedder, write_photos
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue
 from cbam_jax.catalogue.gallery import cache_path, open_gallery
+from cbam_jax.data.images import Preprocessing, cut_file
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,14 @@ def test_a_photo_that_is_lost_though_nobody_removed_it_is_a_damage(shop):
         shop.store.run("UPDATE item SET payload = '{' WHERE id = 2")
     with pytest.raises(InputError, match="what is known of photo 2 is no JSON"):
         shop.item(2)
+
+
+def test_a_box_outside_its_photo_is_told_with_the_photos_size(shop, photos, tmp_path):
+    class Cuts(FakeEmbedder):
+        def embed_file(self, path, *, box=None):
+            return cut_file(Path(path).read_bytes(), Preprocessing(14), box=box, name="image 0")
+
+    with Catalogue.open(tmp_path / "shop.db", Cuts()) as cutting:
+        told = r"\[900.0, .* no pixel of an image of 40 x 52; give another --box"
+        with pytest.raises(InputError, match=told):
+            cutting.find(photos[0], box=[900, 900, 950, 950])
