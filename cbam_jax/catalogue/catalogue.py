@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -261,7 +262,7 @@ class Catalogue:
         if not len(gallery.ids):
             raise InputError(
                 f"{self.store.path} has no photo that can be found: add some with "
-                f"`cbam-jax catalogue add {self.store.path} PHOTOS`"
+                f"`cbam-jax catalogue add {shlex.quote(str(self.store.path))} PHOTOS`"
             )
         rows = self._rows(gallery, where)
         own = [[part for part in (*parts, *unlike) if isinstance(part, int)] for parts in asked]

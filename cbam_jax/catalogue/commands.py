@@ -67,7 +67,7 @@ def add(options: argparse.Namespace) -> int:
         print(f"{told or 'no photos'}; {added.seconds:.1f} s; {len(catalogue)} can be found")
     name = options.catalogue
     if counts["unreadable"] or counts["refused"]:
-        print(f"which and why: cbam-jax catalogue list {name} --problems")
+        print(f"which and why: cbam-jax catalogue list {shlex.quote(str(name))} --problems")
     _tell_vanished(added.vanished, name)
     return 0
 
@@ -356,4 +356,4 @@ def _tell_vanished(paths: Sequence[str], name: Path) -> None:
     for path in paths[:_SHOWN]:
         print(f"not there any more: {shown(path)}")
     more = f"... {len(paths) - _SHOWN} more; " if len(paths) > _SHOWN else ""
-    print(f"{more}to forget them: cbam-jax catalogue remove {name} --missing")
+    print(f"{more}to forget them: cbam-jax catalogue remove {shlex.quote(str(name))} --missing")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,7 @@ def check_fingerprint(store: Store, embedder: "Embedder") -> None:
         raise InputError(
             f"{store.path} holds embeddings of another model ({own[:12]}, this one is "
             f"{embedder.fingerprint[:12]}): give that one, or embed all photos anew with "
-            f"`cbam-jax catalogue rebuild {store.path} --model=MODEL`"
+            f"`cbam-jax catalogue rebuild {shlex.quote(str(store.path))} --model=MODEL`"
         )
 
 
