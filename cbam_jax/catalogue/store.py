@@ -99,7 +99,10 @@ class Store:
     def stream(self, sql: str, values: Iterable[Any] = ()) -> Iterator[tuple]:
         """Yield the rows that a query selects, without holding them all."""
         with self._told():
-            yield from self._connection.execute(sql, tuple(values))
+            # Not `yield from`: that closes the cursor of an abandoned stream, an error by then
+            # where the database was closed before.
+            for row in self._connection.execute(sql, tuple(values)):  # noqa: UP028
+                yield row
 
     def run(self, sql: str, values: Iterable[Any] = ()) -> int:
         """Change rows, inside a transaction; return the id of the row that was inserted."""

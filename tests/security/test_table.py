@@ -74,7 +74,7 @@ def escaped(text):
 def test_the_page_lists_what_is_tested():
     text = PAGE.read_text()
     found = text[text.index(START) + len(START) : text.index(END)]
-    assert found == table(), "write it: python tests/security/test_table.py"
+    assert found == table(), "write it: PYTHONPATH=tests python tests/security/test_table.py"
 
 
 def test_there_are_more_than_two_hundred_inputs():
