@@ -70,8 +70,7 @@ def _whole(path: str) -> str:
 
 def check_config(config: Config) -> None:
     """Raise InputError for what the fields alone show to be wrong, before anything slow."""
-    devices = jax.device_count()
-    batch = config.data.classes_per_batch * config.data.images_per_class
+    devices, batch = jax.device_count(), batch_size(config)
     if batch < 1 or batch % devices:
         raise InputError(
             f"data.classes_per_batch x data.images_per_class = {batch} cannot be divided among "
@@ -341,7 +340,7 @@ def with_fitting_batch(config: Config, dataset: RetrievalDataset) -> Config:
     The batch is made of fewer classes and of more images of each, so that it is no larger than it
     was; images of a small class then stand in it more than once, each time cut differently.
     """
-    size = config.data.classes_per_batch * config.data.images_per_class
+    size = batch_size(config)
     counts = np.unique(dataset.label, return_counts=True)[1]
     classes = int(np.sum(counts > 1)) if config.data.skip_singletons else len(counts)
     if not _adapts(config, "classes_per_batch") or not 2 <= classes < DEFAULT_CLASSES_PER_BATCH:
@@ -409,6 +408,11 @@ def preprocessing(config: Config) -> Preprocessing:
 def geometry(config: Config) -> dict[str, Any]:
     """Return how the config cuts a dataset's image for evaluation: options of eval_batches."""
     return {name: config.data[name] for name in (*GEOMETRY, "crop_to_box")}
+
+
+def batch_size(config: Config) -> int:
+    """Return the images of a training batch, P x K, over all devices."""
+    return config.data.classes_per_batch * config.data.images_per_class
 
 
 def evaluation_batch_size(config: Config) -> int:

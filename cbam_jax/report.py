@@ -5,16 +5,14 @@ everything else. Readable on light and dark screens and on a phone; what a colou
 words too, and no folder of the machine that made the page is named in it.
 """
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
-from cbam_jax import __version__
+from cbam_jax import __version__, pages
 from cbam_jax.report_text import (
     counts,
     first_k,
@@ -107,7 +105,7 @@ def evaluation_page(
         _section("Config", *(_fields(name, fields) for name, fields in config.items())),
         _tag("footer", f"cbam_jax {__version__}"),
     ]
-    page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
+    page = pages.whole_page(html.escape(title), _STYLE, "\n".join(body))
     return page.encode(errors="replace").decode()  # Names of files may be no UTF-8.
 
 
@@ -230,7 +228,7 @@ def _cell(
     # Each by itself: the letters of a name may run from right to left.
     told = ", ".join(_tag("bdi", part) for part in below)
     file = f"<small>{_tag('bdi', name)}</small>"
-    picture = _enlarging(jpeg_uri(image), alt, f"{told}, {file}")
+    picture = _enlarging(pages.jpeg_uri(image), alt, f"{told}, {file}")
     return (
         f'<figure class="{class_}">{_tag("span", above)}{picture}'
         f"<figcaption><div>{told}</div> {file}</figcaption></figure>"
@@ -243,23 +241,8 @@ def _enlarging(source: str, alt: str, told: str = "") -> str:
     return f'<details name="enlarged"><summary>{image}</summary><p>{told}</p></details>'
 
 
-def jpeg_uri(image: np.ndarray) -> str:
-    """Return a data URI of an image, uint8 [h, w, 3] RGB, as JPEG.
-
-    >>> jpeg_uri(np.zeros((30, 20, 3), np.uint8))[:23]
-    'data:image/jpeg;base64,'
-    """
-    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    return _data_uri("image/jpeg", encoded.tobytes())
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def _picture(picture: Picture) -> str:
-    image = _enlarging(_data_uri("image/png", picture.png), picture.alt)
+    image = _enlarging(pages.data_uri("image/png", picture.png), picture.alt)
     return f'<figure class="picture">{image}{_tag("figcaption", picture.caption)}</figure>'
 
 
@@ -304,22 +287,6 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if value is not None and is_number(value) else ""
 
 
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 _STYLE = """
 :root { color-scheme: light dark; --line: #bbb; --bar: #2a6fb0; --hit: #1a8a3c; --soft: #555;
   --sheet: #fff; }

@@ -1,5 +1,6 @@
 """What an evaluation of a run shows: result rows, heat, gates, the training curve, the page."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from cbam_jax import command_line, data, evaluation, experiment, figures, gradcam
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.datasets.looks import fitted_size
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.report import Neighbour, Picture, Query, evaluation_page
 from cbam_jax.report_text import first_k, gate_name
@@ -122,15 +124,10 @@ def shown_image(dataset: RetrievalDataset, index: int, longest: int) -> np.ndarr
     Raises:
         InputError: the image cannot be read.
     """
-
-    def size(height: int, width: int) -> tuple[int, int]:
-        scale = min(1.0, longest / max(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
-
     return data.decode_resized(
         dataset.encoded(index),
         part=lambda height, width: (0, 0, height, width),
-        size=size,
+        size=functools.partial(fitted_size, longest=longest),
         name=f"{dataset.id[index]} of {dataset.name}",
     )
 

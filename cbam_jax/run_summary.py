@@ -24,13 +24,12 @@ def summarize(
         number: {name: metrics.get(name) for name in shown}
         for number, metrics in runs.recorded_evaluations(config, workdir).items()
     }
-    batch = config.data.classes_per_batch * config.data.images_per_class
     speed = round(monitor.images / monitor.seconds, 2) if monitor.seconds else None
     return {
         "workdir": str(workdir),
         "step": step,
         "finished": step == config.train.steps and step in evaluations,
-        "images_seen": step * batch,
+        "images_seen": step * experiment.batch_size(config),
         "images_per_second": speed,
         "split": split,
         "untrained": evaluations.get(0),

@@ -248,7 +248,7 @@ def make_monitor(
     return StepMonitor(
         log,
         log_every=config.train.log_every,
-        batch_size=config.data.classes_per_batch * config.data.images_per_class,
+        batch_size=experiment.batch_size(config),
         learning_rate=learning_rate,
         warning=experiment.collapse_warning(config),
         eval_every=config.train.eval_every,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from cbam_jax import InputError
+from cbam_jax import InputError, experiment
 from cbam_jax.config_files import Config
 from cbam_jax.file_locks import take_lock
 
@@ -81,7 +81,7 @@ def out_of_memory(config: Config, error: str) -> str:
     >>> "a batch of 64 images of 224 pixels: set --config.train.chunk_size=32" in told
     True
     """
-    batch = config.data.classes_per_batch * config.data.images_per_class
+    batch = experiment.batch_size(config)
     return (
         f"out of memory ({' '.join(error.split())[:120]}) with a batch of {batch} images of "
         f"{config.data.image_size} pixels: set {', '.join(_smaller(config, batch))}; for an "

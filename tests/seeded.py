@@ -61,6 +61,17 @@ def torch_names(model):
     return arrays
 
 
+class Add(nnx.Module):
+    """Stands where attention would: adds its width."""
+
+    def __init__(self, features, *, rngs):
+        self.features = features
+
+    def __call__(self, x):
+        assert x.shape[-1] == self.features
+        return x + self.features
+
+
 class SmallBackbone(nnx.Module):
     """A convolution, BatchNorm, ReLU and attention, twice: what a ResNet has, in little."""
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from golden.make_backbones import FOLDER, NUM_CLASSES, seeded_images
 from golden.make_efficientnet import HEIGHT, WIDTH
-from seeded import jitted, seeded_model, torch_arrays
+from seeded import Add, jitted, seeded_model, torch_arrays
 
 from cbam_jax.backbones import layers
 from cbam_jax.backbones.efficientnet import EfficientNetLite, InvertedResidual
@@ -113,17 +113,6 @@ def test_parameter_count():
     model = nnx.eval_shape(lambda: EfficientNetLite(rngs=nnx.Rngs(0)))
     sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
     assert sum(sizes) == 4_652_008 - 1_281_000
-
-
-class Add(nnx.Module):
-    """Stands where attention would: adds its width."""
-
-    def __init__(self, features, *, rngs):
-        self.features = features
-
-    def __call__(self, x):
-        assert x.shape[-1] == self.features
-        return x + self.features
 
 
 def filled(build):

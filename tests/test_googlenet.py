@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden.make_backbones import FOLDER, NUM_CLASSES, seeded_images
-from seeded import torch_arrays
+from seeded import Add, torch_arrays
 from test_vgg import slow_max_pool
 
 from cbam_jax import InputError
@@ -79,17 +79,6 @@ def test_parameter_count():
     model = nnx.eval_shape(lambda: GoogLeNet(rngs=nnx.Rngs(0)))
     sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
     assert sum(sizes) == 6_624_904 - 1_025_000
-
-
-class Add(nnx.Module):
-    """Stands where attention would: adds its width."""
-
-    def __init__(self, features, *, rngs):
-        self.features = features
-
-    def __call__(self, x):
-        assert x.shape[-1] == self.features
-        return x + self.features
 
 
 def test_attention_follows_conv1_and_the_last_block(monkeypatch):

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "fonts": set(),
     "report_text": {"foreign_files"},
     "figures": {"fonts", "report_text", "whole_files"},
-    "report": {"report_text"},
+    "pages": set(),
+    "report": {"pages", "report_text"},
     "forecast": set(),
     "stopping": set(),
     "runlog": {"command_line", "forecast", "foreign_files", "whole_files"},
@@ -53,7 +54,6 @@ MAY_IMPORT = {
     "__main__": {"command_line"},
     "configs": set(),
     "config_files": {"foreign_files"},
-    "workdirs": {"config_files", "file_locks"},
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {
         "command_line",
@@ -79,6 +79,7 @@ MAY_IMPORT = {
         "pretrained",
         "steps",
     },
+    "workdirs": {"config_files", "experiment", "file_locks"},
     "run_figures": {
         "command_line",
         "config_files",
@@ -173,6 +174,7 @@ MAY_IMPORT = {
         "datasets",
         "embedder",
         "foreign_files",
+        "pages",
         "pretrained",
         "whole_files",
     },

@@ -4,20 +4,19 @@ The page needs no script and fetches nothing; its photos are in it. It is read o
 wide screen, light and dark. A photo whose file is not there any more has its place, empty.
 """
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
-from cbam_jax import InputError, __version__
+from cbam_jax import InputError, __version__, pages
 from cbam_jax.catalogue.catalogue import Neighbour
 from cbam_jax.catalogue.printing import payload_text
 from cbam_jax.catalogue.reading import LARGEST
-from cbam_jax.datasets.looks import small_image
+from cbam_jax.datasets import decode_image
+from cbam_jax.datasets.looks import shrunk, small_image
 from cbam_jax.foreign_files import read_file
 
 _SIDE = 240  # Pixels of a thumbnail's longer side.
@@ -44,19 +43,14 @@ def thumbnail(path: str, box: Sequence[float] | None = None) -> np.ndarray | Non
     """
     try:
         content = read_file(path, LARGEST)
-        # Of a box, in pixels of the whole, nothing is lost before it is cut out.
-        image = small_image(content, _SIDE if box is None else LARGEST)
+        # A box is in pixels of the whole: nothing is lost before it is cut out.
+        image = small_image(content, _SIDE) if box is None else decode_image(content)
     except (InputError, OSError):
         return None
     if box is not None:
         x1, y1, x2, y2 = (max(0, int(edge)) for edge in box)
         image = image[y1:y2, x1:x2]
-    if not image.size:
-        return None
-    height, width = image.shape[:2]
-    scale = min(1.0, _SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return shrunk(image, _SIDE) if image.size else None
 
 
 def page(answers: Sequence[Shown]) -> str:
@@ -66,8 +60,9 @@ def page(answers: Sequence[Shown]) -> str:
     >>> "&lt;b&gt;" in text, "price=5" in text, "<script" in text
     (True, True, False)
     """
-    body = "\n".join(_section(answer) for answer in answers)
-    return _PAGE.format(style=_STYLE, body=body, version=__version__)
+    sections = "\n".join(_section(answer) for answer in answers)
+    body = _BODY.format(sections=sections, version=__version__)
+    return pages.whole_page("What looks alike", _STYLE, body)
 
 
 def sheet(answers: Sequence[Shown]) -> np.ndarray:
@@ -143,7 +138,7 @@ def _figure(image: np.ndarray | None, alt: str, lines: Sequence[str], title: str
     if image is None:
         picture = '<div class="none">the photo cannot be read</div>'
     else:
-        picture = f'<img src="{_data_uri(image)}" alt="{html.escape(alt)}">'
+        picture = f'<img src="{pages.jpeg_uri(image, quality=82)}" alt="{html.escape(alt)}">'
     text = "<br>".join(html.escape(line) for line in lines if line)
     name = html.escape(Path(title).name)
     return (
@@ -152,32 +147,12 @@ def _figure(image: np.ndarray | None, alt: str, lines: Sequence[str], title: str
     )
 
 
-def _data_uri(image: np.ndarray) -> str:
-    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 82])[1]
-    return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What looks alike</title>
-<style>{style}</style>
-</head>
-<body>
+_BODY = """\
 <h1>What looks alike</h1>
 <p>Below each query the photos found, nearest first; the distance is the Euclidean one of the
 embeddings, smaller is nearer.</p>
-{body}
-<footer>cbam_jax {version}</footer>
-</body>
-</html>
-"""
+{sections}
+<footer>cbam_jax {version}</footer>"""
 _STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --mark: #2a6fb0; }
 @media (prefers-color-scheme: dark) { :root { --line: #444; --mark: #6aa9e0; } }

@@ -6,8 +6,6 @@ photo lies in is its ``category``, unless that is the folder given. A manifest i
 them only ``path`` must be there.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -20,9 +18,7 @@ from cbam_jax import InputError
 from cbam_jax.command_line import to_json
 from cbam_jax.datasets import is_manifest
 from cbam_jax.datasets.image_files import is_image_file, passed_over
-from cbam_jax.foreign_files import MOST_TABLE, read_file
-
-_BOX = ("x1", "y1", "x2", "y2")
+from cbam_jax.datasets.tables import BOX, read_lines
 
 
 class Photo(NamedTuple):
@@ -153,20 +149,14 @@ def _in_manifest(path: Path) -> Iterator[Photo]:
             )
         if not row["path"]:
             raise InputError(f"{path} row {number} has no path: fill it in or remove the row")
-        box = _box(path, number, [row.pop(name, "") for name in _BOX])
+        box = _box(path, number, [row.pop(name, "") for name in BOX])
         file = os.path.abspath(path.parent / Path(row.pop("path")).expanduser())
         yield Photo(file, {name: _value(text) for name, text in row.items()}, box)
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header, and the rows that are not empty with their numbers, as a spreadsheet counts."""
-    try:
-        text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
-        lines = [[cell.strip() for cell in line] for line in csv.reader(text, strict=True)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-        raise InputError(f"cannot read the manifest {path}: {reason}") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if any(line)]
+    filled = [(number, line) for number, line in enumerate(read_lines(path), 1) if any(line)]
     header = filled[0][1] if filled else []
     if "path" not in header or len(set(header)) < len(header):
         raise InputError(

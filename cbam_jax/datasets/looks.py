@@ -41,6 +41,26 @@ def small_image(content: bytes, side: int) -> np.ndarray:
     return decode_image(content, reduction=reduction)
 
 
+def shrunk(image: np.ndarray, longest: int) -> np.ndarray:
+    """An image, uint8 [h, w, 3], of at most ``longest`` pixels a side; none is enlarged.
+
+    >>> shrunk(np.zeros((30, 60, 3), np.uint8), 20).shape
+    (10, 20, 3)
+    """
+    height, width = fitted_size(image.shape[0], image.shape[1], longest)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def fitted_size(height: int, width: int, longest: int) -> tuple[int, int]:
+    """The height and width of an image whose longer side is ``longest`` pixels, or its own.
+
+    >>> fitted_size(30, 60, 20), fitted_size(3, 6, 20), fitted_size(1, 9000, 20)
+    ((10, 20), (3, 6), (1, 20))
+    """
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def differing_bits(look: int, looks: np.ndarray) -> np.ndarray:
     """In how many of 64 bits each of ``looks`` [n] int64 is another than ``look``.
 

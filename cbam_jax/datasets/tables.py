@@ -86,8 +86,12 @@ def _refuse(path: Path, mistakes: Mistakes) -> None:
     raise InputError(f"{path} has {len(mistakes)} mistakes: {told}{more}")
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
-    """The header, the rows that have as many cells, and what is wrong with the others."""
+def read_lines(path: Path) -> list[list[str]]:
+    """Reads the cells of a CSV file, line by line, without the spaces around them.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8, or is no CSV.
+    """
     lines: list[list[str]] = []
     try:
         text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
@@ -105,6 +109,12 @@ def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
             f"{path} is not a CSV file: row {len(lines) + 1}: {error}; close each quote that opens "
             "a cell there, and write two for each one within a text"
         ) from error
+    return lines
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
+    """The header, the rows that have as many cells, and what is wrong with the others."""
+    lines = read_lines(path)
     header = lines[0] if lines else []
     _check_header(path, header)
     rows = [(number, cells) for number, cells in enumerate(lines[1:], 2) if any(cells)]

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.catalogue import Catalogue
 from cbam_jax.datasets import decode_image
 
 
@@ -70,3 +71,10 @@ def write_photos(folder, count=12):
         write_photo(folder / ("dress", "hat")[i % 2] / f"{i:02}.{('png', 'jpg')[i % 3 > 0]}", i)
         for i in range(count)
     ]
+
+
+def make_shop(folder):
+    """``shop.db`` with the photos of `write_photos`, which are in ``photos``."""
+    write_photos(folder / "photos")
+    with Catalogue.open(folder / "shop.db", FakeEmbedder()) as shop:
+        shop.add(folder / "photos", progress=False)

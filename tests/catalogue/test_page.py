@@ -5,9 +5,7 @@ import shutil
 import threading
 
 import pytest
-from fakes import FakeEmbedder, write_photos
-
-from cbam_jax.catalogue import Catalogue
+from fakes import FakeEmbedder, make_shop
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'cbam_jax[serve]'")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -27,9 +25,7 @@ def address(tmp_path_factory):
     from cbam_jax.catalogue import server
 
     folder = tmp_path_factory.mktemp("shop")
-    write_photos(folder / "photos")
-    with Catalogue.open(folder / "shop.db", FakeEmbedder()) as shop:
-        shop.add(folder / "photos", progress=False)
+    make_shop(folder)
     listening = server.bound("127.0.0.1", 0)
     app = server.create_app(folder / "shop.db", FakeEmbedder(), hosts={"127.0.0.1"})
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

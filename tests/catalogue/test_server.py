@@ -6,7 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from fakes import FakeEmbedder, write_photo, write_photos
+from fakes import FakeEmbedder, make_shop, write_photo
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue
@@ -22,9 +22,7 @@ from cbam_jax.catalogue.server import finding, uploads
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
-    write_photos(folder / "photos")
-    with Catalogue.open(folder / "shop.db", FakeEmbedder()) as shop:
-        shop.add(folder / "photos", progress=False)
+    make_shop(folder)
     return folder
 
 

@@ -11,16 +11,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import cv2
-
 from cbam_jax import InputError, __version__
 from cbam_jax.catalogue.catalogue import Catalogue, Item
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.server.finding import Busy, Finder, Search
 from cbam_jax.catalogue.server.uploads import Guard, check_photo
 from cbam_jax.catalogue.sources import parse_box
-from cbam_jax.datasets.looks import small_image
+from cbam_jax.datasets.looks import shrunk, small_image
 from cbam_jax.foreign_files import read_file
+from cbam_jax.pages import encode_jpeg
 
 # FastAPI is an extra: it is imported where it is used.
 # pyright: reportMissingImports=false
@@ -221,8 +220,4 @@ def _jpeg(content: bytes, size: int) -> bytes:
         image = small_image(content, size)
     except InputError:
         raise HTTPException(404, "the photo's file cannot be decoded") from None
-    height, width = image.shape[:2]
-    scale = min(1.0, size / max(height, width))
-    shape = max(1, round(width * scale)), max(1, round(height * scale))
-    pixels = cv2.cvtColor(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+    return encode_jpeg(shrunk(image, size), quality=88)
