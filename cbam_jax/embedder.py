@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from cbam_jax import InputError, data, hub, preprocessing, runs, steps
+from cbam_jax import InputError, data, hub, model_state, preprocessing, runs, steps
 from cbam_jax.datasets.progress import progress as with_progress
 from cbam_jax.foreign_files import read_file, shown
 from cbam_jax.models import EmbeddingModel, create_model
@@ -79,9 +79,9 @@ class Embedder:
         self._mesh = steps.data_mesh(jax.local_devices() if devices is None else devices)
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         self._embed_step = steps.make_embed_step(model, self._mesh)
-        graphdef, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+        _, *state, _ = model_state.split(model)
         self._state = steps.replicate(tuple(state), self._mesh)
-        self.model: EmbeddingModel = nnx.merge(graphdef, *self._state)
+        self.model: EmbeddingModel = model_state.merger(model)(*self._state)
         self.model.eval()
         self.preprocessing = preprocessing
         self.arguments = dict(arguments)

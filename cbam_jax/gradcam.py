@@ -28,6 +28,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from cbam_jax.model_state import evaluation_view
+
 METHODS = ("grad_cam", "grad_cam++", "hires_cam")
 # Pixels less their mean, divided by their deviation, are below 3.
 _LARGEST = 16
@@ -206,7 +208,7 @@ def _layers(node: Any) -> dict[str, Any]:
 
 
 def _evaluated(model: Any) -> Any:
-    return nnx.view(model, use_running_average=True, raise_if_not_found=False)
+    return evaluation_view(model)
 
 
 @jax.jit(static_argnums=0)

@@ -31,6 +31,7 @@ from cbam_jax import (
     evaluation,
     experiment,
     hub_config,
+    model_state,
     runs,
     steps,
 )
@@ -285,7 +286,7 @@ def from_run(
         "preprocessing": experiment.preprocessing(config).to_dict(),
         "metrics": measured_metrics(config, workdir, step),
     }
-    return nnx.merge(nnx.graphdef(model), *state), document
+    return model_state.merger(model)(*state), document
 
 
 def measured_metrics(config: Any, workdir: Path, step: int) -> dict[str, Any]:

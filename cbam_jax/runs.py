@@ -26,6 +26,7 @@ from cbam_jax import (
     evaluation,
     experiment,
     focus,
+    model_state,
     report_text,
     run_figures,
     saved_config,
@@ -138,7 +139,7 @@ def restore_model(
         model = experiment.build_model(config)
         if config.model.get("pretrained"):
             load_pretrained(model, config.model.pretrained)
-        _, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+        _, *state, _ = model_state.split(model)
         return model, steps.replicate(tuple(state), mesh), 0
     with open_checkpoints(config, workdir, read_only=True) as checkpoints:
         if which == "best" and checkpoints.steps() and checkpoints.best_step() is None:
@@ -146,7 +147,7 @@ def restore_model(
             print(f"{workdir}: no step was validated yet, so the last is taken", file=sys.stderr)
         read = checkpoints.restore(which, optimizer=False)
     model = nnx.eval_shape(lambda: experiment.build_model(config))
-    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    _, params, batch_stats, _ = model_state.split(model)
     tree = {"params": params, "batch_stats": batch_stats}
     if config.train.ema_decay:
         tree["ema"] = params
@@ -271,7 +272,7 @@ def evaluate(
         embed_step = steps.make_embed_step(model, mesh)
         result, embeddings = evaluate_split(config, dataset, embed_step, state, mesh)
         report = {"dataset": name, "split": split, "step": step, **result.report}
-        model = nnx.merge(nnx.graphdef(model), *state)
+        model = model_state.merger(model)(*state)
         measured = Measured(
             config, workdir, folder, dataset, model, mesh, result, embeddings, report
         )

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cbam_jax import model_state
 from cbam_jax.compiler_options import compiler_options
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -41,6 +42,8 @@ class TrainState(NamedTuple):
     """All that a step changes.
 
     ``ema`` is None, or a moving average of ``params``; ``memory`` is None, or a ``Memory``.
+    ``rngs`` is None, or the random state of a model that has one (dropout, drop path), keys as
+    their uint32 data.
     """
 
     step: Any
@@ -49,6 +52,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: Any
     memory: Memory | None = None
+    rngs: Any = None
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -166,12 +170,14 @@ def create_train_state(
 
     ``memory_shape`` is [n, d] of a memory of embeddings, which starts empty; n = 0: none.
     """
-    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    _, params, batch_stats, rngs = model_state.split(model)
     # Donation gives each buffer away once: the average must own its copy.
     average = jax.tree.map(np.array, params) if ema else None
     step, opt_state = np.zeros((), np.int32), optimizer.init(params)
     memory = _empty_memory(*memory_shape) if memory_shape[0] else None
-    return replicate(TrainState(step, params, batch_stats, opt_state, average, memory), mesh)
+    # Split from the model's own, whose buffers a donation would take with it.
+    rngs = jax.tree.map(np.array, rngs) if jax.tree.leaves(rngs) else None
+    return replicate(TrainState(step, params, batch_stats, opt_state, average, memory, rngs), mesh)
 
 
 def _empty_memory(size: int, dim: int) -> Memory:
@@ -194,20 +200,20 @@ def _embed(model: Any, images: jax.Array) -> jax.Array:
 
 def _in_chunks(
     embed: Callable[[Any, jax.Array], tuple[Any, Any]],
-    batch_stats: Any,
+    written: Any,
     images: jax.Array,
     chunk_size: int,
 ) -> tuple[Any, Any]:
-    """Call ``embed(batch_stats, images)`` chunk by chunk, as if at once: ``make_train_step``."""
+    """Call ``embed(written, images)`` chunk by chunk, as if at once: ``make_train_step``."""
     if chunk_size < 1 or images.shape[0] % chunk_size:
         raise ValueError(f"chunk_size {chunk_size} does not divide a batch of {images.shape[0]}")
     # Split so, a device's share of every chunk is among the images that it holds already.
     chunks = images.reshape(chunk_size, -1, *images.shape[1:]).swapaxes(0, 1)
     # Kept for the backward pass are the chunks' images alone; the rest is computed again there.
     body = jax.checkpoint(embed, prevent_cse=False)
-    batch_stats, outputs = jax.lax.scan(body, batch_stats, chunks)
+    written, outputs = jax.lax.scan(body, written, chunks)
     whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
-    return batch_stats, whole
+    return written, whole
 
 
 def make_train_step(
@@ -245,27 +251,30 @@ def make_train_step(
         mesh: keeps the state whole on each of its devices. Left out, XLA chooses, and splits a
             memory.
     """
-    graphdef = nnx.graphdef(nnx.view(model, use_running_average=freeze_batch_norm))
+    view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
+    merge = model_state.merger(view)
 
-    def compute_loss(params: Any, batch_stats: Any, memory: Memory | None, batch: Batch):
-        def embed(batch_stats: Any, images: jax.Array) -> tuple[Any, Any]:
-            # A copy: the statistics are of the outer trace, and BatchNorm writes to them in this.
-            model = nnx.merge(graphdef, params, batch_stats, copy=True)
+    def compute_loss(params: Any, state: TrainState, batch: Batch):
+        def embed(written: Any, images: jax.Array) -> tuple[Any, Any]:
+            # A copy: what the model writes to is of the outer trace, and it writes in this.
+            model = merge(params, *written, copy=True)
             outputs = forward(model, model.preprocess(images))
-            return nnx.state(model, nnx.BatchStat), outputs
+            rngs = None if state.rngs is None else model_state.random_state(model)
+            return (nnx.state(model, nnx.BatchStat), rngs), outputs
 
+        written = state.batch_stats, state.rngs
         if chunk_size is None:
-            batch_stats, outputs = embed(batch_stats, batch["image"])
+            written, outputs = embed(written, batch["image"])
         else:
-            batch_stats, outputs = _in_chunks(embed, batch_stats, batch["image"], chunk_size)
-        options = {} if memory is None else {"memory": memory}
+            written, outputs = _in_chunks(embed, written, batch["image"], chunk_size)
+        options = {} if state.memory is None else {"memory": state.memory}
         loss, scalars = loss_fn(outputs, batch["label"], **options)
-        return loss, (scalars, batch_stats, outputs)
+        return loss, (scalars, written, outputs)
 
     def train_step(state: TrainState, batch: Batch):
         gradient = jax.value_and_grad(compute_loss, has_aux=True)
-        (loss, aux), grads = gradient(state.params, state.batch_stats, state.memory, batch)
-        scalars, batch_stats, outputs = aux
+        (loss, aux), grads = gradient(state.params, state, batch)
+        scalars, (batch_stats, rngs), outputs = aux
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema, memory = state.ema, state.memory
@@ -275,7 +284,8 @@ def make_train_step(
             enters = state.step >= memory_start_step
             memory = _remember(memory, outputs, batch["label"], enters)
         scalars = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **scalars}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), scalars
+        step = state.step + 1
+        return TrainState(step, params, batch_stats, opt_state, ema, memory, rngs), scalars
 
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     options = compiler_options()
@@ -290,10 +300,10 @@ def make_embed_step(
     It gives ``embedding`` [b, d] beside the batch's other entries, whole on every device, so that
     each process holds the global batch.
     """
-    graphdef = nnx.graphdef(nnx.view(model, use_running_average=True))
+    merge = model_state.merger(model_state.evaluation_view(model))
 
     def embed_step(params: Any, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdef, params, batch_stats)
+        model = merge(params, batch_stats)
         rest = {name: value for name, value in batch.items() if name != "image"}
         return {"embedding": model(model.preprocess(batch["image"])), **rest}
 

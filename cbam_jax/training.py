@@ -297,6 +297,8 @@ def checkpoint_items(state: steps.TrainState) -> tuple[dict[str, Any], dict[str,
     optimizer = {"step": state.step, "opt_state": state.opt_state}
     if state.memory is not None:
         optimizer["memory"] = state.memory
+    if state.rngs is not None:
+        optimizer["rngs"] = state.rngs
     return model, optimizer
 
 
@@ -331,6 +333,7 @@ def restore(
         opt_state=optimizer["opt_state"],
         ema=model.get("ema"),
         memory=optimizer.get("memory"),
+        rngs=optimizer.get("rngs"),
     )
     window = read.data.get("window", [])  # Older runs kept none.
     return Position(steps.replicate(restored, mesh), read.data["next_step"], window)

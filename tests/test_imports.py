@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "distances": set(),
     "relevance": set(),
     "metrics": {"relevance"},
-    "gradcam": set(),
+    "model_state": set(),
+    "gradcam": {"model_state"},
     "whole_files": set(),
     "file_locks": set(),
     "foreign_files": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "forecast": set(),
     "stopping": set(),
     "runlog": {"command_line", "forecast", "foreign_files", "whole_files"},
-    "steps": {"compiler_options"},
+    "steps": {"compiler_options", "model_state"},
     "datasets": {"file_locks", "foreign_files", "whole_files"},
     "preprocessing": set(),
     "data": {"datasets", "preprocessing"},
@@ -105,6 +106,7 @@ MAY_IMPORT = {
         "experiment",
         "figures",
         "focus",
+        "model_state",
         "models",
         "pretrained",
         "report_text",
@@ -133,6 +135,7 @@ MAY_IMPORT = {
         "foreign_files",
         "hub_config",
         "metrics",
+        "model_state",
         "models",
         "preprocessing",
         "pretrained",
@@ -146,6 +149,7 @@ MAY_IMPORT = {
         "datasets",
         "foreign_files",
         "hub",
+        "model_state",
         "models",
         "preprocessing",
         "pretrained",
@@ -179,7 +183,7 @@ MAY_IMPORT = {
         "whole_files",
     },
     # It measures what the others do.
-    "benchmark": {"data", "datasets", "losses", "models", "search", "steps"},
+    "benchmark": {"data", "datasets", "losses", "model_state", "models", "search", "steps"},
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = (

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cbam_jax import steps
+from cbam_jax import model_state, steps
 from cbam_jax.benchmark.compiled import compile_cold
 from cbam_jax.losses import triplet_loss
 
@@ -74,7 +74,7 @@ def train_step(
 def embed_step(model: nnx.Module, batch: steps.Batch, devices: int = 1) -> Step:
     """The embedding step of ``evaluate.py`` on images that are on the devices."""
     mesh = steps.data_mesh(jax.local_devices()[:devices])
-    _, *arrays = nnx.split(model, nnx.Param, nnx.BatchStat)
+    _, *arrays, _ = model_state.split(model)
     arrays = steps.replicate(arrays, mesh)
     (batch,) = steps.to_devices([{"image": batch["image"]}], mesh)
     step, cost = compile_cold(steps.make_embed_step(model, mesh), *arrays, batch)
