@@ -238,6 +238,10 @@ def test_heic_is_read_or_named_with_the_remedy(rng, monkeypatch):
         (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif", "AVIF"),  # its compatible brands tell
         (b"\0\0\0\x18ftypisom\0\0\0\0isommp42", None),  # a film
         (b"P6\n12 10\n255\n", "PNM"),
+        (b"P7\nWIDTH 12\n", "PNM"),
+        (b"#?RADIANCE\n", "Radiance"),
+        (b"#!/bin/sh\n", None),
+        (b"\x59\xa6\x6a\x95\0\0\0\x0c", "Sun raster"),
         (b"RIFF\x24\0\0\0WAVEfmt ", None),
         (b"", None),
     ],

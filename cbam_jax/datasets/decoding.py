@@ -22,6 +22,7 @@ from cbam_jax.datasets.image_headers import (
     claimed_sizes,
     has_too_many_scans,
     holds_less_than_it_claims,
+    image_format,
 )
 
 HEAD = 64  # bytes at the beginning of a file that tell its format
@@ -29,17 +30,9 @@ HEIC_REMEDY = "HEIC, which is read after pip install 'cbam_jax[heic]'"
 
 _JPEG = b"\xff\xd8"
 _AT_ONCE = 1 << 20  # Pixels that are computed with in float32, of a large image.
-_MAGIC = {
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "JPEG": (b"\xff\xd8\xff",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "BMP": (b"BM",),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
-    "PNM": tuple(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \t\r\n"),
-}
-_BRANDS = {"AVIF": {b"avif", b"avis"}, "HEIC": {b"heic", b"heix", b"heim", b"heis", b"mif1"}}
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+# Neither transparent nor turned, or both by OpenCV; None: of no known format.
+_BY_OPENCV = (None, "JPEG", "PNM", "Radiance", "Sun raster")
 # 16 bits and more a pixel, which Pillow keeps where OpenCV scales them to 8.
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # By reduction; each is IMREAD_REDUCED_COLOR_*, with RGB in place of BGR.
@@ -91,26 +84,9 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
     return image
 
 
-def image_format(head: bytes) -> str | None:
-    """What kind of image a file's first bytes are the beginning of; None: none that is known.
-
-    >>> image_format(b"GIF89a..."), image_format(b"path,label")
-    ('GIF', None)
-    """
-    for name, starts in _MAGIC.items():
-        if head.startswith(starts):
-            return name
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WebP"
-    if head[4:8] == b"ftyp":
-        brands = {head[place : place + 4] for place in range(8, min(head[3], len(head)), 4)}
-        return next((name for name, known in _BRANDS.items() if brands & known), None)
-    return None
-
-
-def not_installed(image_format: str | None) -> bool:
+def not_installed(kind: str | None) -> bool:
     """Whether a format is one that an extra would read."""
-    return image_format == "HEIC" and not _reads_heic()
+    return kind == "HEIC" and not _reads_heic()
 
 
 def is_cut_off(file: BinaryIO) -> bool | None:
@@ -266,7 +242,7 @@ def _may_need_more(encoded: bytes) -> bool:
         # Flags of alpha and EXIF in the extended header, one of alpha in the lossless one.
         extended, lossless = encoded[12:16] == b"VP8X", encoded[12:16] == b"VP8L"
         return bool(extended and encoded[20] & 0x18) or bool(lossless and encoded[24] & 0x10)
-    return kind not in (None, "JPEG", "PNM")
+    return kind not in _BY_OPENCV
 
 
 def _by_pillow(encoded: bytes) -> np.ndarray | None:

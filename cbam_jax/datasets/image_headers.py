@@ -1,6 +1,6 @@
-"""How many pixels an image file claims to have, read from its header before anything is decoded.
+"""What an image file's header says: its format, and how many pixels it claims to have.
 
-A file of a few hundred bytes can claim a billion pixels, and a decoder makes room for what is
+Both are read before anything is decoded, and one table says how for each format. A file of a few hundred bytes can claim a billion pixels, and a decoder makes room for what is
 claimed before it finds that nothing follows.
 """
 
@@ -9,6 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from cbam_jax import InputError
 
@@ -100,12 +101,23 @@ def claimed_sizes(encoded: bytes) -> Iterator[tuple[int, int]]:
     >>> list(claimed_sizes(png))
     [(4, 6)]
     """
-    for beginning, sizes in _KINDS:
-        if re.match(beginning, encoded[:16], re.DOTALL):
-            # Cut off, or with offsets that lead nowhere: a decoder finds nothing either.
-            with contextlib.suppress(struct.error, ValueError, OverflowError):
-                yield from sizes(encoded)
-            return
+    if found := _format(encoded):
+        # Cut off, or with offsets that lead nowhere: a decoder finds nothing either.
+        with contextlib.suppress(struct.error, ValueError, OverflowError):
+            yield from found.sizes(encoded)
+
+
+def image_format(head: bytes) -> str | None:
+    """What kind of image a file's first 64 bytes are the beginning of; None: none that is known.
+
+    >>> image_format(b"GIF89a..."), image_format(b"path,label")
+    ('GIF', None)
+    """
+    found = _format(head)
+    if found and found.name == "boxes":
+        brands = {head[place : place + 4] for place in range(8, min(head[3], len(head)), 4)}
+        return next((name for name, known in _BRANDS.items() if brands & known), None)
+    return found.name if found else None
 
 
 def _at(form: str, place: int) -> Callable[[bytes], Iterator[tuple[int, int]]]:
@@ -188,15 +200,28 @@ def _radiance(encoded: bytes) -> Iterator[tuple[int, int]]:
         yield int(line[1]), int(line[2])
 
 
-_KINDS: tuple[tuple[bytes, Callable[[bytes], Iterator[tuple[int, int]]]], ...] = (
-    (rb"\xff\xd8", _jpeg),
-    (rb"\x89PNG\r\n\x1a\n", _at(">II", 16)),
-    (rb"RIFF....WEBP", _webp),
-    (rb"GIF8", _at("<HH", 6)),
-    (rb"BM", _bmp),
-    (rb"II[*+]\0|MM\0[*+]", _tiff),
-    (rb"....ftyp|\0\0\0\x0cjP|\xff\x4f\xff\x51", _boxes),
-    (rb"P[1-7Ff]\s", _netpbm),
-    (rb"#\?", _radiance),
-    (rb"\x59\xa6\x6a\x95", _at(">II", 4)),  # Sun raster
+class _Format(NamedTuple):
+    name: str
+    beginning: bytes  # A regular expression of the first bytes.
+    sizes: Callable[[bytes], Iterator[tuple[int, int]]]
+
+
+_FORMATS = (
+    _Format("JPEG", rb"\xff\xd8", _jpeg),
+    _Format("PNG", rb"\x89PNG\r\n\x1a\n", _at(">II", 16)),
+    _Format("WebP", rb"RIFF....WEBP", _webp),
+    _Format("GIF", rb"GIF8", _at("<HH", 6)),
+    _Format("BMP", rb"BM", _bmp),
+    _Format("TIFF", rb"II[*+]\0|MM\0[*+]", _tiff),
+    _Format("JPEG 2000", rb"\0\0\0\x0cjP|\xff\x4f\xff\x51", _boxes),
+    _Format("boxes", rb"....ftyp", _boxes),  # Which of _BRANDS the boxes say.
+    _Format("PNM", rb"P[1-7Ff]\s", _netpbm),
+    _Format("Radiance", rb"#\?RGBE|#\?RADIANCE", _radiance),
+    _Format("Sun raster", rb"\x59\xa6\x6a\x95", _at(">II", 4)),
 )
+_BRANDS = {"AVIF": {b"avif", b"avis"}, "HEIC": {b"heic", b"heix", b"heim", b"heis", b"mif1"}}
+
+
+def _format(head: bytes) -> _Format | None:
+    found = (one for one in _FORMATS if re.match(one.beginning, head[:16], re.DOTALL))
+    return next(found, None)
