@@ -23,11 +23,11 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from cbam_jax import InputError, data, hub, model_state, preprocessing, runs, steps
-from cbam_jax.datasets.progress import progress as with_progress
 from cbam_jax.foreign_files import read_file, shown
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import IMAGENET
+from cbam_jax.progress import progress as telling
 
 _AHEAD = 2  # Batches whose images are decoded while one is embedded.
 
@@ -232,9 +232,7 @@ class Embedder:
         batches = self._batches(cut, count, batch_size, failed)
         if progress:
             total = -(-count // batch_size)
-            batches = with_progress(
-                batches, "embedding", total=total, unit=f" batches of {batch_size}"
-            )
+            batches = telling(batches, "embedding", total=total, unit=f" batches of {batch_size}")
         params, batch_stats = self._state
         embeddings = steps.embed_batches(
             self._embed_step, params, batch_stats, batches, self._mesh, count

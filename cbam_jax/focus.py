@@ -13,7 +13,7 @@ import numpy as np
 
 from cbam_jax import data, gradcam, steps
 from cbam_jax.datasets import RetrievalDataset
-from cbam_jax.datasets.progress import progress
+from cbam_jax.progress import progress
 from cbam_jax.report_text import gate_name, wrapped
 
 DEFINITIONS = {

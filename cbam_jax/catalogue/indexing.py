@@ -8,8 +8,6 @@ and the same command again ends in the same catalogue.
 import itertools
 import os
 import re
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +22,7 @@ from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 from cbam_jax.catalogue.reading import Read, read_photo
 from cbam_jax.catalogue.sources import Photo, parse_box
 from cbam_jax.catalogue.store import Store
+from cbam_jax.progress import progress as telling
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -32,8 +31,6 @@ BATCH = 256  # Photos of a transaction.
 _AHEAD = 64  # Photos read while a batch is embedded.
 _BYTES = 2**27  # Of a batch's files, beyond which it ends.
 _RACE = 2 * 10**9  # Nanoseconds: a file written later than this before it was read is read again.
-_LOG_SECONDS = 10
-
 
 KINDS = ("new", "changed", "moved", "copies", "unchanged", "unreadable", "refused")
 
@@ -95,10 +92,11 @@ def add_photos(
     """
     counts: Counter[str] = Counter()
     lookout = Lookout(store) if skip_near else None
-    started = time.monotonic()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         batches = read_ahead(pool, photos)
-        for batch in shown(batches, len(photos), started) if progress else batches:
+        if progress:
+            batches = telling(batches, "adding", total=len(photos), unit=" photos", size=len)
+        for batch in batches:
             counts += _write(store, embedder, batch, lookout)
     return counts
 
@@ -183,20 +181,6 @@ def read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[li
     finally:
         for future in waiting:
             future.cancel()
-
-
-def shown(batches: Iterator[list[Read]], total: int, started: float) -> Iterator[list[Read]]:
-    """The batches, telling on stderr how many are done, how fast, and for how long."""
-    done, told = 0, started
-    for batch in batches:
-        yield batch
-        done, now = done + len(batch), time.monotonic()
-        if done == total or sys.stderr.isatty() or now - told > _LOG_SECONDS:
-            told, rate = now, done / max(now - started, 1e-9)
-            line = f"{done} of {total} photos, {rate:.1f} photos/s"
-            line += f", {(total - done) / rate:.0f} s left" if done < total else ""
-            end = "\r" if sys.stderr.isatty() and done < total else "\n"
-            print(f"{line:60}".rstrip() if end == "\n" else f"{line:60}", file=sys.stderr, end=end)
 
 
 def _write(

@@ -5,16 +5,16 @@ transaction at the end: until then searches answer as before. An ended process g
 """
 
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cbam_jax.catalogue.embedders import lasting
-from cbam_jax.catalogue.indexing import SETTLED, embedded, read_ahead, shown
+from cbam_jax.catalogue.indexing import SETTLED, embedded, read_ahead
 from cbam_jax.catalogue.reading import Read
 from cbam_jax.catalogue.sources import Photo
 from cbam_jax.catalogue.store import Store
+from cbam_jax.progress import progress as telling
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -46,7 +46,9 @@ def rebuild(
     photos = [Photo(path, {}, box) for _, path, box in left]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         batches = read_ahead(pool, photos)
-        for batch in shown(batches, len(photos), time.monotonic()) if progress else batches:
+        if progress:
+            batches = telling(batches, "embedding", total=len(photos), unit=" photos", size=len)
+        for batch in batches:
             _collect(store, embedder, batch, ids)
     return _exchange(store, embedder, source)
 

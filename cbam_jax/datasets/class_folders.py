@@ -30,10 +30,10 @@ from cbam_jax.datasets.image_files import (
     tell_copies,
 )
 from cbam_jax.datasets.manifest import ALL, assign_splits
-from cbam_jax.datasets.progress import tell
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.datasets.tables import SPLITS, VALIDATION
 from cbam_jax.foreign_files import shown_names
+from cbam_jax.progress import tell
 
 
 def open_class_folders(

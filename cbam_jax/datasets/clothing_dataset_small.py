@@ -20,9 +20,9 @@ from cbam_jax import InputError
 from cbam_jax.datasets.building import BuilderFromFiles, make_info
 from cbam_jax.datasets.decoding import is_decodable
 from cbam_jax.datasets.download import download
-from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.resizing import shrink
 from cbam_jax.foreign_files import open_regular, read_file, shown
+from cbam_jax.progress import few, progress
 
 COMMIT = "11961516512414bf9f6c150a832cfd21b54a6b54"
 URL = f"https://github.com/alexeygrigorev/clothing-dataset-small/archive/{COMMIT}.tar.gz"

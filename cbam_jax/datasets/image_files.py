@@ -14,8 +14,8 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets import decoding
-from cbam_jax.datasets.progress import few, progress, tell
 from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, open_regular, read_file, shown
+from cbam_jax.progress import few, progress, tell
 
 # Endings that photos have; a file of another one is looked into.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")

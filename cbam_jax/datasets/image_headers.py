@@ -1,7 +1,8 @@
 """What an image file's header says: its format, and how many pixels it claims to have.
 
-Both are read before anything is decoded, and one table says how for each format. A file of a few hundred bytes can claim a billion pixels, and a decoder makes room for what is
-claimed before it finds that nothing follows.
+Both are read before anything is decoded, and one table says how, for each format. A file of a few
+hundred bytes can claim a billion pixels, and a decoder makes room for what is claimed before it
+finds that nothing follows.
 """
 
 import contextlib

@@ -28,10 +28,10 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets.image_files import ImageFiles, good_boxes, good_images, tell_copies
-from cbam_jax.datasets.progress import tell
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.datasets.tables import read_table
 from cbam_jax.foreign_files import shown_names
+from cbam_jax.progress import tell
 
 LABELS = ("label", "item_id", "series")
 ALL = "all"  # The split of every row, unless the column has that name.

@@ -21,10 +21,10 @@ from cbam_jax import InputError
 from cbam_jax.datasets import tfds_without_tensorflow
 from cbam_jax.datasets.building import SKIPPED_LIST
 from cbam_jax.datasets.decoding import decode_image
-from cbam_jax.datasets.progress import few, progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.file_locks import take_lock
 from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_json, read_text, shown
+from cbam_jax.progress import few, progress
 from cbam_jax.whole_files import written_whole
 
 # What users fetch by hand, having signed its agreement.

@@ -20,9 +20,9 @@ from cbam_jax import InputError
 from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, open_dataset, tables
 from cbam_jax.datasets.decoding import decode_image, jpeg_size
 from cbam_jax.datasets.image_files import ImageFiles, good_images
-from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.foreign_files import read_file, read_json
+from cbam_jax.progress import progress
 from cbam_jax.whole_files import written_whole
 
 MANIFEST = "manifest.csv"

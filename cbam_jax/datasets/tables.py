@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from cbam_jax import InputError
-from cbam_jax.datasets.progress import tell
 from cbam_jax.foreign_files import MOST_TABLE, read_file, shown, shown_names
+from cbam_jax.progress import tell
 
 BOX = ("x1", "y1", "x2", "y2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", "item_id", "series", *BOX)

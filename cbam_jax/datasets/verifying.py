@@ -16,9 +16,9 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.datasets import class_folders, decoding, is_folder, is_manifest, manifest
 from cbam_jax.datasets.looks import differing_bits, look_of, small_image
-from cbam_jax.datasets.progress import progress
 from cbam_jax.datasets.tables import read_table
 from cbam_jax.foreign_files import read_file, shown
+from cbam_jax.progress import progress
 
 _SHOWN = 10  # findings of a kind
 # Of two photos that are nearly the same: how many of the 64 bits of their looks differ at most, and

@@ -148,7 +148,7 @@ def image_accuracy(
     predict = jax.jit(lambda state, images: nnx.merge(graph, state)(scaled(images)))
     hits = np.zeros((0, 5), bool)
     # Imported late: a classifier itself needs no datasets.
-    from cbam_jax.datasets.progress import progress
+    from cbam_jax.progress import progress
 
     steps = range(0, len(files), batch_size)
     for start in progress(steps, "classifying", total=len(steps), unit=" batches"):

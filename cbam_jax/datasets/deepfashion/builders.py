@@ -33,8 +33,8 @@ from cbam_jax.datasets.deepfashion.lists import (
     read_attributes,
 )
 from cbam_jax.datasets.deepfashion.paper import draw_paper_splits, manifest_text, write_manifest
-from cbam_jax.datasets.progress import few, progress
 from cbam_jax.foreign_files import read_file
+from cbam_jax.progress import few, progress
 
 Splits = dict[str, list[Photo]]
 

@@ -10,7 +10,7 @@ from cbam_jax.datasets.deepfashion.builders import Copy, config_of, read_copy
 from cbam_jax.datasets.deepfashion.images import MISSING, Look, look_at, low_size, pixel_box
 from cbam_jax.datasets.deepfashion.layout import BENCHMARKS, Layout
 from cbam_jax.datasets.deepfashion.lists import Photo, read_attributes
-from cbam_jax.datasets.progress import progress
+from cbam_jax.progress import progress
 
 _SHOWN = 10  # findings of a kind, unless all are asked for
 

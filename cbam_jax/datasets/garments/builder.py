@@ -21,7 +21,7 @@ from cbam_jax import InputError
 from cbam_jax.datasets.building import make_info
 from cbam_jax.datasets.garments.drawing import CATEGORIES, DOMAINS, draw_garment
 from cbam_jax.datasets.garments.textiles import TEXTILES
-from cbam_jax.datasets.progress import progress
+from cbam_jax.progress import progress
 
 # A split's items are numbered from here, so that more items in one split change no other split.
 FIRST_ITEM = {"train": 0, "validation": 100_000, "test": 200_000}

@@ -7,8 +7,8 @@ from pathlib import Path
 from cbam_jax import InputError
 from cbam_jax.datasets.garments.builder import SyntheticGarmentsConfig, make_example
 from cbam_jax.datasets.garments.drawing import CATEGORIES
-from cbam_jax.datasets.progress import progress
 from cbam_jax.foreign_files import shown
+from cbam_jax.progress import progress
 from cbam_jax.whole_files import written_whole
 
 
