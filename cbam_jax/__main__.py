@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": ("cbam_jax.runs", "measure a trained run: metrics, figures, a page"),
     "export": ("cbam_jax.hub", "write a run as a folder that others can load"),
     "catalogue": ("cbam_jax.catalogue.commands", "find the photos of a shop that look alike"),
+    "embed": ("cbam_jax.catalogue.shards.commands", "embed one part of many photos, on a cluster"),
     "datasets": ("cbam_jax.datasets.__main__", "prepare, check or shrink a dataset"),
     "models": ("cbam_jax.model_list", "list the models, what each costs and its weights"),
     "pretrained": ("cbam_jax.pretrained.__main__", "convert and check pretrained weights"),

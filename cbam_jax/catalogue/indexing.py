@@ -31,6 +31,8 @@ BATCH = 256  # Photos of a transaction.
 _AHEAD = 64  # Photos read while a batch is embedded.
 _BYTES = 2**27  # Of a batch's files, beyond which it ends.
 _RACE = 2 * 10**9  # Nanoseconds: a file written later than this before it was read is read again.
+Key = tuple[bytes | None, str]
+Found = tuple[bytes | None, str | None]  # An embedding, or why there is none.
 
 KINDS = ("new", "changed", "moved", "copies", "unchanged", "unreadable", "refused")
 
@@ -189,26 +191,49 @@ def _write(
     """One batch: decide where each embedding comes from, embed what is new, write all at once."""
     known = _known(store, batch)
     fresh = embedded(embedder, [read for read in batch if _key(read) not in known])
+    return put(store, embedder.fingerprint, batch, fresh, known=known, lookout=lookout)
+
+
+def put(
+    store: Store,
+    fingerprint: str,
+    batch: Sequence[Read],
+    fresh: dict[Key, Found],
+    *,
+    known: dict[Key, Found] | None = None,
+    lookout: Lookout | None = None,
+    moves: bool = True,
+) -> Counter[str]:
+    """Write one batch at once; of how many became what.
+
+    Args:
+        store: the catalogue.
+        fingerprint: of the model that embedded them.
+        batch: files that were read.
+        fresh: their embeddings, or problems, by hash and box.
+        known: those that the catalogue has already; None: they are looked up.
+        lookout: finds what is nearly the same, and refuses it.
+        moves: take a content that is known, and whose file is not there, to have been moved.
+    """
+    known = _known(store, batch) if known is None else known
     counts: Counter[str] = Counter()
     with store.transaction():
-        check_fingerprint(store, embedder)  # Another process may have embedded all anew.
+        check_fingerprint(store, fingerprint)  # Another process may have embedded all anew.
         for read in batch:
-            counts[_write_one(store, read, known, fresh, lookout)] += 1
+            counts[_write_one(store, read, known, fresh, lookout, moves)] += 1
     return counts
 
 
 # Not what was refused as nearly the same: another time it may be wanted.
 SETTLED = "(embedding IS NOT NULL OR problem NOT LIKE 'nearly %')"
-_Key = tuple[bytes | None, str]
-_Found = tuple[bytes | None, str | None]  # An embedding, or why there is none.
 
 
-def _key(read: Read) -> _Key:
+def _key(read: Read) -> Key:
     """What an embedding depends on: the file's content, and the part of it that is used."""
     return read.hash, read.photo.box
 
 
-def _known(store: Store, batch: Sequence[Read]) -> dict[_Key, _Found]:
+def _known(store: Store, batch: Sequence[Read]) -> dict[Key, Found]:
     """Embeddings, or problems, of contents that the catalogue has already."""
     known = {}
     for read in batch:
@@ -221,9 +246,9 @@ def _known(store: Store, batch: Sequence[Read]) -> dict[_Key, _Found]:
     return known
 
 
-def embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[_Key, _Found]:
+def embedded(embedder: "Embedder", reads: Sequence[Read]) -> dict[Key, Found]:
     """Embeddings, or problems, of files that were read, by hash and box, each embedded once."""
-    found: dict[_Key, _Found] = {}
+    found: dict[Key, Found] = {}
     unique = {_key(read): read for read in reads if read.problem is None}
     for boxed in (False, True):
         some = [read for read in unique.values() if bool(read.photo.box) == boxed]
@@ -252,16 +277,17 @@ def reason(text: str) -> str:
 def _write_one(
     store: Store,
     read: Read,
-    known: dict[_Key, _Found],
-    fresh: dict[_Key, _Found],
+    known: dict[Key, Found],
+    fresh: dict[Key, Found],
     lookout: Lookout | None,
+    moves: bool,
 ) -> str:
     """Insert or update a photo's row; return what became of it."""
     here = store.rows(f"SELECT {_ROW} FROM item WHERE path = ?", [read.photo.path])
     if here and read.hash is None:
         return "unreadable"  # What is known of a file stays, though it cannot be read now.
     embedding, problem = known.get(_key(read)) or fresh.get(_key(read), (None, read.problem))
-    old = here or (_gone(store, read) if embedding else [])
+    old = here or (_gone(store, read) if embedding and moves else [])
     kind = _kind(read, here, old, known)
     if lookout and embedding and kind not in ("unchanged", "moved"):
         problem = lookout.like(old[0][0] if old else None, read.look, embedding)
@@ -300,7 +326,7 @@ def _gone(store: Store, read: Read) -> list[tuple]:
     return [row for row in rows if not os.path.exists(row[5])][:1]
 
 
-def _kind(read: Read, here: list[tuple], old: list[tuple], known: dict[_Key, _Found]) -> str:
+def _kind(read: Read, here: list[tuple], old: list[tuple], known: dict[Key, Found]) -> str:
     if here and here[0][1:3] == _key(read):
         return "unchanged" if here[0][4] else "new"
     if here:
