@@ -178,9 +178,11 @@ MAY_IMPORT = {
     },
     "catalogue": {
         "command_line",
+        "data",
         "datasets",
         "embedder",
         "foreign_files",
+        "gradcam",
         "pages",
         "pretrained",
         "progress",

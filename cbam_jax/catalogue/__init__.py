@@ -6,6 +6,7 @@
 * ``store`` first: the file, which is the truth, and its transactions;
 * ``sources``, ``reading``, ``near`` and ``indexing``: from what is given to rows of the file;
 * ``embedders``, ``gallery``, ``filters``, ``queries`` and ``nearest``: from a query to neighbours;
+* ``alike``: why two photos are alike;
 * ``checks``, ``rebuilding`` and ``doctor``: whether all is well, and another model;
 * ``catalogue``: all of it as one object, `Catalogue`;
 * ``commands``, ``printing`` and ``contact_sheets``: what is typed, and what is answered;

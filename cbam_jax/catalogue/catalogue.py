@@ -14,14 +14,17 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import checks, embedders, indexing, queries, shards, sources
+from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
 from cbam_jax.catalogue.filters import Where, check_names, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
 from cbam_jax.catalogue.near import duplicates
 from cbam_jax.catalogue.nearest import nearest
 from cbam_jax.catalogue.queries import Part
+from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.rebuilding import rebuild
 from cbam_jax.catalogue.store import Store, damaged
+from cbam_jax.foreign_files import read_file
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -285,6 +288,38 @@ class Catalogue:
             self._neighbours(gallery, distances, places, set(ids), k, max_distance)
             for (distances, places), ids in zip(found, own, strict=True)
         ]
+
+    def why(
+        self,
+        query: str | os.PathLike | bytes | int,
+        result: int,
+        box: Sequence[float] | None = None,
+    ) -> Alike:
+        """Two photos, and where either is like the other to the model; see `alike.pair_heat`.
+
+        Args:
+            query: a photo's path or bytes, or an id.
+            result: the id of a photo.
+            box: ``x1, y1, x2, y2``, the part of a query that is no id, in pixels.
+
+        Raises:
+            InputError: an id that is not there, a file that cannot be read.
+        """
+        return pair_heat(self.embedder, self._photo(query, box), self._photo(result))
+
+    def _photo(self, part: Any, box: Sequence[float] | None = None) -> Photo:
+        """A photo's file, and the part of it that was embedded."""
+        if isinstance(part, bytes):
+            return Photo(part, box)
+        name = "the photo"
+        if isinstance(part, int):
+            path, name = self.item(part).path, f"photo {part}"
+            ((text,),) = self.store.rows("SELECT box FROM item WHERE id = ?", [part])
+            part, box = path, sources.parse_box(text) if text else None
+        try:
+            return Photo(read_file(part, LARGEST), box, name)
+        except (InputError, OSError):
+            raise InputError(f"{name}: its file cannot be read") from None
 
     def items(self, where: Where = None) -> Iterator[Item]:
         """The photos, by id, also those that could not be read."""

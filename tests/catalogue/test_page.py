@@ -4,8 +4,11 @@ import contextlib
 import shutil
 import threading
 
+import numpy as np
 import pytest
 from fakes import FakeEmbedder, make_shop
+
+from cbam_jax.catalogue.alike import Alike
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'cbam_jax[serve]'")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -26,6 +29,10 @@ def address(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("shop")
     make_shop(folder)
+    image, heat = np.full((64, 48, 3), 120, np.uint8), np.eye(64, 48, dtype=np.float32)
+    alike = Alike(image, image, heat, heat)
+    patch = pytest.MonkeyPatch()
+    patch.setattr("cbam_jax.catalogue.catalogue.pair_heat", lambda *_: alike)
     listening = server.bound("127.0.0.1", 0)
     app = server.create_app(folder / "shop.db", FakeEmbedder(), hosts={"127.0.0.1"})
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -35,6 +42,7 @@ def address(tmp_path_factory):
     running.should_exit = True
     thread.join()
     listening.close()
+    patch.undo()
 
 
 @contextlib.contextmanager
@@ -96,8 +104,21 @@ def test_a_photo_is_chosen_boxed_filtered_clicked_and_enlarged(address, width, s
         page.locator(".more").first.focus()
         page.keyboard.press("Enter")
         assert page.locator("#large").is_visible()
+        page.keyboard.press("Tab")  # From the first button to the second, and back.
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Enter")
+        wait(page, "document.getElementById('why-text').innerText.startsWith('Red: the parts')")
+        for name in ("query", "result"):
+            wait(page, f"document.getElementById('why-{name}').naturalWidth === 48")
+        assert not page.locator("#large-photo").is_visible()
+        assert page.evaluate("document.activeElement.id") == "ask-why"
+        assert page.evaluate("document.documentElement.scrollWidth") == width
         page.keyboard.press("Escape")
         assert not page.locator("#large").is_visible()
+        page.locator(".more").nth(1).press("Enter")
+        assert page.locator("#large-photo").is_visible()
+        assert not page.locator("#why").is_visible()
+        page.keyboard.press("Escape")
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert (errors, hosts) == ([], {url.split("/")[2]})
 

@@ -1,5 +1,6 @@
 """What the server answers, and what it refuses."""
 
+import base64
 import threading
 import zlib
 
@@ -10,13 +11,14 @@ from fakes import FakeEmbedder, make_shop, write_photo
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue
+from cbam_jax.catalogue.alike import Alike
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'cbam_jax[serve]'")
 pytest.importorskip("httpx2", reason="HTTPX is not installed: pip install 'cbam_jax[test]'")
 from starlette.testclient import TestClient
 
 from cbam_jax.catalogue import server
-from cbam_jax.catalogue.server import finding, uploads
+from cbam_jax.catalogue.server import explaining, finding, uploads
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,68 @@ def test_new_stock_is_found_at_once(client, folder):
     assert len(pairs(client.post("/search?k=50", content=new.read_bytes()))) == 12
 
 
+@pytest.fixture
+def alike(monkeypatch):
+    """What a model would say of a pair: bright on the left, nothing where both are one photo."""
+
+    def pair_heat(embedder, query, result):
+        heat = np.zeros((64, 48), np.float32)
+        if query.content != result.content:
+            heat[:, :24] = 1
+        pictures = [np.full((64, 48, 3), shade, np.uint8) for shade in (60, 200)]
+        return Alike(*pictures, heat, heat)
+
+    monkeypatch.setattr("cbam_jax.catalogue.catalogue.pair_heat", pair_heat)
+
+
+def test_why_two_are_alike_is_two_pictures(client, photos, alike):
+    for answer in (
+        client.post("/items/5/why?query=3"),
+        client.post("/items/5/why", content=photos[2].read_bytes()),
+    ):
+        assert answer.status_code == 200
+        found = answer.json()
+        assert found.keys() == {"query", "result", "empty"}
+        assert not found["empty"]
+        images = [
+            cv2.imdecode(np.frombuffer(base64.b64decode(found[n]), np.uint8), 1).astype(int)
+            for n in ("query", "result")
+        ]
+        for image in images:  # Blue, green, red.
+            assert image[30, 10, 2] > image[30, 10, 0]
+            assert image[30, 40, 0] > image[30, 40, 2]
+        assert (images[1] - images[0]).mean() > 50
+    assert client.post("/items/3/why?query=3").json()["empty"]
+
+
+@pytest.mark.parametrize(
+    ("address", "content", "status", "message"),
+    [
+        ("/items/99/why?query=3", None, 400, "no photo 99"),
+        ("/items/3/why?query=99", None, 400, "no photo 99"),
+        ("/items/3/why", b"<html>", 400, "this is no photo"),
+        ("/items/3/why?query=1&box=1", None, 400, "box=1: give x1,y1,x2,y2"),
+        ("/items/3/why?query=99999999999999999999", None, 422, "query query"),
+        ("/items/..%2f3/why?query=1", None, 404, "not found"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_line(client, alike, address, content, status, message):
+    answer = client.post(address, content=content)
+    assert (answer.status_code, list(answer.json())) == (status, ["error"])
+    assert message in answer.json()["error"]
+    assert "shop.db" not in answer.json()["error"]
+
+
+def test_a_pair_whose_file_is_gone_is_told_without_its_path(client, photos, alike):
+    content = photos[4].read_bytes()
+    photos[4].unlink()
+    try:
+        answer = client.post("/items/5/why?query=1")
+        assert answer.json() == {"error": "photo 5: its file cannot be read"}
+    finally:
+        photos[4].write_bytes(content)
+
+
 def huge_png(side):
     """The header of an image of so many pixels a side, and little behind it."""
 
@@ -185,7 +249,7 @@ def test_every_answer_forbids_what_the_page_does_not_need(client):
     assert "http" not in page.replace("<!doctype html>", "")
     assert "style=" not in page
     assert client.get("/openapi.json").json()["paths"].keys() == {
-        "/search", "/health", "/categories", "/items/{id}", "/items/{id}/photo",
+        "/search", "/health", "/categories", "/items/{id}", "/items/{id}/photo", "/items/{id}/why",
     }  # fmt: skip
 
 
@@ -216,6 +280,29 @@ def test_when_too_many_wait_they_are_told(folder, photos, monkeypatch):
     go.set()
     assert first.result(30)[0].id == second.result(30)[0].id == 1
     finder.close()
+
+
+def test_when_too_many_ask_why_they_are_told(folder, monkeypatch):
+    monkeypatch.setattr(explaining, "_WAITING", 1)
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(embedder, query, result):
+        begun.set()
+        go.wait(30)
+        return Alike(*np.zeros((2, 4, 4, 3), np.uint8), *np.zeros((2, 4, 4), np.float32))
+
+    monkeypatch.setattr("cbam_jax.catalogue.catalogue.pair_heat", slow)
+    explainer = explaining.Explainer(folder / "shop.db", FakeEmbedder())
+    first = explainer.explain(explaining.Pair(1, None, 2))
+    begun.wait(30)
+    second = explainer.explain(explaining.Pair(1, None, 99))
+    with pytest.raises(finding.Busy):
+        explainer.explain(explaining.Pair(1, None, 3))
+    go.set()
+    assert first.result(30)["empty"]
+    with pytest.raises(InputError, match="no photo 99"):
+        second.result(30)
+    explainer.close()
 
 
 def test_an_embedder_that_fails_is_told_and_the_next_is_answered(folder, photos):

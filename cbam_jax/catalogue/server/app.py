@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cbam_jax import InputError, __version__
 from cbam_jax.catalogue.catalogue import Catalogue, Item
 from cbam_jax.catalogue.reading import LARGEST
+from cbam_jax.catalogue.server.explaining import Explainer, Pair
 from cbam_jax.catalogue.server.finding import Busy, Finder, Search
 from cbam_jax.catalogue.server.uploads import Guard, check_photo
 from cbam_jax.catalogue.sources import parse_box
@@ -34,6 +35,7 @@ _PAGE = {
     "page.js": "text/javascript; charset=utf-8",
 }
 _SECONDS = 60  # That an answer may take.
+_COMPILING = 120  # That the first heat maps may take, whose programs are compiled.
 _CATEGORIES = 200  # In the page's list, at most.
 
 
@@ -54,12 +56,13 @@ def create_app(
 
     with Catalogue.open(path, embedder, create=False):
         pass
-    finder = Finder(path, embedder)
+    finder, explainer = Finder(path, embedder), Explainer(path, embedder)
 
     @asynccontextmanager
     async def life(_: Any) -> AsyncIterator[None]:
         yield
         finder.close()
+        explainer.close()
 
     # The pages of documentation would fetch scripts from elsewhere; /openapi.json is enough.
     app = FastAPI(
@@ -72,6 +75,7 @@ def create_app(
     _add_errors(app, Path(path))
     _add_page(app)
     _add_search(app, finder)
+    _add_why(app, explainer)
     _add_items(app, Path(path))
     return Guard(app, hosts)
 
@@ -156,6 +160,29 @@ def _add_search(app: "FastAPI", finder: Finder) -> None:
                 for n in found
             ]
         }
+
+
+def _add_why(app: "FastAPI", explainer: Explainer) -> None:
+    from fastapi import Path as InPath
+    from fastapi import Query, Request
+
+    @app.post("/items/{id}/why")
+    async def why(
+        request: Request,
+        id: Annotated[int, InPath(ge=1, lt=2**63)],
+        query: Annotated[int | None, Query(description="its id", ge=1, lt=2**63)] = None,
+        box: Annotated[str | None, Query(description="x1,y1,x2,y2 of what is sent")] = None,
+    ) -> dict[str, Any]:
+        """Show where a photo is like another, that of an id or the image file in the body.
+
+        ``query`` and ``result`` are JPEG in base64, each photo with its heat laid over it, from
+        blue, which counts little, to red; ``empty`` says that no place stands out.
+        """
+        photo = query if query is not None else await request.body()
+        if isinstance(photo, bytes):
+            check_photo(photo)
+        future = explainer.explain(Pair(photo, parse_box(box) if box else None, id))
+        return await asyncio.wait_for(asyncio.wrap_future(future), _COMPILING)
 
 
 def _add_items(app: "FastAPI", path: Path) -> None:

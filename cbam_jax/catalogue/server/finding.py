@@ -72,7 +72,7 @@ class Finder:
                 batch, end = self._batch(first)
                 embeddings = self._embedded(batch)
                 for (search, future), embedding in zip(batch, embeddings, strict=True):
-                    _answer(future, lambda s=search, e=embedding: _found(catalogue, s, e))
+                    answer(future, lambda s=search, e=embedding: _found(catalogue, s, e))
                 if end:
                     return
 
@@ -113,7 +113,8 @@ def _found(catalogue: Catalogue, search: Search, embedding) -> list[Neighbour]:
     return catalogue.find(query, search.k, where=search.where or None)
 
 
-def _answer(future: Future, function: Callable[[], list[Neighbour]]) -> None:
+def answer(future: Future, function: Callable[[], Any]) -> None:
+    """Do what a future is of, unless nobody waits for it any more."""
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(function())

@@ -59,11 +59,47 @@ function card(n, rank) {
   return item;
 }
 
+let large = null, asking = false;
 function enlarge(n) {
+  large = n;
+  at("why").hidden = true;
+  at("large-photo").hidden = asking = false;
+  at("why-text").textContent = "";
   at("large-photo").src = "/items/" + n.id + "/photo?size=1600";
   at("large-photo").alt = "Photo " + n.id;
   at("large-text").textContent = n.name + (known(n.payload) ? ": " + known(n.payload) : "");
   at("large").showModal();
+}
+
+// Both photos, coloured by how much each part counts for their likeness.
+async function explain() {
+  if (asking) return;
+  asking = true;  // The button keeps the focus.
+  const n = large, query = new URLSearchParams();
+  if (id !== null) query.set("query", id);
+  else if (box) query.set("box", inPixels(box).join(","));
+  at("why-text").textContent = "Looking; the first time takes a while ...";
+  let text;
+  try {
+    const body = id === null ? photo : undefined;
+    const found = await answer("/items/" + n.id + "/why?" + query, { method: "POST", body });
+    if (n !== large) return;
+    for (const name of ["query", "result"]) picture(at("why-" + name), found[name]);
+    at("why").hidden = false;
+    at("large-photo").hidden = true;
+    text = found.empty ? "No part stands out: to the model the two are all alike." :
+      "Red: the parts that make the two look alike to the model. Blue: parts that count little.";
+  } catch (error) {
+    text = error.message;
+    asking = n !== large && asking;
+  }
+  if (n === large) at("why-text").textContent = text;
+}
+
+function picture(image, base64) {
+  const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
+  URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
 }
 
 function preview(source) {
@@ -147,6 +183,8 @@ at("box").onkeydown = (event) => {
   }
 };
 at("begin-box").onclick = () => { setBox([0.2, 0.2, 0.8, 0.8]); at("box").focus(); find(); };
+at("ask-why").onclick = explain;
+at("large").onclose = () => { large = null; };
 at("clear").onclick = () => { setBox(null); find(); };
 at("category").onchange = at("k").onchange = find;
 at("file").onchange = () => take(at("file").files[0]);
