@@ -19,7 +19,6 @@ from cbam_jax.catalogue.filters import Where, check_names, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
 from cbam_jax.catalogue.near import duplicates
-from cbam_jax.catalogue.nearest import nearest
 from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.rebuilding import rebuild
@@ -273,7 +272,7 @@ class Catalogue:
         if k < 1:
             raise InputError(f"k={k}: give at least 1")
         gallery = self.gallery
-        if not len(gallery.ids):
+        if not len(gallery):
             raise InputError(
                 f"{self.store.path} has no photo that can be found: add some with "
                 f"`cbam-jax catalogue add {shlex.quote(str(self.store.path))} PHOTOS`"
@@ -283,10 +282,10 @@ class Catalogue:
         embeddings = self._embeddings(gallery, asked, boxes, unlike)
         # What was asked for by its id is left out: k more are found in its place.
         more = k + max(map(len, own), default=0)
-        found = nearest(embeddings, gallery.embeddings, more, squares=gallery.squares, rows=rows)
+        found = gallery.nearest(embeddings, more, rows)
         return [
-            self._neighbours(gallery, distances, places, set(ids), k, max_distance)
-            for (distances, places), ids in zip(found, own, strict=True)
+            self._neighbours(gallery, distances, numbers, set(ids), k, max_distance)
+            for (distances, numbers), ids in zip(found, own, strict=True)
         ]
 
     def why(
@@ -416,13 +415,13 @@ class Catalogue:
         self,
         gallery: Gallery,
         distances: np.ndarray,
-        places: np.ndarray,
+        numbers: np.ndarray,
         own: set[int],
         k: int,
         max_distance: float | None,
     ) -> list[Neighbour]:
         found = []
-        for distance, number in zip(distances.tolist(), gallery.ids[places].tolist(), strict=True):
+        for distance, number in zip(distances.tolist(), numbers.tolist(), strict=True):
             near = max_distance is None or distance <= max_distance
             if near and number not in own and len(found) < k:
                 item = self._item(number)

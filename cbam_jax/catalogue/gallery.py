@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cbam_jax.catalogue.nearest import LARGEST_NUMBER, squared_norms
+from cbam_jax.catalogue.nearest import LARGEST_NUMBER, nearest, squared_norms
 from cbam_jax.catalogue.store import Store, damaged
 from cbam_jax.foreign_files import open_regular
 from cbam_jax.whole_files import written_whole
@@ -43,6 +43,26 @@ class Gallery:
     def squares(self) -> np.ndarray:
         """Squared norms of the embeddings, [n] float32; a copy beside the file has them too."""
         return squared_norms(self.embeddings)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of an embedding, d."""
+        return self.embeddings.shape[1]
+
+    def embedding(self, number: int) -> np.ndarray | None:
+        """The embedding [d] of a photo, None where it has none."""
+        rows = self.rows([number])
+        return np.array(self.embeddings[rows[0]]) if len(rows) else None
+
+    def nearest(
+        self, queries: np.ndarray, k: int, rows: np.ndarray | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each query the distances and the ids of the k nearest; see `nearest.nearest`."""
+        found = nearest(queries, self.embeddings, k, squares=self.squares, rows=rows)
+        return [(distances, self.ids[places]) for distances, places in found]
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The positions of those of the ids that have an embedding, ascending."""

@@ -128,15 +128,15 @@ def _without_model(part: Part, gallery: Gallery) -> np.ndarray | None:
     if isinstance(part, np.ndarray):
         return _checked(part, gallery)
     if isinstance(part, int | np.integer) and not isinstance(part, bool):
-        rows = gallery.rows([int(part)]) if -(2**63) <= part < 2**63 else []
-        if not len(rows):
+        row = gallery.embedding(int(part)) if -(2**63) <= part < 2**63 else None
+        if row is None:
             raise InputError(f"no photo {part} with an embedding is in the catalogue")
-        return np.array(gallery.embeddings[rows[0]])
+        return row
     return None
 
 
 def _checked(embedding: np.ndarray, gallery: Gallery) -> np.ndarray:
-    dimension = gallery.embeddings.shape[1]
+    dimension = gallery.dimension
     if embedding.shape != (dimension,) or not np.issubdtype(embedding.dtype, np.floating):
         raise InputError(
             f"an embedding of {embedding.dtype} {list(embedding.shape)}, and those of the "
