@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from cbam_jax.sharding import rows_spec, with_auto_axes
+
 # Below this share of |x|^2 + |y|^2, cancellation eats the leading digits of the product form
 # |x|^2 + |y|^2 - 2 xy (relative rounding about 1e-6), so such pairs are computed from x - y.
 _NEAR = 2.0**-8
@@ -18,7 +20,8 @@ def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     """Scales vectors to unit Euclidean length, along the last axis.
 
     A vector shorter than ``eps`` is divided by ``eps`` instead (``torch.nn.functional.normalize``
-    does the same), so that zero stays zero, with a finite gradient.
+    does the same), so that zero stays zero, with a finite gradient. A vector with a NaN or an
+    infinity becomes NaN, all of it.
 
     Args:
       x: ``[..., d]``, any float dtype.
@@ -41,8 +44,9 @@ def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
     scale = jnp.where(largest > 0, largest, 1.0)
     squared = jnp.sum(jnp.square(x / scale), axis=-1, keepdims=True)
-    length = scale * jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
-    return x / jnp.where(squared > 0, jnp.maximum(length, eps), eps)
+    zero = squared <= 0  # Not the opposite of squared > 0: NaN stays NaN.
+    length = scale * jnp.sqrt(jnp.where(zero, 1.0, squared))
+    return x / jnp.where(zero, eps, jnp.maximum(length, eps))
 
 
 def pairwise_distances(x: jax.Array, y: jax.Array, squared: bool = False) -> jax.Array:
@@ -52,7 +56,8 @@ def pairwise_distances(x: jax.Array, y: jax.Array, squared: bool = False) -> jax
     moved by the mean of ``y``, which changes no distance and shortens the norms, and pairs that are
     near each other for their norms are computed from their difference. Rows that are equal have
     distance exactly 0. The gradient at distance 0 is 0 (the subgradient of least norm). The result
-    is never NaN for finite input whose squared distances fit float32.
+    is never NaN for finite input whose squared distances fit float32; distances to a row with a NaN
+    are NaN, those to a row with an infinity are not finite, and the other rows' are as without it.
 
     Args:
       x: ``[n, d]``, any float dtype.
@@ -80,13 +85,20 @@ def pairwise_distances(x: jax.Array, y: jax.Array, squared: bool = False) -> jax
         )
     if 0 in (*x.shape, *y.shape):
         return jnp.zeros((x.shape[0], y.shape[0]), jnp.float32)
-    center = jax.lax.stop_gradient(jnp.mean(y, axis=0, keepdims=True))
-    squares = _squared_distances(same, x, y, center)
+    find = functools.partial(_distances, same, squared)
+    return with_auto_axes(find, (x, y), rows_spec(x, y))(x, y)
+
+
+def _distances(same: bool, squared: bool, x: jax.Array, y: jax.Array) -> jax.Array:
+    # Of what is finite: one row that is not would make all distances NaN.
+    center = jnp.mean(jnp.where(jnp.isfinite(y), y, 0.0), axis=0, keepdims=True)
+    squares = _squared_distances(same, x, y, jax.lax.stop_gradient(center))
     if squared:
         return squares
-    # Double where: the root's gradient at 0 is infinite, and infinity times 0 is NaN.
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+    # Double where: the root's gradient at 0 is infinite, and infinity times 0 is NaN. Not by
+    # squares > 0, which a NaN is not either.
+    zero = squares <= 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squares)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -98,7 +110,8 @@ def _squared_distances(same: bool, x: jax.Array, y: jax.Array, center: jax.Array
     if same:
         # The diagonal is known: it must not send every batch down the slower path.
         diagonal = jnp.eye(x.shape[0], dtype=bool)
-        squares, near = jnp.where(diagonal, 0.0, squares), near & ~diagonal
+        # 0 times the norm: where that is not finite, neither is the distance.
+        squares, near = jnp.where(diagonal, 0.0 * norms, squares), near & ~diagonal
     return _refine(x, y, squares, near)
 
 

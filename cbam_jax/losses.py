@@ -3,6 +3,7 @@
 Static shapes, no index lists.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from cbam_jax.distances import pairwise_distances
+from cbam_jax.sharding import with_auto_axes
 
 MININGS = ("batch_hard", "semi_hard", "batch_all")
 # Of batch_all, whose [b, b, b] matrix is never whole in memory: the most anchors in a step, and the
@@ -45,7 +47,8 @@ def triplet_loss(
       memory of n places with (b + n)^2 and b (b + n)^2.
 
     Without any valid anchor the loss is 0. The gradient is finite everywhere, and 0 through a pair
-    at distance 0, so embeddings that are all equal get none.
+    at distance 0, so embeddings that are all equal get none. An embedding that is not finite makes
+    the loss NaN, whichever triplets were mined.
 
     With a ``memory`` of earlier batches' embeddings (cross-batch memory, Wang et al. 2020) anchors
     are the batch's, and "the batch" of which positives and negatives are chosen is the batch and
@@ -91,7 +94,12 @@ def triplet_loss(
     """
     margin = _checked_number(margin, "margin", "a number of at least 0", lambda m: m >= 0)
     _check(embeddings, labels, mining)
-    labels = jnp.asarray(labels)
+    arrays = jnp.asarray(embeddings), jnp.asarray(labels), memory
+    mined = functools.partial(_triplet_loss, margin=None if soft else margin, mining=mining)
+    return with_auto_axes(mined, arrays)(*arrays)
+
+
+def _triplet_loss(embeddings, labels, memory, *, margin, mining):
     distances = pairwise_distances(embeddings, embeddings)
     same = labels[:, None] == labels[None, :]
     positive, negative = same & ~jnp.eye(labels.shape[0], dtype=bool), ~same
@@ -103,10 +111,13 @@ def triplet_loss(
     positive, negative = positive & valid[:, None], negative & valid[:, None]
 
     mine = {"batch_hard": _batch_hard, "semi_hard": _semi_hard, "batch_all": _batch_all}[mining]
-    loss, stats = mine(distances, positive, negative, None if soft else margin)
+    loss, stats = mine(distances, positive, negative, margin)
+    # What no triplet was mined of counts as well, once it is not finite.
+    loss += _nan_unless_finite(embeddings)
     stats["valid_anchors"] = jnp.mean(valid.astype(jnp.float32))
     stats["embedding_spread"] = _spread(embeddings)
     if memory is not None:
+        loss += _nan_unless_finite(jnp.where(memory[2][:, None], memory[0], 0))
         stats["memory_filled"] = jnp.mean(memory[2].astype(jnp.float32))
     return loss, {name: jax.lax.stop_gradient(value) for name, value in stats.items()}
 
@@ -143,7 +154,8 @@ def cross_entropy_loss(
     log_probability = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
     correct = jnp.take_along_axis(log_probability, labels[:, None], axis=1)[:, 0]
     per_row = (1 - label_smoothing) * correct + label_smoothing * jnp.mean(log_probability, axis=1)
-    accuracy = jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(jnp.float32))
+    right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)
+    accuracy = jnp.mean(right + _nan_unless_finite(logits))
     return -jnp.mean(per_row), {"accuracy": jax.lax.stop_gradient(accuracy)}
 
 
@@ -200,7 +212,7 @@ def collapse_warning(
       soft: The ``soft`` it was given.
 
     Returns:
-      The line, or None where all is well or the batch had no valid anchor.
+      The line, or None where all is well, the spread is NaN, or the batch had no valid anchor.
 
     Example:
       >>> _, stats = triplet_loss(jnp.ones((4, 8)), jnp.array([0, 0, 1, 1]))
@@ -209,7 +221,8 @@ def collapse_warning(
     """
     spread = float(stats["embedding_spread"])
     pinned = math.log(2.0) if soft else margin
-    if float(stats["valid_anchors"]) == 0 or spread >= 0.01 * (1.0 if soft else margin):
+    collapsed = spread < 0.01 * (1.0 if soft else margin)  # Nothing is said of NaN.
+    if float(stats["valid_anchors"]) == 0 or not collapsed:
         return None
     return (
         f"embeddings have collapsed: spread {spread:.1e}, the loss is pinned at {pinned:.3f}; "
@@ -292,6 +305,11 @@ def _active(to_positive, to_negative, margin):
 def _masked_mean(values, mask):
     total = jnp.sum(jnp.where(mask, values, 0.0))
     return total / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+
+
+def _nan_unless_finite(x):
+    """0, or NaN where an entry is NaN or infinite."""
+    return jnp.sum(0.0 * jax.lax.stop_gradient(x).astype(jnp.float32))
 
 
 def _spread(embeddings):

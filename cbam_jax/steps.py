@@ -2,10 +2,13 @@
 
 The only jit boundaries of training. A model is split once into a graph definition and its state;
 the state is donated to the step and merged inside, which costs a sixth of ``nnx.jit``'s Python
-time a call. The batch is sharded over the mesh's one axis ``data`` and everything else is
-replicated, so that mining and BatchNorm see the global batch: n devices give the loss of one.
+time a call. The batch is sharded over the mesh's axis ``data`` (its first, where none is called so)
+and everything else is replicated, so that mining and BatchNorm see the global batch: n devices give
+the loss of one. The mesh may be `data_mesh` or one's own, its axes Auto or Explicit.
 """
 
+import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cbam_jax import model_state
 from cbam_jax.compiler_options import compiler_options
+from cbam_jax.sharding import batch_spec, with_auto_axes
 
 OPTIMIZERS = ("sgd", "adamw")
 # Parameters under these names are never in a pretrained backbone.
@@ -78,7 +83,7 @@ def to_devices(batches: Iterable[Batch], mesh: Mesh, depth: int = 2) -> Iterator
 
     Transfers are asynchronous, so that they overlap with the step that is running.
     """
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, batch_spec(mesh))
     queue: deque[Batch] = deque()
     for batch in batches:
         queue.append(
@@ -194,6 +199,38 @@ def _remember(memory: Memory, embeddings: jax.Array, labels: jax.Array, enters: 
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new])[len(new) :], memory, new)
 
 
+class Step:
+    """A function of arrays, jitted; inside ``jit``, ``scan`` or ``grad`` it is the function itself.
+
+    (JAX refuses compiler options in a ``jit`` within another.) ``__wrapped__`` is the function,
+    ``lower`` that of ``jax.jit``.
+    """
+
+    def __init__(self, function: Callable[..., Any], mesh: Mesh | None, **options: Any):
+        @functools.wraps(function)
+        def placed(*arrays: Any) -> Any:
+            return with_auto_axes(function, arrays)(*arrays)
+
+        functools.update_wrapper(self, placed)
+        self._function = placed
+        self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        options |= {"out_shardings": self._whole, "compiler_options": compiler_options()}
+        self._jitted = jax.jit(placed, **options)
+
+    def __call__(self, *arrays: Any) -> Any:
+        """Call the function, compiled unless some array is a tracer."""
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
+            return self._jitted(*arrays)
+        results = self._function(*arrays)
+        if self._whole is None or self._whole.mesh.explicit_axes:
+            return results
+        return jax.lax.with_sharding_constraint(results, self._whole)
+
+    def lower(self, *arrays: Any) -> Any:
+        """Trace for arrays, or their shapes; then ``compile()``."""
+        return self._jitted.lower(*arrays)
+
+
 def _embed(model: Any, images: jax.Array) -> jax.Array:
     return model(images)
 
@@ -209,6 +246,7 @@ def _in_chunks(
         raise ValueError(f"chunk_size {chunk_size} does not divide a batch of {images.shape[0]}")
     # Split so, a device's share of every chunk is among the images that it holds already.
     chunks = images.reshape(chunk_size, -1, *images.shape[1:]).swapaxes(0, 1)
+    _check_chunks(embed, written, chunks)
     # Kept for the backward pass are the chunks' images alone; the rest is computed again there.
     body = jax.checkpoint(embed, prevent_cse=False)
     written, outputs = jax.lax.scan(body, written, chunks)
@@ -216,30 +254,86 @@ def _in_chunks(
     return written, whole
 
 
+def _check_chunks(embed: Callable[..., tuple[Any, Any]], written: Any, chunks: jax.Array) -> None:
+    """Raise ValueError unless each output has a row for each image: only such can be put together.
+
+    Asked of two chunk sizes: a parameter may happen to have as many rows as a chunk has images.
+    """
+    size, rest = chunks.shape[1], chunks.shape[2:]
+    for count in (size, size + 1):
+        images = jax.ShapeDtypeStruct((count, *rest), chunks.dtype)
+        outputs, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(embed, written, images)[1])
+        for path, output in outputs:
+            if output.shape[:1] != (count,):
+                name = f"forward's output{jax.tree_util.keystr(path)}"
+                raise ValueError(
+                    f"{name} has shape {output.shape} for a chunk of {count} images: with "
+                    "chunk_size each output has a row for each image; parameters of the loss come "
+                    "by loss_fn's argument model"
+                )
+
+
+# What a loss may ask for by name, beside what the model returned and the labels.
+_LOSS_ARGUMENTS = ("batch", "step", "key", "model")
+
+
+def _loss_arguments(loss_fn: Callable[..., Any]) -> list[str]:
+    """The names that a loss asks for: those without a default, which may be someone else's."""
+    parameters = inspect.signature(loss_fn).parameters
+    asked = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    return [name for name in _LOSS_ARGUMENTS if name in asked[2:]]
+
+
+def _check_average(state: TrainState, ema_decay: float) -> None:
+    if (state.ema is None) == (ema_decay > 0):
+        has = "no moving average" if state.ema is None else "a moving average"
+        raise ValueError(
+            f"ema_decay is {ema_decay} and the state has {has}: give make_train_step an "
+            "ema_decay above 0 and create_train_state ema=True, or neither"
+        )
+
+
+def _with_scalars(scalars: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The step's own scalars and the loss's; raises where one would hide the other."""
+    hidden = scalars.keys() & own.keys()
+    if hidden:
+        raise ValueError(f"loss_fn returns a scalar {min(hidden)!r}, the step's own: rename it")
+    return scalars | own
+
+
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, Any]]],
     *,
     forward: Callable[[Any, jax.Array], Any] = _embed,
     freeze_batch_norm: bool = False,
     ema_decay: float = 0.0,
     chunk_size: int | None = None,
     memory_start_step: int = 0,
+    seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted ``train_step(state, batch) -> state, scalars``; the state is donated.
 
+    It may be traced: ``jax.jit(lambda s, bs: jax.lax.scan(train_step, s, bs))`` takes as many steps
+    as ``bs`` holds batches, and gives what they give one by one.
+
     Args:
-        model: whose structure is trained; its arrays are the state's, not its own.
+        model: whose structure is trained; its arrays are the state's, not its own. It maps what
+            its method ``preprocess`` makes of ``batch["image"]`` to embeddings.
         optimizer: from ``create_optimizer``.
         loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars. Where the
-            state has a memory, it also gets it, as ``memory=``.
+            state has a memory, it also gets it, as ``memory=``. Of ``batch`` (all of it), ``step``
+            (steps before this one, int32), ``key`` (a random key, of the seed and the step) and
+            ``model`` (for parameters of the loss) it gets what it has an argument for without a
+            default.
         forward: maps the model and normalised images to what ``loss_fn`` gets in place of the
             embeddings, such as ``EmbeddingModel.classify_deeply`` for logits.
         freeze_batch_norm: normalise by the running statistics and leave them as they are; scale
             and bias are still trained.
-        ema_decay: share of the moving average of the parameters that a step keeps.
+        ema_decay: share of the moving average of the parameters that a step keeps; above 0
+            where the state has one.
         chunk_size: images, of the global batch, whose activations are in memory at a time; None:
             all. The loss is still that of the whole batch and its gradient exact (gradient caching:
             Gao et al. 2021), for one more forward pass of each chunk. Chunk i of n holds the images
@@ -248,11 +342,25 @@ def make_train_step(
             its running statistics once a chunk, in order.
         memory_start_step: steps before the first batch whose embeddings enter the state's memory.
             Its embeddings enter after a step's loss, as they were in it, without a gradient.
+        seed: of the loss's ``key``.
         mesh: keeps the state whole on each of its devices. Left out, XLA chooses, and splits a
             memory.
+
+    The step raises ValueError where the state has a moving average and ``ema_decay`` is 0 or the
+    other way round, where a scalar of the loss has the name of one of its own (``loss``,
+    ``gradient_norm``), and where an output has no row for each image of a chunk.
     """
     view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
-    merge = model_state.merger(view)
+    merge, asked = model_state.merger(view), _loss_arguments(loss_fn)
+
+    def loss_options(params: Any, state: TrainState, batch: Batch) -> dict[str, Any]:
+        options = {"batch": batch, "step": state.step}
+        if "key" in asked:
+            options["key"] = jax.random.fold_in(jax.random.key(seed), state.step)
+        if "model" in asked:
+            options["model"] = merge(params, state.batch_stats, state.rngs, copy=True)
+        memory = {} if state.memory is None else {"memory": state.memory}
+        return {name: options[name] for name in asked} | memory
 
     def compute_loss(params: Any, state: TrainState, batch: Batch):
         def embed(written: Any, images: jax.Array) -> tuple[Any, Any]:
@@ -267,11 +375,12 @@ def make_train_step(
             written, outputs = embed(written, batch["image"])
         else:
             written, outputs = _in_chunks(embed, written, batch["image"], chunk_size)
-        options = {} if state.memory is None else {"memory": state.memory}
+        options = loss_options(params, state, batch)
         loss, scalars = loss_fn(outputs, batch["label"], **options)
         return loss, (scalars, written, outputs)
 
     def train_step(state: TrainState, batch: Batch):
+        _check_average(state, ema_decay)
         gradient = jax.value_and_grad(compute_loss, has_aux=True)
         (loss, aux), grads = gradient(state.params, state, batch)
         scalars, (batch_stats, rngs), outputs = aux
@@ -283,13 +392,11 @@ def make_train_step(
         if memory is not None:
             enters = state.step >= memory_start_step
             memory = _remember(memory, outputs, batch["label"], enters)
-        scalars = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **scalars}
+        scalars = _with_scalars({"loss": loss, "gradient_norm": optax.tree.norm(grads)}, scalars)
         step = state.step + 1
         return TrainState(step, params, batch_stats, opt_state, ema, memory, rngs), scalars
 
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    options = compiler_options()
-    return jax.jit(train_step, donate_argnums=0, out_shardings=whole, compiler_options=options)
+    return Step(train_step, mesh, donate_argnums=0)
 
 
 def make_embed_step(
@@ -307,8 +414,7 @@ def make_embed_step(
         rest = {name: value for name, value in batch.items() if name != "image"}
         return {"embedding": model(model.preprocess(batch["image"])), **rest}
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(embed_step, out_shardings=whole, compiler_options=compiler_options())
+    return Step(embed_step, mesh)
 
 
 def evaluation_params(state: TrainState) -> Any:

@@ -237,6 +237,7 @@ def make_train_step(
         ema_decay=config.train.ema_decay,
         chunk_size=config.train.chunk_size,
         memory_start_step=config.loss.memory_start_step,
+        seed=config.seed,
         mesh=mesh,
     )
 

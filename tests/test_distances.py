@@ -113,3 +113,25 @@ def test_l2_normalize_gradient_is_tangent(rng):
     length = np.linalg.norm(x.astype(np.float64))
     unit = x / length
     np.testing.assert_allclose(gradient, (w - unit * np.dot(unit, w)) / length, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_spoils_its_own_distances_alone(rng, value):
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    broken = x.copy()
+    broken[2, 1] = value
+    clean = [0, 1, 3, 4]
+    actual = np.asarray(pairwise_distances(broken, broken))
+    same = jnp.asarray(broken)
+    for distances in (actual, np.asarray(pairwise_distances(same, same))):
+        assert not np.isfinite(distances[2]).any()
+        assert not np.isfinite(distances[:, 2]).any()
+        np.testing.assert_allclose(
+            distances[np.ix_(clean, clean)],
+            np.linalg.norm(x[clean, None] - x[None, clean], axis=-1),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    unit = np.asarray(l2_normalize(same))
+    assert np.isnan(unit[2]).all()
+    np.testing.assert_allclose(np.linalg.norm(unit[clean], axis=1), 1, rtol=1e-6)

@@ -87,7 +87,7 @@ def test_alone_first_last_and_among_many_are_equal_and_two_programs_do_it(run, m
         alone = embedder.embed_images([dataset.image(place)])
         for row in (few[0], few[-1], of_arrays[0], of_arrays[-1], alone[0]):
             np.testing.assert_allclose(row, expected[place], atol=1e-6, rtol=1e-6)
-    assert embedder._embed_step._cache_size() == 2
+    assert embedder._embed_step._jitted._cache_size() == 2
 
 
 def test_embeddings_are_those_of_the_model_in_evaluation_mode(run, embedder, files):

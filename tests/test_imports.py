@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "cbam_jax"
 MAY_IMPORT = {
     "attention": set(),
     "compiler_options": set(),
-    "distances": set(),
+    "sharding": set(),
+    "distances": {"sharding"},
     "relevance": set(),
     "metrics": {"relevance"},
     "model_state": set(),
@@ -33,14 +34,14 @@ MAY_IMPORT = {
     "forecast": set(),
     "stopping": set(),
     "runlog": {"command_line", "forecast", "foreign_files", "whole_files"},
-    "steps": {"compiler_options", "model_state"},
+    "steps": {"compiler_options", "model_state", "sharding"},
     "datasets": {"file_locks", "foreign_files", "progress", "whole_files"},
     "preprocessing": set(),
     "data": {"datasets", "preprocessing"},
-    "losses": {"distances"},
-    "search": {"compiler_options", "distances"},
+    "losses": {"distances", "sharding"},
+    "search": {"compiler_options", "distances", "sharding"},
     "evaluation": {"metrics", "search", "whole_files"},
-    "backbones": {"attention"},
+    "backbones": {"attention", "sharding"},
     "models": {"attention", "backbones", "distances", "preprocessing"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
     "pretrained": {

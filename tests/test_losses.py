@@ -373,3 +373,36 @@ def test_cross_entropy_names_wrong_arguments():
         cross_entropy_loss(logits, labels[:2])
     with pytest.raises(ValueError, match="labels have dtype float32"):
         cross_entropy_loss(logits, jnp.zeros(3))
+
+
+# --- what is not finite ---
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mining", MININGS)
+def test_a_loss_of_what_is_not_finite_is_nan(rng, mining, value):
+    embeddings = rng.normal(size=(9, 3)).astype(np.float32)
+    for row in (1, 7):  # No triplet need be mined of the second: its class has no other image.
+        broken = embeddings.copy()
+        broken[row, 2] = value
+        (loss, stats), _ = compiled(mining)(broken, LABELS)
+        assert np.isnan(loss)
+        assert np.isnan(stats["embedding_spread"])
+        assert collapse_warning(jax.tree.map(float, stats)) is None
+
+
+def test_a_memory_counts_once_it_is_filled(rng):
+    embeddings = rng.normal(size=(4, 3)).astype(np.float32)
+    labels, filled = np.array([0, 0, 1, 1], np.int32), np.array([True, False])
+    memory = np.array([[1.0, 2.0, 3.0], [np.nan] * 3], np.float32)
+    loss, _ = triplet_loss(embeddings, labels, memory=(memory, labels[:2], filled))
+    assert np.isfinite(loss)
+    loss, _ = triplet_loss(embeddings, labels, memory=(memory[::-1], labels[:2], filled))
+    assert np.isnan(loss)
+
+
+def test_cross_entropy_of_nan_is_nan_and_so_is_its_accuracy():
+    logits = jnp.array([[1.0, jnp.nan], [0.0, 2.0]])
+    loss, stats = cross_entropy_loss(logits, jnp.array([1, 1]))
+    assert np.isnan(loss)
+    assert np.isnan(stats["accuracy"])

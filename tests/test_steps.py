@@ -324,3 +324,52 @@ def test_missing_and_repeated_images_are_counted(embedder):
         embed(batches, size=22)
     with pytest.raises(ValueError, match="21 of 21 images"):
         embed([])
+
+
+# --- what must fit together; asked of shapes alone, so that nothing is compiled ---
+
+
+def traced_scalars(loss, *, ema=False, chunks_of=8, **options):
+    model, mesh, optimizer = tiny(), steps.data_mesh(), steps.create_optimizer("sgd", 0.1)
+    state = steps.create_train_state(model, optimizer, mesh, ema=ema)
+    step = steps.make_train_step(model, optimizer, loss, **options)
+    return jax.eval_shape(step, state, batch_of(np.random.default_rng(0), chunks_of))[1]
+
+
+def test_an_average_is_in_the_state_and_the_step_or_in_neither():
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.9 and the state has no moving average"):
+        traced_scalars(squared, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.0 and the state has a moving average"):
+        traced_scalars(squared, ema=True)
+    traced_scalars(squared, ema=True, ema_decay=0.9)
+
+
+def test_a_scalar_of_the_loss_does_not_hide_the_steps_own():
+    with pytest.raises(ValueError, match="loss_fn returns a scalar 'loss'"):
+        traced_scalars(lambda e, l: (squared(e, l)[0], {"loss": 42.0}))  # noqa: E741
+
+
+def test_chunks_refuse_an_output_that_has_no_row_for_each_image():
+    def forward(model, images):
+        return {"embeddings": model(images), "proxies": model.projection.kernel[:4]}
+
+    loss = lambda outputs, labels: squared(outputs["embeddings"], labels)  # noqa: E731
+    with pytest.raises(ValueError, match=r"forward's output\['proxies'\] has shape \(4, 3\)"):
+        traced_scalars(loss, forward=forward, chunk_size=4)
+    traced_scalars(loss, forward=forward)
+
+
+def test_a_loss_gets_what_it_has_an_argument_for(rng):
+    seen = {}
+
+    def loss(embeddings, labels, batch, *, step, key, model, weight=2.0):
+        seen.update(batch=batch, step=step, key=key, weight=weight)
+        proxies = model.projection.kernel[...]
+        return squared(embeddings, labels)[0] + jnp.sum(proxies), {}
+
+    scalars = traced_scalars(loss)
+    assert scalars.keys() == {"loss", "gradient_norm"}
+    assert seen["batch"].keys() == {"image", "label"}
+    assert seen["step"].dtype == jnp.int32
+    assert jnp.issubdtype(seen["key"].dtype, jax.dtypes.prng_key)
+    assert seen["weight"] == 2.0

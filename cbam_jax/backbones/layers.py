@@ -13,6 +13,8 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from cbam_jax.sharding import as_varying
+
 # torch's kaiming_normal_(mode="fan_out", nonlinearity="relu"), as torchvision starts its ResNets.
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -61,7 +63,7 @@ class Conv(nnx.Module):
         place = _Window.same if self.same else _Window.over
         window = place(x, kernel.shape[0], self.strides)
         if window.size > 1 and window.height * window.width > _FEW_PIXELS:
-            return _convolve(x, kernel, window)
+            return _convolve(x, as_varying(kernel, x), window)
         columns = jnp.concatenate(_views(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
         return product.reshape(x.shape[0], window.height, window.width, -1)
@@ -224,7 +226,7 @@ class DepthwiseConv(nnx.Module):
         if not _on_cpu():
             return _convolution(x, kernel, window, groups=x.shape[-1])
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-        y: Any = _depthwise(x, kernel, window)
+        y: Any = _depthwise(x, as_varying(kernel, x), window)
         return y.astype(self.dtype)
 
 
@@ -307,7 +309,8 @@ class BatchNorm(nnx.Module):
             inverse = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             y = _per_channel(x.astype(jnp.float32), self.mean[...], inverse, self.bias[...])
             return y.astype(x.dtype)
-        results: Any = _normalize(self.epsilon, x, self.scale[...], self.bias[...])
+        scale, bias = (as_varying(p[...], x) for p in (self.scale, self.bias))
+        results: Any = _normalize(self.epsilon, x, scale, bias)
         y, mean, var = results
         count = x.size // x.shape[-1]
         self._update(mean, var * (count / max(count - 1, 1)))

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from cbam_jax.distances import l2_normalize
 from cbam_jax.search import arguments
 from cbam_jax.search.streamed import gathered, nearest_rows, sort_value
 from cbam_jax.search.types import Labels
+from cbam_jax.sharding import rows_spec, with_auto_axes
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -106,7 +106,7 @@ def top_k(
     arrays = queries, gallery, *jax.tree.map(jnp.asarray, labels)
     static = {"k": k, "metric": metric, "axis_name": axis_name, "block_size": block_size}
     find: Any = functools.partial(_top_k, **static)
-    run: Any = _with_auto_axes(find, arrays)
+    run: Any = with_auto_axes(find, arrays, rows_spec(queries))
     return run(*arrays)
 
 
@@ -116,16 +116,6 @@ def _flags(valid: ArrayLike, n: int) -> jax.Array:
         shape, dtype = valid.shape, valid.dtype
         raise ValueError(f"valid has shape {shape} and dtype {dtype}, expected [{n}] bool")
     return valid
-
-
-def _with_auto_axes(find, arrays):
-    """``find`` for arrays that are sharded over a mesh of explicit axes: XLA decides inside."""
-    shardings = [jax.typeof(a).sharding for a in jax.tree.leaves(arrays)]
-    meshes = [s.mesh for s in shardings if any(axis is not None for axis in s.spec)]
-    if not meshes:
-        return find
-    of_queries = PartitionSpec(shardings[0].spec[0])
-    return jax.sharding.auto_axes(find, out_sharding=NamedSharding(meshes[0], of_queries))
 
 
 def _top_k(queries, gallery, labels, items, *, k, metric, axis_name, block_size):
