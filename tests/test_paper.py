@@ -19,7 +19,7 @@ import pytest
 
 from cbam_jax import InputError, command_line, config_files, datasets
 from cbam_jax.metrics import METRIC_DEFINITIONS
-from cbam_jax.paper import ROWS, TABLES, processes, settings
+from cbam_jax.paper import TABLES, processes, settings
 from cbam_jax.paper import rows as running
 from cbam_jax.paper.__main__ import main
 
@@ -82,12 +82,16 @@ report = {
     "split": split, "step": 10, "protocol": "leave one out", "num_gallery": 9, "ks": [5, 10],
     "metrics": metrics | {"num_queries": 9.0, "num_left_out": 0.0}, "definitions": DEFINITIONS,
 }
-folder = run / "eval" / split
+folder = run / "eval" / (split + "-untrained" * (flags.get("checkpoint") == "untrained"))
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "metrics.json").write_text(json.dumps(report))
 ids = np.array(["q0", "q1", "q2,", *(f"q{i}" for i in range(3, 9))])
 np.savez(folder / "embeddings.npz", id=ids, label=np.array([0] * 7 + [1, 0]),
-    is_query=np.arange(9) < 8)
+    is_query=np.arange(9) < 8, is_gallery=np.ones(9, bool))
+# The first image found is a hit of seed 0, the second of seed 1; q7 has nothing to find.
+lines = [f'"{q}",{rank},{str(i < 7 and rank == 1 + seed).lower()}'
+    for i, q in enumerate(ids[:8]) for rank in (1, 2, 3)]
+(folder / "neighbours.csv").write_text("\\n".join(["query,rank,same_category", *lines]))
 if "figures" in flags:
     chosen = flags["query"]
     for picture in ("results", "worst"):
@@ -119,7 +123,7 @@ def checkout(tmp_path, monkeypatch):
     (folder / "evaluate.py").write_text(
         EVALUATE.replace("DEFINITIONS", repr(dict(METRIC_DEFINITIONS)))
     )
-    for row in ROWS:
+    for row in [*TABLES[1], *TABLES[2], "photos"]:
         (folder / "configs" / f"{row}.py").write_text(
             "def get_config():\n    return {'data': {'name': 'x', 'label': 'label'}}\n"
         )
@@ -202,6 +206,34 @@ def test_every_row_is_trained_and_measured_once_a_seed(checkout, run, tmp_path):
     assert (work / "table2.csv").read_text().startswith("table,model,metric,mean")
     assert cv2.imread(str(work / "table1.png")) is not None
     assert first["command"].startswith("python -m cbam_jax.paper tables --workdir=")
+
+
+def test_rows_on_pretrained_weights_share_a_config_and_the_untrained_one_trains_nothing(
+    checkout, run, tmp_path
+):
+    assert run("--table=3", "--seeds=1", "--data=photos.csv")[0] == 0
+    made = calls(checkout)
+    trained = {name: flags for script, name, flags in made if script == "train"}
+    assert {(flags["config.model.name"], flags["config.model.attention_init"]) for flags in
+            trained.values()} == {
+        ("efficientnet_lite0", "identity"),
+        *((f"efficientnet_lite0_{kind}", start) for kind in ("se", "cbam")
+          for start in ("paper", "identity")),
+    }  # fmt: skip
+    assert {flags["config"] for flags in trained.values()} == {
+        str(checkout / "configs" / "photos.py")
+    }
+    measured = [(name, flags.get("checkpoint")) for script, name, flags in made if script[0] == "e"]
+    assert [name for name, _ in measured[:-1]] == list(trained)
+    assert measured[-1] == ("efficientnet_lite0-seed0", "untrained")
+    table = json.loads((tmp_path / "work" / "table3.json").read_text())
+    assert table["rows"][-1]["config"].endswith("attention_init=identity, before its first step")
+    assert "In %: one seed" in (tmp_path / "work" / "table3.md").read_text()
+    assert "paper's mAP" not in (tmp_path / "work" / "table3.md").read_text()
+    # By the stand-in's neighbours: of the first ten, the first alone is of the query's category.
+    assert table["rows"][1]["over_queries"]["precision@10"]["interval"] == pytest.approx((0.1, 0.1))
+    assert run("--table=3", "--seeds=1", "--data=photos.csv")[0] == 0
+    assert calls(checkout) == []
 
 
 def test_finished_rows_are_kept_and_more_can_be_asked_for(checkout, run, tmp_path):

@@ -3,15 +3,18 @@
 Each row of a table is a config, trained and measured once a seed in processes of its own. To be
 read in this order:
 
-* ``tables``: what the finished runs of all rows sum up to; Markdown, CSV
+* ``tables`` and ``queries``: what the finished runs of all rows sum up to
+* ``layouts``: that as Markdown and CSV
 * ``settings``: what the rows are trained with, and which overrides make them other rows
 * ``processes``: running the training and the evaluation, and what is told when they fail
 * ``rows``: one row trained and measured, unless that is done
 * ``making`` and ``drawing``: all rows, their tables and figures; ``__main__``: the command
 """
 
+from cbam_jax.paper.layouts import csv_text, markdown
 from cbam_jax.paper.making import make_figures, make_tables
-from cbam_jax.paper.tables import ROWS, TABLES, Row, csv_text, make_table, markdown
+from cbam_jax.paper.queries import paired, per_query
+from cbam_jax.paper.tables import ROWS, TABLES, Row, make_table
 
 __all__ = [
     "ROWS",
@@ -22,4 +25,6 @@ __all__ = [
     "make_table",
     "make_tables",
     "markdown",
+    "paired",
+    "per_query",
 ]

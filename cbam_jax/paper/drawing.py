@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam_jax import figures
+from cbam_jax.paper.layouts import has_paper
 from cbam_jax.paper.tables import ROWS
 
 
@@ -39,8 +40,9 @@ def _caption(table: Mapping[str, Any]) -> str:
     return (
         f"{table['title']}, {table['data']}, split {table['split']}, {table['num_queries']} "
         f"queries ({table['num_left_out']} left out). map@K as the paper defines it. Bars: {bars} "
-        f"{', '.join(map(str, table['seeds']))}; dots: each seed{line}. Red diamonds: the paper's "
-        "figures, of DeepFashion."
+        f"{', '.join(map(str, table['seeds']))}; dots: each seed{line}."
+        + " Red diamonds: the paper's figures, of DeepFashion."
+        * has_paper(table)
     )
 
 

@@ -10,10 +10,18 @@ import numpy as np
 
 from cbam_jax import InputError, command_line
 from cbam_jax.paper.drawing import draw_heat, draw_table
-from cbam_jax.paper.processes import call, locked, script
-from cbam_jax.paper.rows import cost_path, progress, read_result, run_folder, run_row
+from cbam_jax.paper.layouts import csv_text, markdown
+from cbam_jax.paper.processes import call, locked
+from cbam_jax.paper.rows import (
+    cost_path,
+    evaluated_folder,
+    evaluation,
+    progress,
+    read_result,
+    run_row,
+)
 from cbam_jax.paper.settings import check_settings, check_split, row_config
-from cbam_jax.paper.tables import ROWS, TABLES, csv_text, make_table, markdown
+from cbam_jax.paper.tables import ROWS, TABLES, make_table
 
 
 def make_tables(
@@ -101,7 +109,7 @@ def make_figures(workdir: Path, *, seed: int, split: str, queries: Sequence[str]
             )
         folder = workdir / "figures"
         folder.mkdir(exist_ok=True)
-        queries = queries or sample_queries(run_folder(workdir, rows[0], seed) / "eval" / split)
+        queries = queries or sample_queries(evaluated_folder(workdir, rows[0], seed, split))
         written, heats = [], {}
         for i, row in enumerate(rows):
             print(f"[{i + 1}/{len(rows)}] {ROWS[row].title}, seed {seed}", flush=True)
@@ -119,11 +127,9 @@ def _evaluate_queries(
     workdir: Path, row: str, seed: int, split: str, queries: Sequence[str]
 ) -> Path:
     """Have a finished run evaluated once more, with figures of some queries; where they are."""
-    run = run_folder(workdir, row, seed)
-    arguments = [f"--workdir={run}", f"--split={split}", "--figures", "--frames=red"]
-    arguments += [f"--query={name}" for name in queries]
-    call(workdir, f"{row}-figures", [*script("evaluate"), *arguments])
-    return run / "eval" / split
+    drawn = ["--figures", "--frames=red", *(f"--query={name}" for name in queries)]
+    call(workdir, f"{row}-figures", [*evaluation(workdir, row, seed, split), *drawn])
+    return evaluated_folder(workdir, row, seed, split)
 
 
 def sample_queries(evaluated: Path, number: int = 6) -> list[str]:

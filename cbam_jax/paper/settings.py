@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError, command_line
-from cbam_jax.paper.tables import READING
+from cbam_jax.paper.tables import READING, ROWS
 
 # Fields that the command has flags of its own for.
 _OWN_FLAGS = {
@@ -42,7 +42,7 @@ def row_config(row: str, settings: Mapping[str, str]) -> str:
     """Return the path of the config that a row is trained with."""
     from cbam_jax.config_files import find_config
 
-    return str(find_config(settings.get("config", row)))
+    return str(find_config(settings.get("config", ROWS[row].config or row)))
 
 
 def check_settings(workdir: Path, settings: Mapping[str, str]) -> None:
