@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.catalogue.gallery import cache_path, open_gallery, read_gallery
+from cbam_jax.catalogue.checksums import row_sums
+from cbam_jax.catalogue.gallery import cache_path, kept_gallery, read_gallery
 from cbam_jax.catalogue.indexing import embedded, read_ahead
 from cbam_jax.catalogue.reading import read_photo
 from cbam_jax.catalogue.sources import Photo
@@ -39,28 +40,42 @@ def verify(store: Store, embedder: Callable[[], "Embedder"], sample: int) -> lis
 
 
 def _rows(store: Store) -> Iterator[str]:
-    """Rows whose embedding has another size than the catalogue's, or numbers that are none."""
+    """Rows that have neither an embedding nor a reason, and embeddings that are none or changed."""
     dimension = store.about("dimension")
-    for number, problem, embedding in store.stream("SELECT id, problem, embedding FROM item"):
-        if (embedding is None) != (problem is not None):
-            yield f"photo {number}: neither an embedding nor a reason, or both"
-        elif embedding is not None and len(embedding) != 4 * dimension:
-            yield f"photo {number}: {len(embedding)} bytes of embedding, not {4 * dimension}"
-        elif embedding is not None and not np.isfinite(np.frombuffer(embedding, np.float32)).all():
-            yield f"photo {number}: its embedding has numbers that are none"
+    for number, embedding, known in store.embeddings():
+        if problem := _problem(embedding, dimension, known):
+            yield f"photo {number}: {problem}"
+    both = "SELECT id FROM item WHERE (embedding IS NULL) = (problem IS NULL)"
+    for (number,) in store.stream(both):
+        yield f"photo {number}: neither an embedding nor a reason, or both"
+
+
+def _problem(embedding: object, dimension: int, known: int | None) -> str | None:
+    """What is wrong with an embedding as it is kept."""
+    if not isinstance(embedding, bytes):
+        return "its embedding is none"
+    if len(embedding) != 4 * dimension:
+        return f"{len(embedding)} bytes of embedding, not {4 * dimension}"
+    numbers = np.frombuffer(embedding, np.float32)
+    if not np.isfinite(numbers).all():
+        return "its embedding has numbers that are none"
+    changed = known is not None and known != row_sums(numbers[None])[0]
+    return "its embedding is not as it was written" if changed else None
 
 
 def _copy(store: Store) -> Iterator[str]:
     """Whether what searches read is what the database holds."""
-    with contextlib.suppress(ValueError):  # Embeddings of a wrong size, told above.
-        ours, theirs = read_gallery(store), open_gallery(store)
+    with contextlib.suppress(ValueError):  # Embeddings of a wrong size or sum, told above.
+        ours, theirs = read_gallery(store), kept_gallery(store)
+        if theirs is None:
+            return
         same = np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.squares, theirs.squares)
         same = same and all(
             np.array_equal(ours.embeddings[i : i + 4096], theirs.embeddings[i : i + 4096])
             for i in range(0, len(ours.ids), 4096)
         )
         if not same:
-            yield f"{cache_path(store.path)} is damaged: remove it, it is made anew"
+            yield f"{cache_path(store.path)} is damaged: the next search makes it anew"
 
 
 def _files(store: Store) -> Iterator[str]:

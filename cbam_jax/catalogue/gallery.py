@@ -1,7 +1,8 @@
 """The embeddings of a catalogue in memory: one array, mapped from a file beside the database.
 
 The file is a copy of what the database holds, for speed alone: it names the catalogue and the
-revision that it was made of, and is made anew where they are others. A folder that may not be
+revision that it was made of, and is made anew where they are others, or where a byte of it is not
+as it was written, which a sum of each row tells. A folder that may not be
 written to has none, and the embeddings are read from the database each time.
 """
 
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cbam_jax.catalogue.checksums import row_sums
 from cbam_jax.catalogue.nearest import LARGEST_NUMBER, nearest, squared_norms
 from cbam_jax.catalogue.store import Store, damaged
 from cbam_jax.foreign_files import open_regular
@@ -24,7 +26,6 @@ from cbam_jax.whole_files import written_whole
 
 _LONGEST = 65_536  # Numbers of an embedding.
 _HEADER = 4096  # Bytes; what follows is then aligned to pages.
-_SELECT = "SELECT id, embedding FROM item WHERE embedding IS NOT NULL ORDER BY id"
 
 
 class Gallery:
@@ -91,13 +92,13 @@ def open_gallery(store: Store) -> Gallery:
     path = cache_path(store.path)
     header = _header(store)
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        return _mapped(path, header)
+        return _whole(*_mapped(path, header))
     gallery, header = _read(store)
     if not header.count:
         return gallery
     with contextlib.suppress(OSError):  # A folder that may only be read, a full disk.
         _keep(path, header, gallery)
-        return _mapped(path, header)
+        return _mapped(path, header)[0]
     return gallery
 
 
@@ -121,16 +122,20 @@ def _read(store: Store) -> tuple[Gallery, _Header]:
         header = _header(store)
         ids = np.empty(header.count, np.int64)
         embeddings = np.empty((header.count, header.dimension), np.float32)
-        row = -1
-        rows = itertools.islice(store.stream(_SELECT), header.count)
-        for row, (number, embedding) in enumerate(rows):
+        row, sums = -1, []
+        rows = itertools.islice(store.embeddings(), header.count)
+        for row, (number, embedding, known) in enumerate(rows):
             if not isinstance(embedding, bytes) or len(embedding) != 4 * header.dimension:
                 raise damaged(store.path, f"the embedding of photo {number} is none")
             ids[row], embeddings[row] = number, np.frombuffer(embedding, np.float32)
+            sums.append(known)
     gallery = Gallery(ids, embeddings, header.revision)
     if row + 1 < header.count or (np.diff(ids) <= 0).any():
         raise damaged(store.path, "its photos are not in the order of their ids")
     _check_numbers(store, gallery)
+    for number, known, now in zip(ids, sums, row_sums(embeddings).tolist(), strict=True):
+        if known is not None and known != now:
+            raise damaged(store.path, f"the embedding of photo {number} is not as it was written")
     return gallery, header
 
 
@@ -143,20 +148,40 @@ def _check_numbers(store: Store, gallery: Gallery) -> None:
         raise damaged(store.path, f"the embedding of photo {wrong[0]} is none")
 
 
-def _mapped(path: Path, expected: _Header) -> Gallery:
-    """The kept embeddings; a ValueError where they are of something else."""
+def kept_gallery(store: Store) -> Gallery | None:
+    """The copy as it is, unchecked; None where there is none of this revision."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return _mapped(cache_path(store.path), _header(store))[0]
+    return None
+
+
+def _mapped(path: Path, expected: _Header) -> tuple[Gallery, np.ndarray]:
+    """The kept embeddings and their sums; a ValueError where they are of something else."""
     with open_regular(path, sys.maxsize) as file:
         header = json.loads(file.read(_HEADER).rstrip(b"\0"))
     count, dimension = expected.count, expected.dimension
     after_ids = _HEADER + _paged(8 * count)
-    start = after_ids + _paged(4 * count)
+    after_squares = after_ids + _paged(4 * count)
+    start = after_squares + _paged(8 * count)
     if header != list(expected) or path.stat().st_size != start + 4 * count * dimension:
         raise ValueError("the embeddings are of another revision")
     ids = np.fromfile(path, np.int64, count, offset=_HEADER)
     embeddings = np.memmap(path, np.float32, "r", start, (count, dimension))
     gallery = Gallery(ids, embeddings, expected.revision)
     gallery.squares = np.fromfile(path, np.float32, count, offset=after_ids)
+    return gallery, np.fromfile(path, np.int64, count, offset=after_squares)
+
+
+def _whole(gallery: Gallery, sums: np.ndarray) -> Gallery:
+    """The gallery; a ValueError where a byte of it is not as it was kept."""
+    if not np.array_equal(_sums(gallery), sums):
+        raise ValueError("the copy is damaged")
     return gallery
+
+
+def _sums(gallery: Gallery) -> np.ndarray:
+    """A sum of all that is kept of each photo, [n] int64."""
+    return row_sums(gallery.embeddings) + gallery.ids + gallery.squares.view(np.int32)
 
 
 def _paged(size: int) -> int:
@@ -168,8 +193,9 @@ def _keep(path: Path, header: _Header, gallery: Gallery) -> None:
     # Several processes may do so at once: each writes a file of its own.
     own = path.with_name(f"{path.name}-{os.getpid()}")
     with written_whole(own) as partial, open(partial, "wb") as file:
-        parts = json.dumps(header).encode(), gallery.ids.tobytes(), gallery.squares.tobytes()
-        for content in parts:
+        file.write(json.dumps(header).encode().ljust(_HEADER, b"\0"))
+        for part in gallery.ids, gallery.squares, _sums(gallery):
+            content = part.tobytes()
             file.write(content + b"\0" * (-len(content) % _HEADER))
         gallery.embeddings.tofile(file)
     os.replace(own, path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cbam_jax import InputError
+from cbam_jax.catalogue import checksums
 from cbam_jax.foreign_files import shown
 
 _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
@@ -104,6 +105,16 @@ class Store:
             for row in self._connection.execute(sql, tuple(values)):  # noqa: UP028
                 yield row
 
+    def embeddings(self) -> Iterator[tuple]:
+        """Yield each photo's id, embedding and the embedding's sum, by id; a sum may be None."""
+        with self._told():
+            kept = checksums.are_kept(self._connection)
+        value, join = ("value", "LEFT JOIN checksum USING (id)") if kept else ("NULL", "")
+        yield from self.stream(
+            f"SELECT id, embedding, {value} FROM item {join} "
+            "WHERE embedding IS NOT NULL ORDER BY id"
+        )
+
     def run(self, sql: str, values: Iterable[Any] = ()) -> int:
         """Change rows, inside a transaction; return the id of the row that was inserted."""
         return self._connection.execute(sql, tuple(values)).lastrowid or 0
@@ -129,6 +140,7 @@ class Store:
             try:
                 yield
                 if revised:
+                    checksums.complete(self._connection)
                     self.run("UPDATE about SET value = value + 1 WHERE key = 'revision'")
                 self._connection.execute("COMMIT")
             except BaseException:
@@ -218,6 +230,7 @@ def _distrusting(address: str | Path, *, uri: bool = False) -> sqlite3.Connectio
     """Connect; triggers and views, which others may have put there, call nothing with effects."""
     connection = sqlite3.connect(address, uri=uri, timeout=_WAIT, isolation_level=None)
     connection.execute("PRAGMA trusted_schema = OFF")
+    checksums.allow(connection)
     return connection
 
 

@@ -77,7 +77,7 @@ def test_verify_finds_a_damaged_copy_of_the_embeddings_and_a_damaged_file(shop, 
         damaged = bytearray(whole)
         damaged[place] ^= 64
         kept.write_bytes(damaged)
-        assert shop.verify(sample=0) == [f"{kept} is damaged: remove it, it is made anew"]
+        assert shop.verify(sample=0) == [f"{kept} is damaged: the next search makes it anew"]
     shop.store.rows("PRAGMA writable_schema = 1")
     shop.store.rows("UPDATE sqlite_master SET rootpage = 2 WHERE name = 'item_hash'")
     with Catalogue.open(tmp_path / "shop.db") as again:

@@ -90,6 +90,79 @@ def test_what_stands_in_the_place_of_kept_embeddings(make, shop):
     np.testing.assert_array_equal(read(shop).embeddings, expected)
 
 
+def flipped(path, place, bit=1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+def embedding_places(path):
+    """Where the bytes of the second photo's embedding lie in a database."""
+    whole = path.read_bytes()
+    start = whole.index((np.arange(3, dtype=np.float32) + 1).tobytes())
+    return range(start, start + 12)
+
+
+def test_each_flipped_bit_of_an_embedding_is_told(shop):
+    for place in embedding_places(shop):
+        for bit in (1, 128):
+            flipped(shop, place, bit)
+            with pytest.raises(InputError, match="embedding of photo 2 is n"):
+                read(shop)
+            flipped(shop, place, bit)
+    np.testing.assert_array_equal(read(shop).embeddings[1], [1, 2, 3])
+
+
+def test_each_changed_byte_of_kept_embeddings_makes_them_anew(shop, rng):
+    expected = read(shop)
+    kept = gallery.cache_path(shop)
+    whole = kept.read_bytes()
+    starts = 0, 4096, 8192, 12288, 16384  # Header, ids, squared norms, sums, embeddings.
+    places = [start + i for start in starts for i in range(12)] + [len(whole) - 1]
+    for place in places:
+        flipped(kept, place, 1 << rng.integers(8))
+        found = read(shop)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+        np.testing.assert_array_equal(found.squares, expected.squares)
+        assert kept.read_bytes() == whole
+
+
+SUMLESS = (
+    *(f"DROP TRIGGER checksum_{when}" for when in ("added", "changed", "removed")),
+    "DROP TABLE checksum",
+)
+
+
+def test_a_catalogue_from_before_there_were_sums_is_read_and_given_them(shop):
+    run(shop, *SUMLESS)
+    assert len(read(shop)) == 4
+    with Store(shop) as store:
+        with store.transaction():
+            store.run("UPDATE item SET embedding = NULL, problem = 'gone' WHERE id = 3")
+        sums = {number: known for number, _, known in store.embeddings()}
+    assert sums.keys() == {1, 2, 4}
+    assert all(type(known) is int for known in sums.values())
+    flipped(shop, embedding_places(shop)[0])
+    with pytest.raises(InputError, match="embedding of photo 2 is not as it was"):
+        read(shop)
+
+
+def test_what_another_program_writes_has_no_sum_until_this_one_writes(shop):
+    run(
+        shop,
+        "UPDATE item SET embedding = zeroblob(12) WHERE id = 2",
+        "DELETE FROM item WHERE id = 3",
+    )
+    with Store(shop) as store:
+        assert [known is None for _, _, known in store.embeddings()] == [False, True, False]
+        assert len(read(shop)) == 3
+        with store.transaction():
+            store.run("INSERT INTO item (path) VALUES ('/new.jpg')")
+        assert [number for number, _, known in store.embeddings() if known is None] == []
+    assert len(read(shop)) == 3
+
+
 def test_random_damages_end_in_a_gallery_or_a_line(shop, rng):
     read(shop)
     whole = shop.read_bytes()
