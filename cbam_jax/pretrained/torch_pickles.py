@@ -37,6 +37,7 @@ _DTYPES = {
 # A tensor takes about 35 instructions, so this is some 28,000 tensors. One byte of an instruction
 # can cost 100 of memory, which the file's size alone would not bound.
 _MOST_INSTRUCTIONS = 1_000_000
+_MOST_MARKS = 10_000  # Open at once: one for each container within another.
 _DEEPEST = 100
 _MOST_AXES = 64  # NumPy's bound
 # Python hashes an int modulo 2**61 - 1: larger ones can be made to collide, all with all.
@@ -200,6 +201,8 @@ class PickleReader:
     # The stack and the memo.
 
     def _mark(self, code: bytes) -> None:
+        if len(self._below) >= _MOST_MARKS:
+            raise InputError(f"more than {_MOST_MARKS} marks within each other: it is damaged")
         self._below.append(self._stack)
         self._stack = []
 

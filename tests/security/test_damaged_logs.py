@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
 from cbam_jax.runlog import RunLog, read_log

@@ -5,6 +5,7 @@ import sqlite3
 
 import numpy as np
 import pytest
+from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import gallery

@@ -12,6 +12,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
 from cbam_jax.datasets import clothing_dataset_small as clothing

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import safetensors.numpy
+from cost import cheap  # noqa: F401, all is measured
 from flax import nnx
 
 from cbam_jax import InputError, experiment, hub, hub_config

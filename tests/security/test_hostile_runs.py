@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError, runs, saved_config
 from cbam_jax.configs import default

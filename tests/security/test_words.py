@@ -1,6 +1,7 @@
 """Names from files in what is told: escaped, shortened, ten of them at most."""
 
 import pytest
+from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
 from cbam_jax.datasets import open_dataset
