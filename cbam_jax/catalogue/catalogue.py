@@ -18,6 +18,8 @@ from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
 from cbam_jax.catalogue.filters import Where, check_names, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
+from cbam_jax.catalogue.milvus import address as parsed
+from cbam_jax.catalogue.milvus import is_address
 from cbam_jax.catalogue.near import duplicates
 from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.reading import LARGEST
@@ -26,6 +28,7 @@ from cbam_jax.catalogue.store import Store, damaged
 from cbam_jax.foreign_files import read_file
 
 if TYPE_CHECKING:
+    from cbam_jax.catalogue.milvus.syncing import Synced
     from cbam_jax.embedder import Embedder
 
 
@@ -56,6 +59,8 @@ class Catalogue:
         ...     shop.find("new.jpg", k=12, where={"category": "dress"})
     """
 
+    index: str = "flat"  # Exact; a copy in Milvus may have another.
+
     def __init__(
         self,
         store: Store,
@@ -74,10 +79,11 @@ class Catalogue:
         *,
         create: bool = True,
     ) -> Self:
-        """Open a catalogue's file.
+        """Open a catalogue's file, or a copy of one in Milvus.
 
         Args:
-            path: of the file; ``~`` is one's home.
+            path: of the file; ``~`` is one's home. Or ``milvus://HOST:PORT/COLLECTION``, what
+                `sync` wrote there: see `milvus`.
             embedder: what `cbam_jax.load` returned, or what it loads when a photo has to be
                 embedded; None: the model that the catalogue was made with.
             create: make the file where there is none.
@@ -85,6 +91,11 @@ class Catalogue:
         Raises:
             InputError: no catalogue, a damaged one, or one that another model's embeddings are in.
         """
+        if is_address(path):
+            # Late: it stands on this module.
+            from cbam_jax.catalogue.milvus.finding import MilvusCatalogue
+
+            return MilvusCatalogue.open(path, embedder)  # pyright: ignore[reportReturnType]
         source = os.fspath(embedder) if isinstance(embedder, str | os.PathLike) else None
         if isinstance(embedder, str | os.PathLike):
             # A model that is none leaves no file behind.
@@ -216,6 +227,16 @@ class Catalogue:
         path = Path(folder).expanduser()
         counts = shards.add_shards(self.store, path, progress=progress)
         return Added(counts, [], time.monotonic() - started)
+
+    def sync(self, address: str, index: str | None = None, *, progress: bool = True) -> "Synced":
+        """Bring a copy in Milvus up to this catalogue; see `milvus.syncing.sync`.
+
+        Raises:
+            InputError: nobody answers there, ...
+        """
+        from cbam_jax.catalogue.milvus.syncing import sync  # Late: few want it.
+
+        return sync(self.store, parsed(address), index, progress=progress)
 
     def _claim(self) -> None:
         """Write down whose embeddings the catalogue holds."""

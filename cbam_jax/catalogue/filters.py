@@ -16,7 +16,7 @@ Where = str | Mapping[str, Any] | Iterable[str] | None
 def check_names(store: Store, where: Where) -> None:
     """Raise an InputError for a name that no photo has: a typing error finds nothing, or all."""
     named = "SELECT 1 FROM item, json_each(payload) WHERE key = ? LIMIT 1"
-    for name, _, _ in _conditions(where):
+    for name, _, _ in conditions(where):
         if store.rows(named, [name]):
             continue
         names = store.rows("SELECT DISTINCT key FROM item, json_each(payload) ORDER BY key")
@@ -24,7 +24,8 @@ def check_names(store: Store, where: Where) -> None:
         raise InputError(f"--where: no photo has {shown(name)!r}; there are {there}")
 
 
-def _conditions(where: Where) -> list[tuple[str, str, Any]]:
+def conditions(where: Where) -> list[tuple[str, str, Any]]:
+    """The name, the sign and the value of each condition; raises as `selected`."""
     if where is None:
         return []
     if isinstance(where, Mapping):
@@ -49,7 +50,7 @@ def selected(where: Where) -> tuple[str, list[Any]]:
         >>> selected("price<50")[1]
         ['price', 50]
     """
-    parts = [_sql(*condition) for condition in _conditions(where)]
+    parts = [_sql(*condition) for condition in conditions(where)]
     return " AND ".join(["1", *(sql for sql, _ in parts)]), [v for _, some in parts for v in some]
 
 
@@ -61,18 +62,16 @@ def _parsed(text: str) -> tuple[str, str, Any]:
 
 
 def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:
-    number = _number(value)
+    number = number_of(name, sign, value)
     if sign in ("=", "!="):
         # 12 and 12.0 are one number; true and false are what JSON calls them.
         holds = "CAST(value AS TEXT) = ?" + (" OR value = ?" if number is not None else "")
-        values = [_text(value), *([number] if number is not None else [])]
-        if _text(value) in ("true", "false"):
+        values = [text_of(value), *([number] if number is not None else [])]
+        if text_of(value) in ("true", "false"):
             holds += " OR type = ?"
-            values.append(_text(value))
+            values.append(text_of(value))
         found = f"EXISTS (SELECT 1 FROM json_each(item.payload) WHERE key = ? AND ({holds}))"
         return (f"NOT {found}" if sign == "!=" else found), [name, *values]
-    if number is None:
-        raise InputError(f"--where={name}{sign}{value}: {sign} compares numbers, {value!r} is none")
     return (
         "EXISTS (SELECT 1 FROM json_each(item.payload) WHERE key = ? "
         f"AND type IN ('integer', 'real') AND value {sign} ?)",
@@ -80,8 +79,21 @@ def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:
     )
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A value as ``=`` and ``!=`` compare it with texts."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def number_of(name: str, sign: str, value: Any) -> int | float | None:
+    """A value as conditions compare it with numbers, None where it is none.
+
+    Raises:
+        InputError: it is none, and the sign compares numbers alone.
+    """
+    number = _number(value)
+    if number is None and sign not in ("=", "!="):
+        raise InputError(f"--where={name}{sign}{value}: {sign} compares numbers, {value!r} is none")
+    return number
 
 
 def _number(value: Any) -> int | float | None:

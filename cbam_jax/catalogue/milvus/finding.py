@@ -1,0 +1,156 @@
+"""A collection as a catalogue that can be searched and listed; it is changed by `sync` alone."""
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+
+from cbam_jax import InputError
+from cbam_jax.catalogue import embedders
+from cbam_jax.catalogue.catalogue import Catalogue, Item
+from cbam_jax.catalogue.filters import Where, conditions
+from cbam_jax.catalogue.gallery import Gallery
+from cbam_jax.catalogue.milvus.addresses import Address, address
+from cbam_jax.catalogue.milvus.collection import PHOTO, Collection
+from cbam_jax.catalogue.milvus.conditions import expression, named
+from cbam_jax.catalogue.milvus.searching import neighbours
+from cbam_jax.catalogue.store import Store
+from cbam_jax.foreign_files import shown
+
+if TYPE_CHECKING:
+    from cbam_jax.embedder import Embedder
+
+
+class MilvusCatalogue(Catalogue):
+    """A collection, opened; `Catalogue.open` makes one of an address.
+
+    Attributes:
+        index: how it is searched: ``flat`` is exact, another approximate.
+    """
+
+    def __init__(
+        self, collection: Collection, embedder: "Embedder | None" = None, source: str | None = None
+    ):
+        about = collection.about()
+        if about is None:
+            raise InputError(
+                f"{collection.address.text} is not there: make it with "
+                f"`cbam-jax catalogue sync CATALOGUE {collection.address.text}`"
+            )
+        super().__init__(_Copy(collection.address, about), embedder, source)
+        self._collection = collection
+        self.index = about["index"]
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike,
+        embedder: "Embedder | str | os.PathLike | None" = None,
+        *,
+        create: bool = False,
+    ) -> Self:
+        """Open a collection; ``create`` means nothing here: see `Catalogue.open`."""
+        del create
+        collection = Collection(address(str(path)))
+        try:
+            if embedder is None or isinstance(embedder, str | os.PathLike):
+                source = None if embedder is None else os.fspath(embedder)
+                return cls(collection, None, source)
+            catalogue = cls(collection, embedder)
+            embedders.check_fingerprint(catalogue.store, embedder.fingerprint)
+            return catalogue
+        except BaseException:
+            collection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._collection.close()
+
+    def __len__(self) -> int:
+        """How many photos can be found."""
+        return self._collection.count()
+
+    @property
+    def gallery(self) -> "_Remote":
+        """What answers searches."""
+        if self._gallery is None:
+            self._gallery = _Remote(self._collection, self.store.about("dimension"), self.index)
+        assert isinstance(self._gallery, _Remote)
+        return self._gallery
+
+    def items(self, where: Where = None) -> Iterator[Item]:
+        """The photos, by id."""
+        rows = self._collection.each(PHOTO, self._rows(self.gallery, where))
+        yield from sorted(map(_item, rows))
+
+    def _item(self, number: int) -> Item | None:
+        known = self.gallery.found.get(number)
+        rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
+        return _item(rows[0]) if rows and number > 0 else None
+
+    def _rows(self, gallery: Gallery, where: Where) -> Any:
+        for name, _, _ in conditions(where):
+            if not self._collection.query(named(name), ["id"], limit=1):
+                raise InputError(f"--where: no photo has {shown(name)!r}")
+        return expression(where)
+
+
+class _Remote(Gallery):
+    """A collection that answers as a gallery in memory does; ``found`` are the rows it found."""
+
+    def __init__(self, collection: Collection, dimension: int, index: str):
+        self._collection, self._dimension, self._index = collection, dimension, index
+        self.found: dict[int, dict[str, Any]] = {}
+        self.revision = 0
+
+    def __len__(self) -> int:
+        return self._collection.count()
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of an embedding."""
+        return self._dimension
+
+    def embedding(self, number: int) -> np.ndarray | None:
+        """The embedding [d] of a photo, None where it is not there."""
+        rows = self._collection.query(f"id == {number}", ["embedding"]) if number > 0 else []
+        return np.array(rows[0]["embedding"], np.float32) if rows else None
+
+    def nearest(
+        self, queries: np.ndarray, k: int, rows: Any = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each query the distances and the ids of the k nearest that a filter passes."""
+        self.found = {}
+        answers = []
+        for query in queries:
+            distances, ids, found = neighbours(self._collection, query, k, rows, self._index)
+            self.found |= {row["id"]: row for row in found}
+            answers.append((distances, ids))
+        return answers
+
+
+class _Copy(Store):
+    """What a collection says of itself, where a catalogue asks its file; the rest is refused."""
+
+    def __init__(self, address: Address, about: dict[str, Any]):
+        self.path: Any = address.text
+        self._about = about
+
+    def about(self, key: str) -> Any:
+        """What is known of the photos as a whole."""
+        return self._about.get(key)
+
+    def _refused(self, *_, **__) -> NoReturn:
+        raise InputError(
+            f"{self.path} is a copy that is found in and listed: change and check the catalogue's "
+            "file, then `cbam-jax catalogue sync CATALOGUE "
+            f"{self.path}`"
+        )
+
+    rows = stream = run = tell = transaction = snapshot = check_pages = _refused
+
+
+def _item(row: dict[str, Any]) -> Item:
+    return Item(row["id"], row["path"], dict(row["payload"]), None)

@@ -1,0 +1,288 @@
+"""Copies of a catalogue in Milvus: a few lines that answer like it, Lite, and a real server."""
+
+import importlib.util
+import os
+import re
+import uuid
+
+import numpy as np
+import pytest
+from fakes import FakeEmbedder
+
+from cbam_jax import InputError
+from cbam_jax.catalogue import Catalogue, commands
+from cbam_jax.catalogue.milvus import address, is_address, searching, syncing
+from cbam_jax.catalogue.milvus.collection import Collection
+from cbam_jax.catalogue.milvus.conditions import expression
+from cbam_jax.catalogue.milvus.searching import neighbours, settled
+
+WHERES = [
+    None, "category=hat", "category!=hat", "price<3", "price>=3", "price=2.5", "price!=2.5",
+    ["category=dress", "price>1"], "size=9", "size!=9", "size=nine", 'odd "name"\\=it\'s "x"\\',
+    "new=true", "new!=true",
+]  # fmt: skip
+
+
+class Embedder(FakeEmbedder):
+    def __init__(self, dimension=8):
+        super().__init__()
+        self.dimension = dimension
+
+
+def payload(i):
+    """What is known of a photo: texts, numbers, one or the other, booleans, nothing."""
+    known = {"category": ("hat", "dress", "bag")[i % 3], "price": i % 9 / 2}
+    if i % 4 == 0:
+        known["size"] = 9 if i % 8 else "nine"
+    if i % 5 == 0:
+        known |= {'odd "name"\\': 'it\'s "x"\\', "new": i % 2 == 0}
+    return known if i % 7 else {}
+
+
+def make_catalogue(path, count, dimension, seed=0):
+    """Embeddings of which a tenth are copies of others, and sixty of one."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, dimension)).astype(np.float32) * 3
+    x[rng.integers(0, count, count // 10)] = x[rng.integers(0, count, count // 10)]
+    x[count // 2 : count // 2 + 60] = x[5]
+    with Catalogue.open(path, Embedder(dimension)) as shop:
+        shop.add_embeddings([f"p{i}" for i in range(count)], x, [payload(i) for i in range(count)])
+    return x
+
+
+def compare(path, uri, embeddings, wheres=WHERES, ks=(1, 10, 70)):
+    """Assert that a catalogue and its copy find the same, with the same distances and ties."""
+    rng = np.random.default_rng(1)
+    dimension = embeddings.shape[1]
+    others = [embeddings[5], embeddings[3] + np.float32(1e-3), rng.normal(size=dimension)]
+    asked = [[6], [18], [3, 4], *([np.float32(query)] for query in others)]
+    embedder = Embedder(dimension)
+    with Catalogue.open(path, embedder) as shop, Catalogue.open(uri, embedder) as copy:
+        assert len(copy) == len(shop)
+        for where in wheres:
+            for k in ks:
+                expected = shop.find_all(asked, k, where=where)
+                assert copy.find_all(asked, k, where=where) == expected, (where, k)
+                assert any(map(len, expected))
+
+
+class FakeCollection:
+    """Rows that are searched in float32, equal distances in the worst order."""
+
+    def __init__(self, embeddings):
+        self.embeddings, self.asked = embeddings, []
+
+    def search(self, query, limit, filter_, fields, index):
+        self.asked.append(limit)
+        distances = np.sum((self.embeddings - query) ** 2, axis=1, dtype=np.float32)
+        order = np.lexsort((-np.arange(len(distances)), distances))[:limit]
+        return [{"id": int(i) + 1, "embedding": self.embeddings[i].tolist()} for i in order]
+
+
+def test_ties_are_settled_however_many_there_are():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 6)).astype(np.float32)
+    x[100:400] = x[7]
+    exact = np.sqrt(np.sum((x.astype(np.float64) - x[7]) ** 2, axis=1)).astype(np.float32)
+    for k in (1, 5, 301, 302, 499, 600):
+        collection = FakeCollection(x)
+        distances, ids, rows = neighbours(collection, x[7], k, "", "flat")
+        order = np.argsort(exact, kind="stable")[:k]
+        assert ids.tolist() == (order + 1).tolist()
+        np.testing.assert_array_equal(distances, exact[order])
+        assert [row["id"] for row in rows] == ids.tolist()
+        assert collection.asked[-1] > min(k, 300)
+    assert len(neighbours(FakeCollection(x[:100]), x[7], 3, "", "flat")[1]) == 3
+
+
+def test_more_ties_than_an_answer_holds_are_told(monkeypatch):
+    monkeypatch.setattr(searching, "MOST", 100)
+    collection = FakeCollection(np.ones((200, 1), np.float32))
+    refused("too many for Milvus to order", neighbours, collection, np.ones(1), 3, "", "flat")
+    assert len(neighbours(collection, np.ones(1), 3, "", "hnsw")[1]) == 3
+    refused("k=101: Milvus finds 100 at most", neighbours, collection, 0, 101, "", "flat")
+
+
+def test_what_rounding_may_have_left_out_is_not_settled():
+    query = np.full(100, 100, np.float32)
+    near = 1 + 1e-3  # Of a norm of 1,000, squares in float32 are wrong by far more.
+    assert not settled(query, np.array([1, near]), 1)
+    assert settled(query, np.array([1, 6.0]), 1)
+    assert settled(np.zeros(100), np.array([1, near]), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("milvus://localhost:1953/shop", ("http://localhost:1953", "shop")),
+        ("milvus://10.0.0.1/shop", ("http://10.0.0.1:19530", "shop")),
+        ("milvus+tls://milvus.example.com:443/a_b", ("https://milvus.example.com:443", "a_b")),
+        ("milvus:/data/copy.db", ("/data/copy.db", "photos")),
+    ],
+)
+def test_addresses(text, expected):
+    assert address(text)[1:3] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["milvus://localhost", "milvus://localhost:19530/", "milvus://h:1/a-b", "milvus:copy.txt",
+     "milvus://h:1/a/b", "milvus://u:p@h:1/a", "postgres://h/a", "http://h:19530/a"],
+)  # fmt: skip
+def test_what_is_no_address_is_told(text):
+    refused("give", address, text)
+    refused("milvus://HOST:PORT/COLLECTION", Catalogue.open, text)
+
+
+def test_paths_are_no_addresses(tmp_path):
+    assert not any(map(is_address, ("shop.db", "a:b", "C:\\shop.db", tmp_path, "milvus.db")))
+
+
+def test_a_copy_is_not_changed_but_by_sync():
+    for command in (["add", "x.jpg"], ["remove", "3"], ["verify"], ["rebuild", "--model=m"]):
+        name, *rest = command
+        refused("is a copy, for find and list alone", commands.main, [name, "milvus:a.db", *rest])
+
+
+def test_conditions_that_are_none_are_refused():
+    refused("--where=price<cheap: < compares numbers", expression, "price<cheap")
+    refused("--where=price: give NAME=VALUE", expression, ["price"])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pymilvus") is not None, reason="pymilvus is installed"
+)
+def test_what_is_missing_is_told(tmp_path):
+    make_catalogue(tmp_path / "shop.db", 70, 8)
+    sync = ["sync", f"{tmp_path}/shop.db", "milvus://localhost:1/shop"]
+    refused("needs pymilvus: pip install 'cbam_jax", commands.main, sync)
+    refused("needs pymilvus", commands.main, ["find", "milvus://localhost:1/shop", "3"])
+
+
+def refused(match, function, *arguments, **options):
+    with pytest.raises(InputError, match=match) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a server: that of MILVUS_URI, or one that is started from its PyPI package."""
+    if "MILVUS_URI" in os.environ:
+        yield os.environ["MILVUS_URI"]
+        return
+    milvus = pytest.importorskip("milvus", reason="no server: pip install milvus==2.3.5")
+    running = milvus.MilvusServer()
+    running.set_base_dir(str(tmp_path_factory.mktemp("milvus")))
+    running.start()
+    yield f"milvus://127.0.0.1:{running.listen_port}"
+    running.stop()
+
+
+@pytest.fixture(params=["lite", "server"])
+def copy(request, tmp_path):
+    """Where a copy may be made."""
+    pytest.importorskip("pymilvus", reason="pip install 'cbam_jax[milvus]'")
+    if request.param == "lite":
+        pytest.importorskip("milvus_lite", reason="pip install 'cbam_jax[milvus]'")
+        return f"milvus:{tmp_path}/copy.db"
+    return f"{request.getfixturevalue('server')}/test_{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def shop(tmp_path):
+    make_catalogue(tmp_path / "shop.db", 200, 8)
+    return tmp_path / "shop.db"
+
+
+def sync(path, copy, index=None):
+    with Catalogue.open(path, Embedder()) as catalogue:
+        return catalogue.sync(copy, index, progress=False)
+
+
+def test_a_copy_finds_what_the_file_finds(shop, copy):
+    assert sync(shop, copy)[:4] == (200, 0, 0, 200)
+    with Catalogue.open(shop, Embedder()) as catalogue:
+        embeddings = np.array(catalogue.gallery.embeddings)
+    compare(shop, copy, embeddings)
+
+
+def test_a_copy_follows_the_file(shop, copy, monkeypatch):
+    sync(shop, copy)
+    assert sync(shop, copy)[:4] == (0, 0, 0, 200)
+    x = np.random.default_rng(2).normal(size=(3, 8)).astype(np.float32)
+    with Catalogue.open(shop, Embedder()) as catalogue:
+        catalogue.add_embeddings(["p4", "new", "other"], x, [{"category": "bag"}] * 3)
+        catalogue.remove([3, 104])
+    monkeypatch.setattr(syncing, "_BYTES", 1)  # A photo at a time.
+    put, left = Collection.put, [2]
+
+    def ended(*arguments, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return put(*arguments, **options)
+
+    monkeypatch.setattr(Collection, "put", ended)
+    with pytest.raises(KeyboardInterrupt):
+        sync(shop, copy)
+    monkeypatch.setattr(Collection, "put", put)
+    assert sync(shop, copy)[:4] == (1, 0, 0, 200)
+    with Catalogue.open(shop, Embedder()) as catalogue, Catalogue.open(copy, Embedder()) as other:
+        assert list(other.items()) == list(catalogue.items())
+        assert list(other.items("category=hat")) == list(catalogue.items("category=hat"))
+        assert other.find(x[0], k=5) == catalogue.find(x[0], k=5)
+
+
+def test_only_its_own_catalogue_and_model(shop, copy, tmp_path):
+    refused("is not there: make it with", Catalogue.open, copy)
+    sync(shop, copy)
+    make_catalogue(tmp_path / "other.db", 70, 8)
+    refused("holds the photos of another catalogue: name", sync, tmp_path / "other.db", copy)
+    refused("has the index flat, not hnsw: name another", sync, shop, copy, "hnsw")
+    refused("embeddings of another model", Catalogue.open, copy, FakeEmbedder("e" * 64))
+    with Catalogue.open(copy, Embedder()) as other:
+        refused("--where: no photo has 'colour'", other.find, 3, 5, where="colour=red")
+        refused("no photo 999 with an embedding", other.find, 999)
+        refused("is a copy that is found in and listed", other.remove, [3])
+        refused("is a copy that is found in", other.add, [tmp_path])
+
+
+def test_another_index_is_measured_and_said(shop, copy, capsys):
+    for index in ("hnsw", "ivf"):
+        name = copy.replace("copy.db", f"{index}.db") + ("" if copy.endswith(".db") else index)
+        assert commands.main(["sync", str(shop), name, f"--index={index}"]) == 0
+        recall = re.search(rf"200 can be found; {index}, recall@10 (.*) of exact", out(capsys))
+        assert 0.5 < float(recall[1]) <= 1
+        commands.main(["find", name, "6", "-k", "3", "--json"])
+        assert f"is searched by {index}, and not all" in capsys.readouterr().err
+
+
+def out(capsys):
+    return capsys.readouterr().out
+
+
+def test_commands(shop, copy, capsys):
+    assert commands.main(["sync", str(shop), copy]) == 0
+    assert out(capsys) == "200 new, 0 changed, 0 removed; 200 can be found; flat, exact\n"
+    answers = []
+    for name in (str(shop), copy):
+        commands.main(["find", name, "6", "-k", "3", "--where=price<4", "--json"])
+        commands.main(["list", name, "--where=category=hat", "--csv"])
+        answers.append(out(capsys))
+    assert answers[0] == answers[1]
+
+
+def test_who_does_not_answer_is_told(shop, tmp_path):
+    pytest.importorskip("pymilvus", reason="pip install 'cbam_jax[milvus]'")
+    address = "milvus://127.0.0.1:1/shop"
+    refused("no Milvus answers at http://127.0.0.1:1: start it", Catalogue.open, address)
+    refused("no Milvus answers at http://127.0.0.1:1: start it", sync, shop, address)
+
+
+@pytest.mark.slow
+def test_twenty_thousand(copy, tmp_path):
+    x = make_catalogue(tmp_path / "shop.db", 20_000, 256)
+    sync(tmp_path / "shop.db", copy)
+    compare(tmp_path / "shop.db", copy, x, [None, "category=hat"], (1, 12, 100))
