@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cbam_jax.backbones import resnet
-from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool, max_pool_3x3
+from cbam_jax.backbones.layers import BatchNorm, Conv, kaiming_normal, max_pool, max_pool_3x3
 
 # Without the classifier; torchvision's published totals less 1000 * (features + 1).
 PARAMETERS = {
@@ -188,3 +188,10 @@ def test_batch_norm_stays_float32_in_bfloat16(rng):
     assert norm(x).dtype == jnp.bfloat16
     expected = (float(x[0, 0, 0, 0]) - 100.3) / 0.1
     np.testing.assert_allclose(norm(x).astype(np.float32), expected, rtol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (1, 1, 300, 400)])
+def test_numbers_drawn_flat_are_those_of_the_initializer(shape):
+    expected = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+    key = jax.random.key(5)
+    np.testing.assert_array_equal(kaiming_normal(key, shape), expected(key, shape, jnp.float32))

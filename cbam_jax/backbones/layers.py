@@ -3,6 +3,8 @@
 Parameters are float32 and shaped as ``nnx.Conv`` and ``nnx.BatchNorm`` shape them.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -15,16 +17,45 @@ from jax.typing import DTypeLike
 
 from cbam_jax.sharding import as_varying
 
-# torch's kaiming_normal_(mode="fan_out", nonlinearity="relu"), as torchvision starts its ResNets.
-kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
 # Output pixels up to which a convolution is written as a product over patches; see Conv.
 _FEW_PIXELS = 16
 # From which on the gradient of a strided convolution's input is a product; see _convolve_backward.
 _MANY_PIXELS = 28 * 28
 # Most slices that a sum over a map starts with, see _channel_sum; more take long to compile.
 _SLICES = 8
+# Fewest numbers that are drawn at once; see kaiming_normal.
+_FEWEST_DRAWN = 4**8
+
+
+def kaiming_normal(
+    key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: Any
+) -> jax.Array:
+    """Draw torch's kaiming_normal_(mode="fan_out", nonlinearity="relu"), as torchvision does.
+
+    The numbers are those of ``nnx.initializers.variance_scaling(2.0, "fan_out", "normal")``, bit
+    for bit: the n-th depends on the key and on n alone. So they are the first of a flat array of
+    one of few sizes, which takes a fifth of the time to compile that a draw for each shape does.
+
+    >>> kaiming_normal(jax.random.key(0), (3, 3, 16, 32)).shape
+    (3, 3, 16, 32)
+    """
+    drawn = _FEWEST_DRAWN
+    while drawn < math.prod(shape):
+        drawn *= 4
+    fan_out = math.prod(shape) // shape[-2]
+    # In float32, as the initializer takes the root.
+    deviation = float(np.sqrt(np.float32(2 / fan_out)))
+    return _scale(_draw(key, drawn, dtype), tuple(shape), deviation)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, size: int, dtype: DTypeLike) -> jax.Array:
+    return jax.random.normal(key, (size,), dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _scale(numbers: jax.Array, shape: tuple[int, ...], deviation: float) -> jax.Array:
+    return numbers[: math.prod(shape)].reshape(shape) * jnp.asarray(deviation, numbers.dtype)
 
 
 class Conv(nnx.Module):
