@@ -13,7 +13,7 @@ from cbam_jax import InputError, data, experiment
 from cbam_jax.configs import default
 from cbam_jax.datasets import __main__ as command
 from cbam_jax.datasets import decoding, image_files, open_dataset
-from cbam_jax.datasets.tables import read_table
+from cbam_jax.datasets.tables import read_rows, read_table
 
 
 def write(folder, lines, names=()):
@@ -60,6 +60,21 @@ def test_of_many_mistakes_ten_are_named_and_all_counted(tmp_path):
     assert "row 11: " in told
     assert "row 12: " not in told
     assert told.endswith("; and 490 more mistakes")
+
+
+def test_separators_and_capitals_as_spreadsheets_write_them(tmp_path):
+    path = write(
+        tmp_path,
+        ["\ufeffPath;LABEL;Split;Brand", "a,b.png;hat;train;Ö", '"c;d.png";coat;test;'],
+        ["a,b.png", "c;d.png"],
+    )
+    table = read_table(path)
+    assert table["id"] == ["a,b.png", "c;d.png"]
+    assert (table["label"], table["split"]) == (["hat", "coat"], ["train", "test"])
+    assert [*read_rows(path)[0]] == ["path", "label", "split", "Brand"]
+    # With a comma in the header a semicolon is text; beside path another Path is not taken for it.
+    path = write(tmp_path, ["path,label,Path", "a;b.png,hat;cap,x"], ["a;b.png"])
+    assert (read_table(path)["id"], read_table(path)["label"]) == (["a;b.png"], ["hat;cap"])
 
 
 def test_flags_as_other_programs_write_them(tmp_path):

@@ -89,13 +89,17 @@ def _refuse(path: Path, mistakes: Mistakes) -> None:
 def read_lines(path: Path) -> list[list[str]]:
     """Reads the cells of a CSV file, line by line, without the spaces around them.
 
+    Semicolons separate them where the header has some and no comma, as spreadsheets write where the
+    comma is in numbers. Known columns have small letters, however the header writes them.
+
     Raises:
         InputError: it cannot be read, is not UTF-8, or is no CSV.
     """
     lines: list[list[str]] = []
     try:
-        text = io.StringIO(read_file(path, MOST_TABLE).decode("utf-8-sig"), newline="")
-        for cells in csv.reader(text, strict=True):
+        text = read_file(path, MOST_TABLE).decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
+        for cells in reader:
             lines.append([cell.strip() for cell in cells])
     except FileNotFoundError:
         raise InputError(f"there is no manifest {path}: give the path of a CSV file") from None
@@ -109,7 +113,24 @@ def read_lines(path: Path) -> list[list[str]]:
             f"{path} is not a CSV file: row {len(lines) + 1}: {error}; close each quote that opens "
             "a cell there, and write two for each one within a text"
         ) from error
+    header = next((cells for cells in lines if any(cells)), [])
+    header[:] = [_small(name, header) for name in header]
     return lines
+
+
+def _separator(text: str) -> str:
+    """What is between the cells, by the first line that is not empty.
+
+    >>> _separator("path;label\\nhat,1.jpg;hat"), _separator("path,label;kind")
+    (';', ',')
+    """
+    header = text.lstrip().partition("\n")[0]
+    return ";" if ";" in header and "," not in header else ","
+
+
+def _small(name: str, header: list[str]) -> str:
+    small = name.lower()
+    return small if small in COLUMNS and small not in header else name
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[Row], Mistakes]:
@@ -137,7 +158,7 @@ def _check_header(path: Path, header: list[str]) -> None:
     if missing:
         raise InputError(
             f"{path} has no column {missing[0]}: its first line must name path and label, "
-            f"separated by commas, and has {shown_names(header)}"
+            f"separated by commas or semicolons, and has {shown_names(header)}"
         )
     repeated = sorted({column for column in header if header.count(column) > 1})
     if repeated:
