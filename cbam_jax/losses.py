@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from cbam_jax.distances import pairwise_distances
-from cbam_jax.sharding import with_auto_axes
+from cbam_jax.sharding import as_varying, with_auto_axes
 
 MININGS = ("batch_hard", "semi_hard", "batch_all")
-# Of batch_all, whose [b, b, b] matrix is never whole in memory: the most anchors in a step, and the
-# most entries.
+# Of batch_all's second derivative, whose [b, b, b] matrix is never whole in memory: the most
+# anchors in a step, and the most entries.
 _ANCHORS = 16
 _ENTRIES = 2**26
 
@@ -43,8 +43,8 @@ def triplet_loss(
       pairs (Schroff et al. 2015; the second choice is TensorFlow's).
     * ``"batch_all"``: every triplet of the valid anchors; mean over the triplets with a loss above
       0 (pytorch-metric-learning does the same; open-metric-learning divides by all triplets). With
-      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^3, and with a
-      memory of n places with (b + n)^2 and b (b + n)^2.
+      ``soft`` every triplet has a loss above 0. Memory grows with b^2, time with b^2 times the
+      most positives of an anchor, and with a memory of n places with b (b + n) for b^2.
 
     Without any valid anchor the loss is 0. The gradient is finite everywhere, and 0 through a pair
     at distance 0, so embeddings that are all equal get none. An embedding that is not finite makes
@@ -257,26 +257,100 @@ def _semi_hard(distances, positive, negative, margin):
 
 
 def _batch_all(distances, positive, negative, margin):
-    # Recomputed in the backward pass: its residuals would be the [b, b, b] matrix.
-    @jax.checkpoint
-    def anchor(row):
-        to, is_positive, is_negative = row
-        triplets = is_positive[:, None] & is_negative[None, :]
-        costs = jnp.where(triplets, _cost(to[:, None], to[None, :], margin), 0.0)
-        violated = triplets & _active(to[:, None], to[None, :], margin)
-        return jnp.sum(costs), jnp.sum(costs > 0), jnp.sum(violated), jnp.sum(triplets)
-
-    rows = (distances, positive, negative)
-    anchors = max(1, min(_ANCHORS, _ENTRIES // distances.shape[1] ** 2))
-    costs, *counts = jax.lax.map(anchor, rows, batch_size=anchors)
+    soft = margin is None
+    costs, active = _cost_of_all(soft, distances, 0.0 if soft else margin, positive, negative)
     # In float32: the number of triplets in a batch of 2,048 leaves int32.
-    nonzero, active, total = (jnp.sum(count.astype(jnp.float32)) for count in counts)
+    counts = [jnp.sum(mask.astype(jnp.float32), axis=1) for mask in (positive, negative)]
+    active, total = jnp.sum(active), jnp.sum(counts[0] * counts[1])
     stats = {
         "distance_positive": _masked_mean(distances, positive),
         "distance_negative": _masked_mean(distances, negative),
         "active_fraction": active / jnp.maximum(total, 1.0),
     }
-    return jnp.sum(costs) / jnp.maximum(nonzero, 1.0), stats
+    # A soft cost is above 0, though it may be too small for float32.
+    return jnp.sum(costs) / jnp.maximum(total if soft else active, 1.0), stats
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _cost_of_all(soft, distances, margin, positive, negative):
+    """The cost of each anchor's triplets, and how many are active, both [b]."""
+    costs, _, active = _pass_over_all(soft, distances, margin, positive, negative)
+    return costs, active
+
+
+@_cost_of_all.defjvp
+def _cost_of_all_jvp(soft, primals, tangents):
+    # One pass gives costs and slopes: a soft cost and its slope share an exponential, and in the
+    # backward pass nothing is computed again.
+    costs, slopes, active = _pass_over_all(soft, *primals)
+    tangent = jnp.sum(slopes * tangents[0], axis=1)
+    if not soft:
+        tangent += active * tangents[1]
+    return (costs, active), (tangent, 0.0 * active)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _pass_over_all(soft, distances, margin, positive, negative):
+    """Costs [b], their slopes by the distances [b, n], and the number of active triplets [b].
+
+    Turn i takes each anchor's i-th positive: as many turns as one has positives, a few of b.
+    """
+    rank = jnp.cumsum(positive.astype(jnp.int32), axis=1)
+    turns = jnp.max(jnp.sum(positive.astype(jnp.int32), axis=1))
+
+    def turn(carry):
+        i, costs, slopes, active = carry
+        this = positive & (rank == i + 1)
+        to = jnp.sum(jnp.where(this, distances, 0.0), axis=1, keepdims=True)
+        triplets = negative & this.any(axis=1, keepdims=True)
+        cost, slope = _cost_and_slope(to - distances, None if soft else margin)
+        slope = jnp.where(triplets, slope, 0.0)
+        slopes += jnp.where(this, jnp.sum(slope, axis=1, keepdims=True), 0.0) - slope
+        costs += jnp.sum(jnp.where(triplets, cost, 0.0), axis=1)
+        counted = triplets & _active(to, distances, None if soft else margin)
+        return i + 1, costs, slopes, active + jnp.sum(counted.astype(jnp.float32), axis=1)
+
+    none = jnp.zeros(distances.shape, jnp.float32)
+    start = [as_varying(x, distances) for x in (none[:, 0], none, none[:, 0])]
+    carry = jnp.zeros((), jnp.int32), *start
+    return jax.lax.while_loop(lambda carry: carry[0] < turns, turn, carry)[1:]
+
+
+@_pass_over_all.defjvp
+def _pass_over_all_jvp(soft, primals, tangents):
+    # For second derivatives, which need a loop whose turns are known: over the anchors.
+    costs, slopes, active = _pass_over_all(soft, *primals)
+    distances, margin, positive, negative = primals
+
+    @jax.checkpoint
+    def of_anchor(row):
+        to, is_positive, is_negative, margin = row
+        gaps = to[:, None] - to[None, :]
+        slope = _cost_and_slope(gaps, None if soft else margin)[1]
+        slope = jnp.where(is_positive[:, None] & is_negative[None, :], slope, 0.0)
+        return jnp.sum(slope, axis=1) - jnp.sum(slope, axis=0)
+
+    def plain(distances, margin):
+        margins = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), distances.shape[:1])
+        rows = (distances, positive, negative, margins)
+        size = max(1, min(_ANCHORS, _ENTRIES // distances.shape[1] ** 2))
+        return jax.lax.map(of_anchor, rows, batch_size=size)
+
+    curved = jax.jvp(plain, (distances, jnp.asarray(margin, jnp.float32)), tangents[:2])[1]
+    tangent = jnp.sum(slopes * tangents[0], axis=1)
+    if not soft:
+        tangent += active * tangents[1]
+    return (costs, slopes, active), (tangent, curved, 0.0 * active)
+
+
+def _cost_and_slope(gap, margin):
+    """Costs of triplets by the gap d(a,p) - d(a,n), and their derivative."""
+    if margin is not None:
+        cost = jax.nn.relu(margin + gap)
+        return cost, (margin + gap > 0).astype(jnp.float32)
+    decay = jnp.exp(-jnp.abs(gap))
+    slope = jnp.where(gap >= 0, 1.0, decay) / (1.0 + decay)
+    return jnp.maximum(gap, 0.0) + jnp.log1p(decay), slope
 
 
 def _mean_loss(to_positive, to_negative, mask, margin):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cbam_jax.distances import pairwise_distances
 from cbam_jax.losses import (
     MININGS,
     collapse_warning,
@@ -406,3 +407,55 @@ def test_cross_entropy_of_nan_is_nan_and_so_is_its_accuracy():
     loss, stats = cross_entropy_loss(logits, jnp.array([1, 1]))
     assert np.isnan(loss)
     assert np.isnan(stats["accuracy"])
+
+
+# --- batch_all's own derivatives ---
+
+
+def all_triplets(distances, labels, soft, margin):
+    """The loss of every triplet at once, by jnp alone."""
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~np.eye(len(labels), dtype=bool)
+    triplets = positive[:, :, None] & ~same[:, None, :]
+    gap = distances[:, :, None] - distances[:, None, :]
+    cost = jax.nn.softplus(gap) if soft else jax.nn.relu(margin + gap)
+    above = jnp.sum(jnp.where(triplets, cost > 0, False)).astype(jnp.float32)
+    return jnp.sum(jnp.where(triplets, cost, 0.0)) / above
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("soft", [False, True])
+def test_batch_all_has_its_second_derivatives_and_the_margins(rng, soft):
+    embeddings = rng.normal(size=(9, 4)).astype(np.float32)
+
+    def derivatives(loss):
+        def all_of(x, margin, direction):
+            slope = jax.grad(loss)
+            both = jax.value_and_grad(loss, argnums=(0, 1))(x, margin)
+            forward = jax.jvp(lambda x: slope(x, margin), (x,), (direction,))[1]
+            backward = jax.grad(lambda x: jnp.sum(direction * slope(x, margin)))(x)
+            return both, forward, backward
+
+        return jax.jit(all_of)(embeddings, 0.3, rng.normal(size=(9, 4)).astype(np.float32))
+
+    state = rng.bit_generator.state
+    actual = derivatives(lambda x, m: triplet_loss(x, LABELS, m, "batch_all", soft)[0])
+    rng.bit_generator.state = state
+    distances = lambda x: pairwise_distances(x, x)  # noqa: E731
+    expected = derivatives(lambda x, m: all_triplets(distances(x), LABELS, soft, m))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected
+    )
+
+
+def test_a_soft_cost_too_small_for_float32_is_still_one_of_the_mean():
+    embeddings = jnp.array([[0.0], [1.0], [200.0], [0.5]])
+    loss, _ = triplet_loss(embeddings, jnp.array([0, 0, 1, 1]), mining="batch_all", soft=True)
+    gaps = []
+    x, y = [0.0, 1.0, 200.0, 0.5], [0, 0, 1, 1]
+    for a in range(4):
+        for p in range(4):
+            for n in range(4):
+                if a != p and y[a] == y[p] != y[n]:
+                    gaps.append(abs(x[a] - x[p]) - abs(x[a] - x[n]))
+    np.testing.assert_allclose(loss, np.mean(np.logaddexp(0, gaps)), rtol=1e-6)

@@ -208,3 +208,17 @@ def test_a_mesh_of_ones_own_trains_and_embeds(mesh, rng):
         [batch] = steps.to_devices(batches[:1], over)
         finals.append(jax.device_get(embed(state.params, state.batch_stats, batch)["embedding"]))
     close(*finals, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+def test_batch_all_in_shard_map_is_that_of_each_shard(embedded, check_vma, soft):
+    x, labels = embedded
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    loss = lambda x, y: triplet_loss(x, y, mining="batch_all", soft=soft)[0]  # noqa: E731
+    grad = jax.grad(loss)
+    spec = PartitionSpec("data")
+    find = jax.shard_map(grad, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    expected = [jax.jit(grad)(x[i : i + 8], labels[i : i + 8]) for i in (0, 8)]
+    close(jax.jit(find)(x, labels), np.concatenate(expected))
