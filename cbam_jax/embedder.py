@@ -110,7 +110,10 @@ class Embedder:
         parameters = inspect.signature(create_model).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         arguments = defaults | self.arguments
-        del arguments["num_classes"]  # Logits are no embedding.
+        del arguments["num_classes"], arguments["drop_path"]  # No embedding depends on these.
+        for name in ("activation", "transformer"):  # As before there were these.
+            if arguments[name] is None:
+                del arguments[name]
         return {
             "model": arguments | {"dtype": jnp.dtype(arguments["dtype"]).name},
             "preprocessing": self.preprocessing.to_dict(),

@@ -23,7 +23,7 @@ from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
 from cbam_jax.foreign_files import read_json
 from cbam_jax.models import MODELS, EmbeddingModel, create_model, pixel_scaling
 from cbam_jax.preprocessing import Preprocessing
-from cbam_jax.pretrained import IMAGENET, fetch_imagenet
+from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -55,9 +55,14 @@ def with_whole_paths(config: Config) -> Config:
     for field in ("data_dir", "manual_dir"):
         if data[field] is not None:
             data[field] = _whole(data[field])
-    if model.pretrained is not None and model.pretrained not in IMAGENET:
+    if model.pretrained is not None and not _is_published(model.pretrained):
         model.pretrained = _whole(model.pretrained)
     return config
+
+
+def _is_published(source: str) -> bool:
+    """Whether weights are of the published ones or on the hub, rather than at a path."""
+    return source in IMAGENET or source.startswith(HUB)
 
 
 def _whole(path: str) -> str:
@@ -163,10 +168,25 @@ def check_choices(config: Config) -> None:
         )
     check_classifier(config)
     try:
-        jax.eval_shape(lambda: build_model(config) and None)
+        model = nnx.eval_shape(lambda: build_model(config))
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    check_blocks(config, model)
     check_image_size(config)
+
+
+def check_blocks(config: Config, model: EmbeddingModel) -> None:
+    """Raise InputError where the optimizer names blocks that the model does not have."""
+    decay, frozen = config.optimizer.layer_decay, config.optimizer.frozen_blocks
+    if not 0 < decay <= 1:
+        raise InputError(f"optimizer.layer_decay={decay}: give a factor in (0, 1]; 1: none")
+    blocks = len(getattr(model.backbone, "blocks", ()))
+    if not 0 <= frozen <= blocks or (decay != 1 and not blocks):
+        raise InputError(
+            f"optimizer.frozen_blocks={frozen}, optimizer.layer_decay={decay}: {config.model.name} "
+            f"has {blocks} blocks; set --config.optimizer.frozen_blocks=0 "
+            "--config.optimizer.layer_decay=1.0"
+        )
 
 
 def check_image_size(config: Config) -> None:
@@ -204,10 +224,10 @@ def check_classifier(config: Config) -> None:
 
 def check_source_exists(source: str | None) -> None:
     """Raise InputError where the weights to start from are neither published nor there."""
-    if source and source not in IMAGENET and not os.path.exists(source):
+    if source and not _is_published(source) and not os.path.exists(source):
         raise InputError(
-            f"model.pretrained={source!r} is not there: give a file, the folder of a run, or "
-            f"one of {', '.join(IMAGENET)}"
+            f"model.pretrained={source!r} is not there: give a file, the folder of a run, "
+            f"hf:USER/MODEL of the hub, or one of {', '.join(IMAGENET)}"
         )
 
 
@@ -215,6 +235,8 @@ def check_source(config: Config, source: str) -> None:
     """Raise InputError where published weights can't be had, or a run's gates have another form."""
     if source in IMAGENET:
         fetch_imagenet(MODELS[config.model.name][0], source)
+    if source.startswith(HUB):
+        fetch_repository(source)
     saved = saved_model(Path(source) / "config.json")
     has_attention = MODELS.get(str(saved.get("name")), ("", ""))[1] != ""
     theirs = saved.get("attention_init", "paper")

@@ -87,7 +87,8 @@ def grad_cam(
             embeddings [b, d] to values [b], the i-th of the i-th embedding alone; jitted once for
             each function object.
         layer: name of a submodule whose output is the feature map: ``"backbone"`` is the last
-            feature map after its attention, ``model.features``; others are such as
+            feature map after its attention, ``model.features``, and of a transformer the tokens
+            of its patches before its last block; others are such as
             ``"backbone.layer4"`` or ``"layer3.2"`` (``backbone.`` may be left out; a list means its
             last entry), ``"last_attention"``, ``"features.29"``, ``"inception4e"``.
         method: one of ``METHODS``.
@@ -180,6 +181,8 @@ def find_layer(model: Any, layer: str) -> tuple[str, ...]:
     while isinstance(node, nnx.List):
         path.append(str(len(node) - 1))
         node = node[-1]
+    if getattr(node, "pools_itself", False):  # Of a transformer, the tokens of its patches.
+        path.append("grid")
     return tuple(path)
 
 

@@ -39,7 +39,15 @@ from cbam_jax.foreign_files import read_json, shown
 from cbam_jax.metrics import METRIC_DEFINITIONS
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
-from cbam_jax.pretrained import IMAGENET, load_pretrained
+from cbam_jax.pretrained import (
+    IMAGENET,
+    PUBLISHED,
+    Description,
+    describe,
+    fetch_repository,
+    load_pretrained,
+    published_name,
+)
 from cbam_jax.runlog import read_log
 from cbam_jax.whole_files import written_whole
 
@@ -206,7 +214,9 @@ def from_pretrained(
     image's embedding does not depend on the batch it is in.
 
     Args:
-        source: a folder, a hub id such as ``"user/model"`` (needs ``cbam_jax[hub]``), or the
+        source: a folder, also one of a vision transformer as Hugging Face's transformers, timm or
+            open_clip save it; a hub id such as ``"user/model"`` or ``"hf:user/model"`` (needs
+            ``cbam_jax[hub]``); a transformer by name, such as ``"Marqo-FashionSigLIP"``; or the
             workdir of a run, whose best checkpoint is taken.
         revision: branch, tag or commit on the hub; None: its main branch.
         training: return it in training mode, in which BatchNorm uses and updates the statistics of
@@ -223,9 +233,8 @@ def from_pretrained(
     if runs.is_run(folder):
         model, document = from_run(runs.read_config(folder), folder)
     else:
-        model, document = _from_folder(
-            folder if os.path.isdir(folder) else _fetch(str(source), revision)
-        )
+        folder = folder if os.path.isdir(folder) else _fetched(str(source), revision)
+        model, document = _from_folder(folder)
     model.train() if training else model.eval()
     return model, document
 
@@ -252,7 +261,15 @@ def from_published(backbone: str) -> tuple[EmbeddingModel, dict[str, Any]]:
     }
 
 
+def _fetched(source: str, revision: str | None) -> Path:
+    name = published_name(source)
+    return fetch_repository(source if name is None else PUBLISHED[name].repository, revision)
+
+
 def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
+    description = describe(folder)
+    if description is not None:
+        return _from_description(folder, description)
     document = hub_config.read_config(folder / "config.json")
     model = _build(document["model"])
     report = load_pretrained(model, folder / "model.safetensors")
@@ -264,6 +281,21 @@ def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
     arrays = {name: np.asarray(variable[...]) for name, variable in _arrays(model).items()}
     hub_config.check_weights(arrays, document, folder / "model.safetensors")
     return model, document
+
+
+def _from_description(
+    folder: Path, description: Description
+) -> tuple[EmbeddingModel, dict[str, Any]]:
+    """Build a vision transformer of another library's folder."""
+    model = _build(description.arguments())
+    report = load_pretrained(model, folder)
+    if report.fresh:
+        raise InputError(f"{shown(folder)} lacks {len(report.fresh)} tensors: fetch it again")
+    return model, {
+        "model": description.arguments(),
+        "preprocessing": description.preprocessing.to_dict(),
+        "metrics": {},
+    }
 
 
 def from_run(
@@ -352,26 +384,6 @@ def _arrays(model: nnx.Module) -> dict[str, Any]:
 
 def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
     return arrays[name].shape if name in arrays else None
-
-
-def _fetch(source: str, revision: str | None) -> Path:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise InputError(f"no folder {shown(source, 80)}, and no id of the hub either (user/model)")
-    try:
-        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError(
-            f"no folder {source}; to fetch it from the hub: pip install 'cbam_jax[hub]'"
-        ) from None
-    files = ["model.safetensors", "config.json", "README.md"]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
-    except Exception as error:  # It raises its own, its HTTP library's, and the system's.
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise InputError(
-            f"cannot fetch {source} from the hub ({type(error).__name__}: {cause}): check the "
-            "name, the network, or fetch the folder elsewhere and give its path"
-        ) from error
 
 
 def _card(document: Mapping[str, Any], dimension: int, description: str) -> str:

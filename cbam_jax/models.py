@@ -3,9 +3,12 @@
 ``python -m cbam_jax.models`` lists the models, what each costs and its published weights.
 """
 
+import dataclasses
 import importlib
 import sys
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,8 @@ from jax.typing import DTypeLike
 
 from cbam_jax.attention import CBAM, GATE_INITS, SqueezeExcite
 from cbam_jax.backbones import efficientnet, googlenet, resnet, vgg
+from cbam_jax.backbones.vit import Variant, VisionTransformer
+from cbam_jax.backbones.vit_published import PUBLISHED
 from cbam_jax.distances import l2_normalize
 from cbam_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_images
 
@@ -38,6 +43,10 @@ MODELS = {
     for backbone in BACKBONES
     for attention in ATTENTIONS
 }
+# Vision transformers, without attention of ours; "vit" is any, by its fields.
+TRANSFORMERS = {name: published.variant for name, published in PUBLISHED.items()}
+MODELS |= {name: (name, "") for name in TRANSFORMERS}
+ANY_TRANSFORMER = "vit"
 POOLINGS = ("average", "gem")
 
 
@@ -47,6 +56,8 @@ def pixel_scaling(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     >>> pixel_scaling("resnet50")
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """
+    if backbone in PUBLISHED:
+        return PUBLISHED[backbone].scaling
     return _SCALINGS.get(backbone, (IMAGENET_MEAN, IMAGENET_STD))
 
 
@@ -102,11 +113,16 @@ def average_pool(x: jax.Array) -> jax.Array:
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
 
+def _pooled_already(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
 class EmbeddingModel(nnx.Module):
     """Backbone, pooling, optional linear projection and L2 norm: images to embeddings.
 
     Args:
-        backbone: maps [b, h, w, 3] to [b, h', w', backbone.num_features].
+        backbone: maps [b, h, w, 3] to [b, h', w', backbone.num_features]; or, with an attribute
+            ``pools_itself`` that is true, as a transformer's is, to [b, backbone.num_features].
         embedding_dim: d of the projection; None: no projection, d = ``num_features``.
         normalize: divide each embedding by its Euclidean norm.
         pooling: ``"average"`` or ``"gem"``.
@@ -130,7 +146,12 @@ class EmbeddingModel(nnx.Module):
         if pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {pooling!r}: choose one of {list(POOLINGS)}")
         self.backbone = backbone
-        self.pool = GeM() if pooling == "gem" else average_pool
+        if getattr(backbone, "pools_itself", False):
+            if pooling != "average":
+                raise ValueError(f"pooling={pooling!r}: a transformer pools itself; leave it out")
+            self.pool = _pooled_already
+        else:
+            self.pool = GeM() if pooling == "gem" else average_pool
         width = backbone.num_features
         self.projection = (
             None if embedding_dim is None else nnx.Linear(width, embedding_dim, rngs=rngs)
@@ -151,11 +172,11 @@ class EmbeddingModel(nnx.Module):
         return normalize_images(images, self.mean, self.std)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Return the last feature map [b, h', w', c], after its attention."""
+        """Return the last feature map [b, h', w', c], with attention; a transformer's [b, c]."""
         return self.backbone(images)
 
     def embed(self, features: jax.Array) -> jax.Array:
-        """Turn a last feature map [b, h', w', c] into embeddings [b, d], float32."""
+        """Turn what ``features`` gives into embeddings [b, d], float32."""
         x = self.pool(features)
         x = x if self.projection is None else self.projection(x)
         return l2_normalize(x) if self.normalize else x
@@ -196,6 +217,9 @@ def create_model(
     pooling: str = "average",
     attention_init: str = "paper",
     num_classes: int | None = None,
+    drop_path: float = 0.0,
+    activation: str | None = None,
+    transformer: Mapping[str, Any] | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> EmbeddingModel:
@@ -210,6 +234,11 @@ def create_model(
             as exactly the plain backbone, so that pretrained statistics fit).
         num_classes: n of the layer that ``classify`` applies to embeddings, and of GoogLeNet's two
             auxiliary classifiers; None: no such layers.
+        drop_path: of a transformer, see ``VisionTransformer``.
+        activation: of a transformer's MLPs, where the weights' source has another than the name;
+            one of ``backbones.vit.ACTIVATIONS``; None: the name's.
+        transformer: with the name ``"vit"``, the fields of ``backbones.vit.Variant``, and of what
+            the pixels are scaled by, ``mean`` and ``std``.
         dtype: of the backbone's computation, float32 or bfloat16. Parameters, BatchNorm, pooling
             and the embedding stay float32.
         rngs: for the parameters.
@@ -222,8 +251,20 @@ def create_model(
     >>> nnx.eval_shape(lambda model, images: model(images), model, jnp.ones((2, 64, 64, 3))).shape
     (2, 128)
     """
+    options = {
+        "embedding_dim": embedding_dim,
+        "normalize": normalize,
+        "pooling": pooling,
+        "num_classes": num_classes,
+    }
+    if name in TRANSFORMERS or name == ANY_TRANSFORMER:
+        variant, scaling = _variant(name, activation, transformer)
+        backbone = VisionTransformer(variant, drop_path=drop_path, dtype=dtype, rngs=rngs)
+        return EmbeddingModel(backbone, scaling=scaling, rngs=rngs, **options)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    if drop_path or activation is not None or transformer is not None:
+        raise ValueError(f"{name} has no drop_path, activation or transformer: leave them out")
     if attention_init not in GATE_INITS:
         choices = ", ".join(GATE_INITS)
         raise ValueError(f"unknown attention_init {attention_init!r}: choose one of {choices}")
@@ -232,15 +273,23 @@ def create_model(
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
     auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
     backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs, **auxiliary)
-    return EmbeddingModel(
-        backbone,
-        embedding_dim=embedding_dim,
-        normalize=normalize,
-        pooling=pooling,
-        num_classes=num_classes,
-        scaling=pixel_scaling(backbone_name),
-        rngs=rngs,
-    )
+    return EmbeddingModel(backbone, scaling=pixel_scaling(backbone_name), rngs=rngs, **options)
+
+
+def _variant(
+    name: str, activation: str | None, fields: Mapping[str, Any] | None
+) -> tuple[Variant, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """A transformer's variant, and the mean and the deviation of its pixels."""
+    if (name == ANY_TRANSFORMER) != (fields is not None):
+        raise ValueError(f"transformer={fields!r} of {name!r}: the fields are those of 'vit' alone")
+    if fields is None:
+        variant, scaling = TRANSFORMERS[name], pixel_scaling(name)
+    else:
+        fields = dict(fields)
+        scaling = tuple(fields.pop("mean")), tuple(fields.pop("std"))
+        variant = Variant(**fields)
+    changed = {} if activation is None else {"activation": activation}
+    return dataclasses.replace(variant, **changed), scaling
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,9 @@ from cbam_jax.sharding import batch_spec, with_auto_axes
 OPTIMIZERS = ("sgd", "adamw")
 # Parameters under these names are never in a pretrained backbone.
 NEW_LAYERS = ("attention", "projection", "pool", "class_head", "aux1", "aux2")
+
+# What stands after the blocks of a transformer, or of an EfficientNet.
+_AFTER_BLOCKS = ("norm", "map_head", "proj", "conv_head", "bn1", "last_attention")
 
 Batch = dict[str, Any]
 
@@ -117,6 +121,8 @@ def create_optimizer(
     new_layer_multiple: float = 1.0,
     clip_norm: float | None = None,
     accumulate_steps: int = 1,
+    layer_decay: float = 1.0,
+    frozen_blocks: int = 0,
 ) -> optax.GradientTransformation:
     """SGD with momentum or AdamW, as torch defines them.
 
@@ -132,6 +138,11 @@ def create_optimizer(
             backbone.
         clip_norm: largest global norm of the gradient; None: unlimited.
         accumulate_steps: batches whose mean gradient makes one update.
+        layer_decay: of a backbone with ``blocks``, what the learning rate is multiplied by once
+            for each block that stands after a parameter's own; what stands before the first block
+            counts as one more (Clark et al.: ELECTRA, 2020).
+        frozen_blocks: of the same, blocks from the first on that stay as they are, with all
+            that stands before them.
 
     Raises:
         ValueError: on an unknown name.
@@ -147,9 +158,50 @@ def create_optimizer(
     # Both updates are proportional to the learning rate, so scaling them is scaling the rate.
     multiple = optax.masked(optax.scale(new_layer_multiple), _is_new)
     chain = optax.chain(clip, update, multiple)
+    if layer_decay != 1.0 or frozen_blocks:
+        # Also of the decay of weights, which is part of the update.
+        rates = partial(block_rates, layer_decay=layer_decay, frozen_blocks=frozen_blocks)
+        chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, rates)))
     if accumulate_steps == 1:
         return chain
     return optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
+
+
+def block_rates(params: Any, *, layer_decay: float, frozen_blocks: int) -> Any:
+    """Return for each parameter what its learning rate is multiplied by: ``create_optimizer``.
+
+    Raises:
+        ValueError: there is no ``backbone.blocks``, or not so many.
+
+    >>> params = {"backbone": {"pos": 1, "blocks": {0: 1, 1: 1}, "norm": 1}}
+    >>> block_rates(params, layer_decay=0.5, frozen_blocks=1)
+    {'backbone': {'blocks': {0: 0.0, 1: 1.0}, 'norm': 1.0, 'pos': 0.0}}
+    """
+
+    def names(path: Any) -> list[str]:
+        return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+
+    leaves = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    depth = len({name[2] for name in leaves if name[:2] == ["backbone", "blocks"]})
+    if not depth or not 0 <= frozen_blocks <= depth:
+        raise ValueError(
+            f"frozen_blocks={frozen_blocks}, layer_decay={layer_decay}: {depth} blocks"
+        )
+
+    def rate(path: Any, _: Any) -> float:
+        name = names(path)
+        if name[0] != "backbone" or name[1] in _AFTER_BLOCKS:
+            return 1.0
+        block = int(name[2]) if name[1] == "blocks" else -1
+        return (
+            0.0 if block < frozen_blocks and frozen_blocks else layer_decay ** (depth - 1 - block)
+        )
+
+    return jax.tree_util.tree_map_with_path(rate, params)
+
+
+def _scaled(updates: Any, rates: Callable[[Any], Any]) -> Any:
+    return jax.tree.map(lambda update, rate: rate * update, updates, rates(updates))
 
 
 def _is_matrix(params: Any) -> Any:

