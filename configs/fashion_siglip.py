@@ -1,6 +1,6 @@
 """Marqo-FashionSigLIP fine-tuned on your own photos: for a GPU.
 
-python train.py --config=configs/fashion_siglip.py --workdir=runs/siglip --config.data.name=./photos/
+python train.py --config=configs/fashion_siglip.py --workdir=runs/siglip
 python evaluate.py --workdir=runs/siglip --split=test --html
 
 It starts from the image tower of Marqo/marqo-fashionSigLIP, 92.9 million parameters, Apache-2.0,

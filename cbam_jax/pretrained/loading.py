@@ -147,14 +147,15 @@ def load_pretrained(
 def _variant(model: Any) -> Variant | None:
     """Of a vision transformer, alone or in an embedding model; None: it is none."""
     backbone = getattr(model, "backbone", model)
-    transformer = backbone if isinstance(backbone, VisionTransformer) else None
-    return None if transformer is None else transformer.variant
+    return backbone.variant if isinstance(backbone, VisionTransformer) else None
 
 
 def _check_variant(variant: Variant, folder: str | PathLike) -> None:
     """Raise InputError where a folder's files say that the model computes something else."""
     description = describe(folder)
-    for name in () if description is None else ("activation", "epsilon", "heads", "pool"):
+    if description is None:
+        return
+    for name in ("activation", "epsilon", "heads", "pool"):
         theirs, ours = getattr(description.variant, name), getattr(variant, name)
         if theirs != ours:
             flag = f"activation={theirs}" if name == "activation" else "name to another"
