@@ -18,6 +18,7 @@ from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
 from cbam_jax.catalogue.filters import Where, check_names, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
+from cbam_jax.catalogue.items import Copy, Item, Neighbour
 from cbam_jax.catalogue.milvus import address as parsed
 from cbam_jax.catalogue.milvus import is_address
 from cbam_jax.catalogue.near import duplicates
@@ -32,22 +33,11 @@ if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
 
-class Item(NamedTuple):
-    """A photo of a catalogue; ``problem`` says why it has no embedding, None where it has one."""
+class _Own(NamedTuple):
+    """What of the catalogue a query is itself: ids that were asked for, hashes of its files."""
 
-    id: int
-    path: str
-    payload: dict[str, Any]
-    problem: str | None
-
-
-class Neighbour(NamedTuple):
-    """A photo that was found, and its Euclidean distance."""
-
-    id: int
-    path: str
-    payload: dict[str, Any]
-    distance: float
+    ids: set[int]
+    hashes: set[bytes]
 
 
 class Catalogue:
@@ -259,8 +249,13 @@ class Catalogue:
         box: Sequence[float] | None = None,
         unlike: Sequence[Part] = (),
         max_distance: float | None = None,
+        copies: bool = False,
     ) -> list[Neighbour]:
         """The k photos most like one query, nearest first, exactly; equal distances by id.
+
+        Photos with the same content are one, whose first has the others as ``copies``. A photo with
+        the content of a query's file is told as the ``same``, beside the k; what is asked for by
+        its id is not told again.
 
         Args:
             query: a photo's path or bytes, an id, an embedding [d]; or several of them, which
@@ -270,6 +265,7 @@ class Catalogue:
             box: ``x1, y1, x2, y2``, the part of the query's photo that is meant, in pixels.
             unlike: photos, ids or embeddings that the answer is to be unlike.
             max_distance: leave out what is farther.
+            copies: tell each copy as a photo of its own, and count all among the k.
 
         Raises:
             InputError: a query that cannot be read, an id that is not there, ...
@@ -277,7 +273,7 @@ class Catalogue:
         parts: list[Any] = list(query) if isinstance(query, list | tuple) else [query]
         boxes = None if box is None else [box] * len(parts)
         return self.find_all([parts], k, where=where, boxes=[boxes], unlike=unlike,
-                             max_distance=max_distance)[0]  # fmt: skip
+                             max_distance=max_distance, copies=copies)[0]  # fmt: skip
 
     def find_all(
         self,
@@ -288,6 +284,7 @@ class Catalogue:
         boxes: Sequence[Sequence[Sequence[float] | None] | None] | None = None,
         unlike: Sequence[Part] = (),
         max_distance: float | None = None,
+        copies: bool = False,
     ) -> list[list[Neighbour]]:
         """As `find`, of several queries at once, each of one or more parts, with their boxes."""
         if k < 1:
@@ -299,15 +296,21 @@ class Catalogue:
                 f"`cbam-jax catalogue add {shlex.quote(str(self.store.path))} PHOTOS`"
             )
         rows = self._rows(gallery, where)
-        own = [[part for part in (*parts, *unlike) if isinstance(part, int)] for parts in asked]
         embeddings = self._embeddings(gallery, asked, boxes, unlike)
-        # What was asked for by its id is left out: k more are found in its place.
-        more = k + max(map(len, own), default=0)
-        found = gallery.nearest(embeddings, more, rows)
-        return [
-            self._neighbours(gallery, distances, numbers, set(ids), k, max_distance)
-            for (distances, numbers), ids in zip(found, own, strict=True)
-        ]
+        own = [self._own(parts, unlike) for parts in asked]
+
+        most = k + max((len(one.ids) for one in own), default=0)
+        options: dict[str, Any] = {"k": k, "max_distance": max_distance, "copies": copies}
+        nearest, answers = gallery.nearest(embeddings, most, rows), []
+        for query, pairs, one in zip(embeddings, nearest, own, strict=True):
+            answer, whole = self._neighbours(gallery, *pairs, one, where, **options)
+            wanted = most
+            while not whole and len(pairs[0]) == wanted:  # Copies have taken the places.
+                wanted *= 2
+                (pairs,) = gallery.nearest(query[None], wanted, rows)
+                answer, whole = self._neighbours(gallery, *pairs, one, where, **options)
+            answers.append(answer)
+        return answers
 
     def why(
         self,
@@ -432,22 +435,63 @@ class Catalogue:
         edges = np.cumsum([0, *map(len, asked)])
         return np.array([queries.combined(found[i:j], away) for i, j in itertools.pairwise(edges)])
 
+    def _own(self, parts: Sequence[Part], unlike: Sequence[Part]) -> _Own:
+        ids = {part for part in (*parts, *unlike) if isinstance(part, int)}
+        hashes = [*(self._content(i)[0] for i in ids), *map(queries.hash_of, parts)]
+        return _Own(ids, {digest for digest in hashes if digest is not None})
+
     def _neighbours(
         self,
         gallery: Gallery,
         distances: np.ndarray,
         numbers: np.ndarray,
-        own: set[int],
+        own: _Own,
+        where: Where,
+        *,
         k: int,
         max_distance: float | None,
-    ) -> list[Neighbour]:
-        found = []
+        copies: bool,
+    ) -> tuple[list[Neighbour], bool]:
+        """The neighbours among what is nearest, and whether those are all that are asked for."""
+        found: list[Neighbour] = []
+        seen, counted = set(), 0
         for distance, number in zip(distances.tolist(), numbers.tolist(), strict=True):
-            near = max_distance is None or distance <= max_distance
-            if near and number not in own and len(found) < k:
-                item = self._item(number)
-                if item is not None:
-                    found.append(Neighbour(number, item.path, item.payload, distance))
-                elif self.store.about("revision") == gallery.revision:  # Nobody removed it.
-                    raise damaged(self.store.path, f"photo {number} is not there any more")
-        return found
+            if max_distance is not None and distance > max_distance:
+                return found, True
+            item = None if number in own.ids else self._item(number)
+            if item is None:
+                if number not in own.ids:
+                    self._check_removed(gallery, number)
+                continue
+            digest, box = self._content(number)
+            if digest is not None and (digest, box) in seen and not copies:
+                continue
+            seen.add((digest, box))
+            same = digest in own.hashes
+            others = self._copies((digest, box), {number, *own.ids}, where)
+            found.append(Neighbour(number, item.path, item.payload, distance, others, same))
+            counted += copies or not same
+            if counted == k:
+                return found, True
+        return found, False
+
+    def _check_removed(self, gallery: Gallery, number: int) -> None:
+        """Raise an InputError for a photo that is gone, though nobody removed it."""
+        if self.store.about("revision") == gallery.revision:
+            raise damaged(self.store.path, f"photo {number} is not there any more")
+
+    def _content(self, number: int) -> tuple[bytes | None, str]:
+        """What a photo's embedding depends on; nothing for one that was removed meanwhile."""
+        rows = self.store.rows("SELECT hash, box FROM item WHERE id = ?", [number])
+        return rows[0] if rows else (None, "")
+
+    def _copies(self, key: tuple, but: set[int], where: Where) -> tuple[Copy, ...]:
+        """The other photos with a content and box, of those that may be found."""
+        condition, values = selected(where)
+        sql = (
+            "SELECT id, path FROM item WHERE hash = ? AND box = ? AND embedding IS NOT NULL "
+            f"AND {condition} ORDER BY id"
+        )
+        return tuple(
+            Copy(*row) for row in self.store.rows(sql, [*key, *values]) if row[0] not in but
+        )

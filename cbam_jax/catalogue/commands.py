@@ -120,6 +120,7 @@ def find(options: argparse.Namespace) -> int:
             boxes=[[sources.parse_box(options.box)]] if options.box else None,
             unlike=[part_of(text) for text in options.unlike],
             max_distance=options.max_distance,
+            copies=options.copies,
         )
         photos = [_photos(catalogue, parts) for parts in asked]
     box = sources.parse_box(options.box) if options.box else None
@@ -306,6 +307,8 @@ def _find_flags(parser: argparse.ArgumentParser) -> None:
     _where_flag(parser)
     parser.add_argument("--box", metavar="X1,Y1,X2,Y2", help="the garment in the query, in pixels")
     parser.add_argument("--max-distance", type=float, help="leave out what is farther")
+    text = "each copy of a photo as a photo of its own; else copies are one"
+    parser.add_argument("--copies", action="store_true", help=text)
     _format_flags(parser)
     _sheet_flags(parser)
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cbam_jax import InputError, __version__, pages
-from cbam_jax.catalogue.catalogue import Neighbour
-from cbam_jax.catalogue.printing import payload_text
+from cbam_jax.catalogue.items import Neighbour
+from cbam_jax.catalogue.printing import payload_text, ranked, remark
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.datasets import decode_image
 from cbam_jax.datasets.looks import shrunk, small_image
@@ -70,8 +70,12 @@ def sheet(answers: Sequence[Shown]) -> np.ndarray:
     rows = [
         [(thumbnail(path, a.box), "query", a.name) for path in a.photos or [""]]
         + [
-            (thumbnail(n.path), f"{rank}   {n.distance:.4f}", payload_text(n.payload) or str(n.id))
-            for rank, n in enumerate(a.found, 1)
+            (
+                thumbnail(n.path),
+                f"{rank or '='}   {n.distance:.4f}",
+                f"{payload_text(n.payload) or n.id} {remark(n)}",
+            )
+            for rank, n in ranked(a.found)
         ]
         for a in answers
     ]
@@ -122,11 +126,11 @@ def _section(answer: Shown) -> str:
     found = "".join(
         _figure(
             thumbnail(n.path),
-            f"Number {rank}: {payload_text(n.payload) or n.id}",
-            [f"{rank}, distance {n.distance:.4f}", payload_text(n.payload)],
+            f"{f'Number {rank}' if rank else 'This photo'}: {payload_text(n.payload) or n.id}",
+            [f"{rank or '='}, distance {n.distance:.4f}", payload_text(n.payload), remark(n)],
             f"{n.id}: {n.path}",
         )
-        for rank, n in enumerate(answer.found, 1)
+        for rank, n in ranked(answer.found)
     )
     nothing = "" if found else "<p>Nothing was found.</p>"
     heading = f"<h2>{html.escape(answer.name)}</h2>"

@@ -2,13 +2,15 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cbam_jax.catalogue.catalogue import Item, Neighbour
+from cbam_jax.catalogue.items import Item, Neighbour
 from cbam_jax.command_line import to_json
 from cbam_jax.foreign_files import shown
 
+_COPIES = 3  # Named in a line of text.
 Answer = tuple[str, Sequence[Neighbour]]  # What was asked, and what was found.
 
 
@@ -22,12 +24,37 @@ def answers_text(answers: Sequence[Answer]) -> str:
     lines = []
     for name, found in answers:
         lines.append(name)
-        for rank, (number, path, payload, distance) in enumerate(found, 1):
-            told = f"{shown(path)}  {payload_text(payload)}".rstrip()
-            lines.append(f"{rank:4}  {distance:.4f}  {number:7}  {told}")
+        for rank, n in ranked(found):
+            told = "  ".join(filter(None, [shown(n.path), payload_text(n.payload), remark(n)]))
+            lines.append(f"{rank or '=':>4}  {n.distance:.4f}  {n.id:7}  {told}")
         if not found:
             lines.append("  nothing found")
     return "\n".join(lines)
+
+
+def ranked(found: Sequence[Neighbour]) -> list[tuple[int | None, Neighbour]]:
+    """Neighbours with their ranks from 1; the query's own photo has none.
+
+    >>> own, other = Neighbour(7, "/b.jpg", {}, 0.0, same=True), Neighbour(8, "/c.jpg", {}, 0.25)
+    >>> [rank for rank, _ in ranked([own, other])]
+    [None, 1]
+    """
+    ranks = itertools.count(1)
+    return [(None if n.same else next(ranks), n) for n in found]
+
+
+def remark(n: Neighbour) -> str:
+    """That it is the query's own photo, and its copies.
+
+    >>> from cbam_jax.catalogue.items import Copy
+    >>> remark(Neighbour(7, "/b.jpg", {}, 0.0, (Copy(8, "/c.jpg"), Copy(9, "/d.jpg")), same=True))
+    '(this photo, also as 8, 9)'
+    """
+    ids = [str(copy.id) for copy in n.copies]
+    more = f" and {len(ids) - _COPIES} more" if len(ids) > _COPIES else ""
+    also = f"also as {', '.join(ids[:_COPIES])}{more}" if ids else ""
+    told = ", ".join(filter(None, ["this photo" if n.same else "", also]))
+    return f"({told})" if told else ""
 
 
 def answers_json(answers: Sequence[Answer]) -> str:
@@ -41,7 +68,8 @@ def answers_json(answers: Sequence[Answer]) -> str:
             {
                 "query": name,
                 "neighbours": [
-                    {"rank": rank, **neighbour._asdict()} for rank, neighbour in enumerate(found, 1)
+                    {"rank": rank, **n._asdict(), "copies": [c._asdict() for c in n.copies]}
+                    for rank, n in ranked(found)
                 ],
             }
             for name, found in answers
@@ -52,11 +80,12 @@ def answers_json(answers: Sequence[Answer]) -> str:
 def answers_csv(answers: Sequence[Answer]) -> str:
     """A row for each photo found; what is known of any of them has columns of its own."""
     rows = [
-        ({"query": name, "rank": rank, "id": n.id, "distance": n.distance, "path": n.path}, n)
+        ({"query": name, "rank": rank or "=", "id": n.id, "distance": n.distance, "path": n.path,
+          "copies": " ".join(str(copy.id) for copy in n.copies)}, n)
         for name, found in answers
-        for rank, n in enumerate(found, 1)
-    ]
-    header = ["query", "rank", "id", "distance", "path"]
+        for rank, n in ranked(found)
+    ]  # fmt: skip
+    header = ["query", "rank", "id", "distance", "path", "copies"]
     return _csv(header, [(row, n.payload) for row, n in rows])
 
 

@@ -1,5 +1,8 @@
 """From what is asked to one embedding: a photo, an id, an embedding, several of them at once."""
 
+import contextlib
+import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +14,22 @@ from cbam_jax import InputError
 from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.indexing import reason
 from cbam_jax.catalogue.nearest import LARGEST_NUMBER
+from cbam_jax.catalogue.reading import LARGEST
+from cbam_jax.foreign_files import read_file
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
-Part = str | os.PathLike | bytes | int | np.ndarray
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A photo that was embedded before: its embedding [d], and the SHA-256 of its file."""
+
+    embedding: np.ndarray
+    hash: bytes
+
+
+Part = str | os.PathLike | bytes | int | np.ndarray | Ready
 _FEW = 4  # Photos that are embedded one by one.
 _AWAY = 0.5  # The weight of what the answer is to be unlike.
 
@@ -29,8 +43,8 @@ def embeddings_of(
     """The embedding of each part, [n, d] float32.
 
     Args:
-        parts: the path of a photo or its bytes, the id of one in the catalogue, or an embedding
-            [d]. Photos are embedded together.
+        parts: the path of a photo or its bytes, the id of one in the catalogue, an embedding [d],
+            or a photo that is ready. Photos are embedded together.
         gallery: where ids are looked up.
         embedder: loads it, when there is a photo.
         boxes: of each part, ``x1, y1, x2, y2`` in pixels, or None for all of a photo.
@@ -124,7 +138,23 @@ def part_of(text: str) -> str | int:
     return int(text) if text.isdecimal() and not Path(text).exists() else text
 
 
+def hash_of(part: Part) -> bytes | None:
+    """The SHA-256 of a photo's file, None where there is none to be read.
+
+    >>> hash_of(b"abc").hex()[:8], hash_of(7)
+    ('ba7816bf', None)
+    """
+    if isinstance(part, Ready):
+        return part.hash
+    if isinstance(part, str | os.PathLike):
+        with contextlib.suppress(InputError, OSError):
+            part = read_file(Path(part).expanduser(), LARGEST)
+    return hashlib.sha256(part).digest() if isinstance(part, bytes) else None
+
+
 def _without_model(part: Part, gallery: Gallery) -> np.ndarray | None:
+    if isinstance(part, Ready):
+        part = part.embedding
     if isinstance(part, np.ndarray):
         return _checked(part, gallery)
     if isinstance(part, int | np.integer) and not isinstance(part, bool):

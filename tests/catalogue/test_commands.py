@@ -85,26 +85,43 @@ def test_find_answers_as_text_json_and_csv(run, shop, photos):
     _, text, _ = run("find", shop, photos[2], "5", "-k", 3)
     lines = text.splitlines()
     assert lines[0] == str(photos[2])
-    assert lines[1].split() == ["1", "0.0000", "3", str(photos[2]), "category=dress"]
-    assert lines[4] == "5"
+    assert lines[1].split() == ["=", "0.0000", "3", str(photos[2]), "category=dress",
+                                "(this", "photo)"]  # fmt: skip
+    assert lines[2].split()[0] == "1"
+    assert lines[5] == "5"
     answers = json.loads(run("find", shop, photos[2], "5", "-k", 3, "--json")[1])
     assert [answer["query"] for answer in answers] == [str(photos[2]), "5"]
     assert answers[0]["neighbours"][0] == {
-        "rank": 1, "id": 3, "path": str(photos[2]), "distance": 0.0,
-        "payload": {"category": "dress"},
+        "rank": None, "id": 3, "path": str(photos[2]), "distance": 0.0,
+        "payload": {"category": "dress"}, "copies": [], "same": True,
     }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(run("find", shop, photos[2], "-k", 3, "--csv")[1])))
     assert [int(row["id"]) for row in rows] == [n["id"] for n in answers[0]["neighbours"]]
     assert rows[1]["category"] in ("dress", "hat")
 
 
+def test_copies_are_one_unless_asked_for(run, shop, photos):
+    copy = shutil.copy(photos[3], photos[3].with_name("x.png"))
+    run("add", shop, "photos")
+    _, text, _ = run("find", shop, photos[3], "-k", 2)
+    assert text.splitlines()[1].endswith("(this photo, also as 13)")
+    assert len(text.splitlines()) == 4
+    (answer,) = json.loads(run("find", shop, photos[3], "-k", 2, "--json")[1])
+    assert answer["neighbours"][0]["copies"] == [{"id": 13, "path": str(copy)}]
+    assert [n["rank"] for n in answer["neighbours"]] == [None, 1, 2]
+    rows = list(csv.DictReader(io.StringIO(run("find", shop, photos[3], "--csv")[1])))
+    assert (rows[0]["rank"], rows[0]["copies"]) == ("=", "13")
+    (answer,) = json.loads(run("find", shop, photos[3], "-k", 2, "--json", "--copies")[1])
+    assert [n["id"] for n in answer["neighbours"]] == [4, 13]
+
+
 def test_find_writes_contact_sheets(run, shop, photos, tmp_path):
     status, out, _ = run("find", shop, photos[0], "7", "--html=a.html", "--png=a.png", "-k", 3)
     assert status == 0
-    assert out.startswith(f"{photos[0]}\n   1  0.0000        1  ")
+    assert out.startswith(f"{photos[0]}\n   =  0.0000        1  ")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("<img") == 8
-    assert cv2.imread(str(tmp_path / "a.png")).shape == (604, 1020, 3)
+    assert page.count("<img") == 9
+    assert cv2.imread(str(tmp_path / "a.png")).shape == (604, 1272, 3)
     status, _, err = run("find", shop, "1", "--html=nowhere/a.html")
     assert (status, err) == (
         2, "error: cannot write nowhere/a.html: No such file or directory; name another file\n",

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from brute_force import brute_force
-from fakes import FakeEmbedder, write_photos
+from fakes import FakeEmbedder, write_photo, write_photos
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue
@@ -48,8 +48,8 @@ def expected(query, embeddings, k, left=range(12)):
 
 def test_by_file_bytes_and_embedding(shop, photos, embeddings):
     wanted = expected(embeddings[3], embeddings, 5)
-    assert pairs(shop.find(str(photos[3]), k=5)) == wanted
-    assert pairs(shop.find(photos[3].read_bytes(), k=5)) == wanted
+    assert pairs(shop.find(str(photos[3]), k=5, copies=True)) == wanted
+    assert pairs(shop.find(photos[3].read_bytes(), k=5, copies=True)) == wanted
     assert pairs(shop.find(embeddings[3], k=5)) == wanted
     assert len(shop.find(photos[3], k=99)) == 12
 
@@ -76,10 +76,10 @@ def test_only_what_a_filter_passes_exactly(shop, embeddings):
 
 def test_a_box_and_a_distance(shop, photos, embeddings):
     boxed = FakeEmbedder().embed_files([photos[2]], boxes=[[5, 5, 30, 20]]).embeddings[0]
-    found = shop.find(photos[2], k=12, box=[5, 5, 30, 20])
+    found = shop.find(photos[2], k=12, box=[5, 5, 30, 20], copies=True)
     assert pairs(found) == expected(boxed, embeddings, 12)
     limit = found[4].distance
-    near = shop.find(photos[2], k=12, box=[5, 5, 30, 20], max_distance=limit)
+    near = shop.find(photos[2], k=12, box=[5, 5, 30, 20], max_distance=limit, copies=True)
     assert pairs(near) == pairs(found)[:5]
 
 
@@ -91,7 +91,7 @@ def test_several_photos_as_one_query_and_what_it_is_to_be_unlike(shop, photos, e
         direction = (units[1] + units[4]) / 2 - away
         query = (direction * length / np.linalg.norm(direction)).astype(np.float32)
         left = [i for i in range(12) if i != 1 and (i != 8 or not unlike)]
-        found = shop.find([2, photos[4]], k=6, unlike=unlike)
+        found = shop.find([2, photos[4]], k=6, unlike=unlike, copies=True)
         assert [n.id for n in found] == [i for i, _ in expected(query, embeddings, 6, left)]
 
 
@@ -111,8 +111,69 @@ def test_several_queries_at_once_are_each_alone(shop, photos):
 def test_ties_come_by_id(shop, photos, tmp_path):
     shutil.copytree(photos[0].parent, tmp_path / "copies")
     shop.add([tmp_path / "copies"], progress=False)
-    assert [n.id for n in shop.find(photos[2], k=2)] == [3, 15]
-    assert shop.find(photos[2], k=2)[1].distance == 0
+    found = shop.find(photos[2], k=2, copies=True)
+    assert [(n.id, n.distance, n.same) for n in found] == [(3, 0, True), (15, 0, True)]
+
+
+def folded(rows, embeddings, query, own, k, shown):
+    """Of what brute force finds the first of each content; own is told and not counted."""
+    answer, seen = [], set()
+    for number, distance in expected(query, embeddings, len(embeddings), range(len(embeddings))):
+        content = rows[number - 1]
+        if content in seen or number not in shown:
+            continue
+        seen.add(content)
+        same = content == own
+        others = [i for i in shown if rows[i - 1] == content and i != number]
+        answer.append((number, distance, others, same))
+        if sum(not row[3] for row in answer) == k:
+            break
+    return answer
+
+
+def told(found):
+    return [(n.id, n.distance, [copy.id for copy in n.copies], n.same) for n in found]
+
+
+def test_copies_are_one_and_the_own_photo_is_told_beside_k(shop, photos, tmp_path):
+    rng = np.random.default_rng(4)
+    (tmp_path / "copies").mkdir()
+    for i, row in enumerate(rng.integers(0, 6, 40)):
+        shutil.copy(photos[row], tmp_path / "copies" / f"{i:02}{photos[row].suffix}")
+    shop.add([tmp_path / "copies"], {"season": "old"}, progress=False)
+    rows = [Path(item.path).read_bytes() for item in shop.items()]
+    made = FakeEmbedder().embed_files(rows).embeddings
+    every, old = list(range(1, 53)), list(range(13, 53))
+    outside = write_photo(tmp_path / "outside.png", 77)
+    for query in (photos[1], photos[8], outside):
+        content = query.read_bytes()
+        embedding = FakeEmbedder().embed_file(query)
+        for k in (1, 3, 11, 99):
+            wanted = folded(rows, made, embedding, content, k, every)
+            assert told(shop.find(query, k=k)) == told(shop.find(content, k=k)) == wanted
+        wanted = folded(rows, made, embedding, content, 4, old)
+        assert told(shop.find(query, k=4, where="season=old")) == wanted
+    # By id: itself is left out, its copies are told as it.
+    first = next(i for i in old if rows[i - 1] == rows[0])
+    found = shop.find(1, k=3)
+    assert (found[0].id, found[0].same, 1 in [c.id for c in found[0].copies]) == (
+        first,
+        True,
+        False,
+    )
+    assert len(found) == 4
+    assert not any(n.same for n in found[1:])
+    assert len(shop.find_all([[1], [photos[8]], [3]], k=3)[1]) == 4
+
+
+def test_a_part_of_the_querys_photo_is_the_same_photo(shop, photos, tmp_path):
+    table = tmp_path / "parts.csv"
+    copy = shutil.copy(photos[0], tmp_path / "copy.png")
+    table.write_text(f"path,x1,y1,x2,y2\n{copy},5,6,30,31\n")
+    shop.add(table, progress=False)
+    found = shop.find(photos[0], k=99)
+    assert [n.id for n in found if n.same] == [1, 13]
+    assert not any(n.copies for n in found)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_photo_is_chosen_boxed_filtered_clicked_and_enlarged(address, width, s
     size = {"width": width, "height": 800}
     with opened(url, viewport=size, color_scheme=scheme) as (page, errors, hosts):
         page.set_input_files("#file", photos / "hat" / "03.png")
-        shows(page, "many === 12 && text.includes('1. distance 0.0000, category: hat')")
+        shows(page, "many === 12 && text.includes('This photo, distance 0.0000, category: hat')")
         edges = page.locator("#frame").bounding_box()
         page.mouse.move(edges["x"] + 4, edges["y"] + 4)
         page.mouse.down()

@@ -1,6 +1,7 @@
 """What the server answers, and what it refuses."""
 
 import base64
+import shutil
 import threading
 import zlib
 
@@ -52,13 +53,17 @@ def found(folder, *arguments, **options):
 def test_a_search_answers_as_the_catalogue_does(client, folder, photos):
     content = photos[3].read_bytes()
     assert pairs(client.post("/search?k=5", content=content)) == found(folder, photos[3], k=5)
+    every = client.post("/search?k=5&copies=true", content=content)
+    assert pairs(every) == found(folder, photos[3], k=5, copies=True)
     assert pairs(client.post("/search?id=7&k=5")) == found(folder, 7, k=5)
     boxed = client.post("/search?k=3&box=4,4,30,20", content=content)
     assert pairs(boxed) == found(folder, photos[3], k=3, box=[4, 4, 30, 20])
     filtered = client.post("/search?id=7&where=category=dress&where=category!=hat")
     assert pairs(filtered) == found(folder, 7, where=["category=dress", "category!=hat"])
     first = client.post("/search?k=1", content=content).json()["neighbours"][0]
-    assert first == {"id": 4, "distance": 0.0, "name": "06.png", "payload": {"category": "dress"}}
+    payload = {"category": "dress"}
+    assert first == {"id": 4, "distance": 0.0, "same": True, "copies": [], "name": "06.png",
+                     "payload": payload}  # fmt: skip
 
 
 def test_searches_at_once_are_each_answered(client, folder, photos):
@@ -102,7 +107,12 @@ def test_new_stock_is_found_at_once(client, folder):
     new = write_photo(folder / "new.png", 99)
     with Catalogue.open(folder / "shop.db", FakeEmbedder()) as shop:
         shop.add(new, progress=False)
-        assert pairs(client.post("/search?k=1", content=new.read_bytes())) == [(13, 0.0)]
+        assert pairs(client.post("/search?k=1", content=new.read_bytes()))[0] == (13, 0.0)
+        copy = shutil.copy(new, folder / "copy.png")
+        shop.add(copy, progress=False)
+        first = client.post("/search?k=1", content=new.read_bytes()).json()["neighbours"][0]
+        assert first["copies"] == [{"id": 14, "name": "copy.png"}]
+        shop.remove([14])
         shop.remove([13])
     assert len(pairs(client.post("/search?k=50", content=new.read_bytes()))) == 12
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cbam_jax import InputError, __version__
-from cbam_jax.catalogue.catalogue import Catalogue, Item
+from cbam_jax.catalogue.catalogue import Catalogue
+from cbam_jax.catalogue.items import Item, Neighbour
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.server.explaining import Explainer, Pair
 from cbam_jax.catalogue.server.finding import Busy, Finder, Search
@@ -144,22 +145,27 @@ def _add_search(app: "FastAPI", finder: Finder) -> None:
         k: Annotated[int, Query(ge=1, le=500)] = 12,
         where: Annotated[list[str] | None, Query(description="category=dress, price<50")] = None,
         box: Annotated[str | None, Query(description="x1,y1,x2,y2 in pixels")] = None,
+        copies: Annotated[bool, Query(description="each copy as a photo of its own")] = False,
     ) -> dict[str, Any]:
-        """Find the photos most like one: that of an id, or the image file in the body."""
+        """Find the photos most like one: that of an id, or the image file in the body.
+
+        Photos with the same content are one, which has the others as ``copies``; the photo that was
+        sent, where the catalogue has it, is told as the ``same``, beside the ``k``.
+        """
         photo = None if id is not None else await request.body()
         if photo is not None:
             check_photo(photo)
         place = parse_box(box) if box else None
-        future = finder.find(Search(photo, id, k, tuple(where or ()), place))
+        future = finder.find(Search(photo, id, k, tuple(where or ()), place, copies))
         found = await asyncio.wait_for(asyncio.wrap_future(future), _SECONDS)
-        keys = ("id", "distance")
-        return {
-            "neighbours": [
-                {key: getattr(n, key) for key in keys}
-                | {"name": os.path.basename(n.path), "payload": n.payload}
-                for n in found
-            ]
-        }
+        return {"neighbours": [_told(neighbour) for neighbour in found]}
+
+
+def _told(n: Neighbour) -> dict[str, Any]:
+    """A neighbour without paths."""
+    copies = [{"id": c.id, "name": os.path.basename(c.path)} for c in n.copies]
+    about = {"id": n.id, "distance": n.distance, "same": n.same, "copies": copies}
+    return {**about, "name": os.path.basename(n.path), "payload": n.payload}
 
 
 def _add_why(app: "FastAPI", explainer: Explainer) -> None:

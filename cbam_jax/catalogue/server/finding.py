@@ -4,6 +4,7 @@ Photos that arrive within a few milliseconds are embedded together. The thread h
 open, and sees what another process has added since the last search.
 """
 
+import hashlib
 import os
 import queue
 import threading
@@ -13,8 +14,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cbam_jax import InputError
-from cbam_jax.catalogue.catalogue import Catalogue, Neighbour
-from cbam_jax.catalogue.queries import embed_photos
+from cbam_jax.catalogue.catalogue import Catalogue
+from cbam_jax.catalogue.items import Neighbour
+from cbam_jax.catalogue.queries import Ready, embed_photos
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -36,6 +38,7 @@ class Search(NamedTuple):
     k: int
     where: tuple[str, ...]
     box: Sequence[float] | None
+    copies: bool = False
 
 
 class Finder:
@@ -109,8 +112,12 @@ def _found(catalogue: Catalogue, search: Search, embedding) -> list[Neighbour]:
         raise embedding
     if isinstance(embedding, str):
         raise InputError(embedding)
-    query: Any = search.id if embedding is None else embedding
-    return catalogue.find(query, search.k, where=search.where or None)
+    query: Any = search.id if embedding is None else Ready(embedding, _hash(search.photo))
+    return catalogue.find(query, search.k, where=search.where or None, copies=search.copies)
+
+
+def _hash(photo: bytes | None) -> bytes:
+    return hashlib.sha256(photo or b"").digest()
 
 
 def answer(future: Future, function: Callable[[], Any]) -> None:

@@ -14,6 +14,7 @@ async function find() {
   if (photo === null && id === null) return;
   const mine = ++asked, query = new URLSearchParams({ k: at("k").value });
   if (at("category").value) query.set("where", "category=" + at("category").value);
+  if (at("copies").checked) query.set("copies", true);
   if (id !== null) query.set("id", id);
   else if (box) query.set("box", inPixels(box).join(","));
   at("status").textContent = "Searching ...";
@@ -30,13 +31,20 @@ async function find() {
 }
 
 function show(neighbours) {
-  const many = neighbours.length;
+  const many = neighbours.filter((n) => !n.same).length;
+  let rank = 0;
   at("status").textContent = many ? many + " found, nearest first" : "Nothing was found.";
-  at("results").replaceChildren(...neighbours.map(card));
+  at("results").replaceChildren(...neighbours.map((n) => card(n, n.same ? 0 : ++rank)));
 }
 
 function known(payload) {
   return Object.entries(payload).map(([name, value]) => name + ": " + value).join(", ");
+}
+
+function also(n) {
+  const names = n.copies.slice(0, 3).map((copy) => copy.name).join(", ");
+  const more = n.copies.length - 3;
+  return names && "also as " + names + (more > 0 ? " and " + more + " more" : "");
 }
 
 function card(n, rank) {
@@ -50,8 +58,8 @@ function card(n, rank) {
   find.title = "Find what looks like this";
   find.append(image);
   find.onclick = () => { location.hash = "id=" + n.id; };
-  text.textContent = (rank + 1) + ". distance " + n.distance.toFixed(4) +
-    (known(n.payload) ? ", " + known(n.payload) : "");
+  text.textContent = [(rank ? rank + ". distance " : "This photo, distance ") +
+    n.distance.toFixed(4), known(n.payload), also(n)].filter(Boolean).join(", ");
   more.className = "more";
   more.textContent = "Enlarge";
   more.onclick = () => enlarge(n);
@@ -186,7 +194,7 @@ at("begin-box").onclick = () => { setBox([0.2, 0.2, 0.8, 0.8]); at("box").focus(
 at("ask-why").onclick = explain;
 at("large").onclose = () => { large = null; };
 at("clear").onclick = () => { setBox(null); find(); };
-at("category").onchange = at("k").onchange = find;
+at("category").onchange = at("k").onchange = at("copies").onchange = find;
 at("file").onchange = () => take(at("file").files[0]);
 document.onpaste = (event) => take([...event.clipboardData.files][0]);
 document.ondragover = (event) => { event.preventDefault(); at("drop").classList.add("over"); };
