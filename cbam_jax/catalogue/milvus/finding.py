@@ -8,9 +8,10 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import embedders
-from cbam_jax.catalogue.catalogue import Catalogue, Item
+from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.filters import Where, conditions
 from cbam_jax.catalogue.gallery import Gallery
+from cbam_jax.catalogue.items import Copy, Item
 from cbam_jax.catalogue.milvus.addresses import Address, address
 from cbam_jax.catalogue.milvus.collection import PHOTO, Collection
 from cbam_jax.catalogue.milvus.conditions import expression, named
@@ -89,6 +90,15 @@ class MilvusCatalogue(Catalogue):
         known = self.gallery.found.get(number)
         rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
         return _item(rows[0]) if rows and number > 0 else None
+
+    def _content(self, number: int) -> tuple[bytes | None, str]:
+        """Nothing: a collection does not hold the files' hashes, so copies are not folded."""
+        del number
+        return None, ""
+
+    def _copies(self, key: tuple, but: set[int], where: Where) -> tuple[Copy, ...]:
+        del key, but, where
+        return ()
 
     def _rows(self, gallery: Gallery, where: Where) -> Any:
         for name, _, _ in conditions(where):
