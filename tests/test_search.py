@@ -13,7 +13,9 @@ from cbam_jax.search import (
     passes,
     search,
     shards,
+    spread,
 )
+from cbam_jax.search.types import Labels
 
 
 @pytest.mark.slow
@@ -268,7 +270,7 @@ def test_every_float_dtype(rng, dtype):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", FIRST_PASSES)
+@pytest.mark.parametrize("dtype", [*FIRST_PASSES, "float64"])
 def test_bounds_are_below_every_distance(rng, metric, dtype):
     """Also where all numbers lie halfway between two of bfloat16's, and norms differ."""
     x = rng.normal(size=(60, 100)) * 10.0 ** rng.uniform(-3, 1, (60, 1))
@@ -279,17 +281,20 @@ def test_bounds_are_below_every_distance(rng, metric, dtype):
         values = values.astype(np.float32)
         squares = np.sum(np.square(values, dtype=np.float64), axis=1).astype(np.float32)
         settings = bounds.Preparation(None, np.float32(1), metric, dtype)
-        products, share = bounds.prepared(values, squares, settings)
+        with jax.enable_x64(dtype == "float64"):
+            products, share = bounds.prepared(values, squares, settings)
         products, share = (np.asarray(a).astype(np.float64) for a in (products, share))
-        exact = np.stack([all_distances(v, values.astype(np.float64), metric) for v in values])
+        doubles = values.astype(np.float64)
+        exact = np.stack([all_distances(v, doubles, metric) for v in doubles])
         if metric == "euclidean":
             exact = exact**2
         factor = -2 if "euclidean" in metric else -1
         lowest = factor * products @ products.T + share[:, None] + share
-        assert (lowest < exact).all()
+        # Brute force has float64's errors as well.
+        assert (lowest < exact + (1e-12 if dtype == "float64" else 0) * np.abs(exact)).all()
         # And not far below: what is lost has the size of the numbers' last bits.
         lengths = np.ones(60) if metric == "cosine" else squares.astype(np.float64)
-        last_bit = 2.0**-9 if dtype == "bfloat16" else 3e-5
+        last_bit = {"bfloat16": 2.0**-9, "float32": 3e-5, "float64": 1e-13}[dtype]
         assert (exact - lowest < 4 * last_bit * (lengths[:, None] + lengths)).all()
 
 
@@ -313,6 +318,55 @@ def test_what_bfloat16_cannot_prove_is_searched_by_float32(rng, monkeypatch):
     done.clear()
     assert_same(search(queries, gallery, 5, first_pass="float32"), found)
     assert done == [("float32", 10, 10)]
+
+
+def _in_clusters(rng, clusters, each, d, spread):
+    """Unit vectors around a few directions, as a triplet loss makes them."""
+    x = rng.normal(size=(clusters, 1, d)) + spread * rng.normal(size=(clusters, each, d))
+    x = rng.permutation(x.reshape(-1, d))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-5])
+def test_tight_clusters_are_proven_in_float64(rng, monkeypatch, metric, spread):
+    """Whose distances are far below the errors of float32 products; some rows are copies."""
+    gallery = _in_clusters(rng, 4, 250, 24, spread)
+    gallery[::50] = gallery[1]
+    group = rng.integers(0, 3, 1000)
+    left = []
+    every_pair = passes.exhaustive_search
+    monkeypatch.setattr(
+        passes,
+        "exhaustive_search",
+        lambda q, *rest: left.append(len(q.rows)) or every_pair(q, *rest),
+    )
+    options = {"query_group": group[:140], "gallery_group": group}
+    found = search(gallery[:140], gallery, 6, metric=metric, gallery_block=336, **options)
+    ignored = group[:140, None] == group[None, :]
+    expected = brute_force(gallery[:140], gallery, 6, metric, ignored)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-14)
+    if metric != "inner_product":  # Whose differences, beside 1, are lost in float32: many ties.
+        assert sum(left) <= 64  # Few enough for a search of every pair.
+
+
+def test_a_search_begins_with_a_pass_that_can_tell_neighbours_apart(rng):
+    dtypes = ("bfloat16", "float32", "float64")
+
+    def begun(x):
+        squares = np.sum(np.square(x), axis=1)
+        queries = bounds.Queries(x, squares, Labels(None, None, None))
+        settings = bounds.Preparation(None, np.float32(1), "euclidean", "bfloat16")
+        return spread.first_useful(dtypes, queries, settings)
+
+    assert begun(rng.normal(size=(400, 64)).astype(np.float32)) == "bfloat16"
+    assert begun(_in_clusters(rng, 10, 60, 64, 0.5)) == "bfloat16"
+    assert begun(_in_clusters(rng, 10, 60, 64, 0.1)) == "float32"
+    assert begun(_in_clusters(rng, 10, 60, 64, 0.01)) == "float64"
+    assert begun(_in_clusters(rng, 10, 5, 64, 0.01)) == "bfloat16"  # Too few to tell.
+    assert begun(np.ones((400, 64), np.float32)) == "bfloat16"
 
 
 def test_first_pass_suits_the_device(monkeypatch):

@@ -7,14 +7,17 @@ query, the few groups with the lowest. The second step computes those few distan
 float64, and those of a group's other items where its second lowest bound asks for it. Where the
 k-th distance is below every bound that was not kept, the answer is proven. Products of embeddings
 rounded to bfloat16 take half the time, and the rounding errors, whose norms are known, widen the
-bounds little: they prove nearly all queries. The others are searched by float32 products, and those
-with many near ties once more in float64. So neither the first pass, nor block sizes, nor devices,
-nor the batching of queries show in the result: the k lowest by (float32 distance, gallery index).
+bounds little: they prove nearly all queries. The others are searched by float32 products, then by
+float64 ones, and those with more ties than candidates pair by pair. In tight clusters, as a well
+trained model makes them, it begins with the product that can tell neighbours apart. So neither the
+first pass, nor block sizes, nor devices, nor the batching of queries show in the result: the k
+lowest by (float32 distance, gallery index).
 
 The rooms, in the order to read them: `passes` (`search`: bounds, candidates, proof, and again what
 is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
-block), `candidates` and `pairs` (distances in float64), `exhaustive` (the float64 search); and what
-they stand on: `types`, `order` (of ties), `shards` (the gallery in memory), `sums`, `arguments`.
+block), `spread` (with which pass to begin), `candidates` and `pairs` (distances in float64),
+`exhaustive` (every pair); and what they stand on: `types`, `order` (of ties), `shards` (the gallery
+in memory), `sums`, `arguments`.
 
 `top_k` finds the same inside other JAX programs: `traced` (the function, its gradient, shards),
 `streamed` (bounds, candidates, proof under `jax.jit`), `compensated` (distances as exact as

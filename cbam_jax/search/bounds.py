@@ -1,5 +1,6 @@
 """Lower bounds of distances: a product, less the largest error that it may have."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,9 +66,12 @@ def prepared(
     width d is off by at most (d u) |x| |y| with u = 2^-24, in whatever order it is summed (Higham
     2002, section 3.1), and |x| |y| <= (|x|^2 + |y|^2) / 2 splits that between both sides. Squares
     are off by as much again; 32 u more cover the roundings of centring and adding up. Products of
-    bfloat16 are off by more, see `_rounded`, and accelerators add them up less strictly.
+    bfloat16 are off by more, see `_rounded`, and accelerators add them up less strictly. Those of
+    float64 have the same bounds with its own u.
     """
     center, scale, metric, dtype = preparation
+    if dtype == "float64":
+        return _doubled(x, scale, metric=metric)
     error = (2 * x.shape[1] + 32) * (1 if dtype == "float32" else 2) * _ROUNDING
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
@@ -110,6 +114,25 @@ def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array
     # Scaled first: a difference of two numbers near float32's end would overflow.
     x = x.astype(jnp.float32) * scale - (center * scale)[None, :]
     return x, lane_sum(x * x)
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _doubled(x: jax.Array, scale: jax.Array, metric: str) -> tuple[jax.Array, jax.Array]:
+    """Embeddings and their share of the bounds in float64, whose range needs no centre."""
+    x = x.astype(jnp.float64) * scale.astype(jnp.float64)
+    squares = lane_sum(x * x)
+    error = (2 * x.shape[1] + 64) * float(np.finfo(np.float64).eps)
+    if metric == "cosine":
+        x = x / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))[:, None]
+        return x, jnp.full_like(squares, 0.5 - error)
+    return x, squares * (-error if metric == "inner_product" else 1 - error)
+
+
+def rounded_down(bounds: jax.Array) -> jax.Array:
+    """float64 as float32 that is not above, and finite."""
+    lower = bounds - jnp.abs(bounds) * 2.0**-23
+    largest = float(np.finfo(np.float32).max)
+    return jnp.clip(lower, -largest, largest).astype(jnp.float32)
 
 
 def bound_distances(

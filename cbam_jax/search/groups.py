@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from numpy.typing import ArrayLike
 
 from cbam_jax.compiler_options import compiler_options
-from cbam_jax.search.bounds import Preparation, prepared
+from cbam_jax.search.bounds import Preparation, prepared, rounded_down
 from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
 from cbam_jax.search.shards import block_rows, blocks_of
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
@@ -61,6 +61,8 @@ def lowest_bounds(
             kept = [[[] for _ in starts] for _ in shards]
     best = _selected(best, kept, size)
     lowest = [Lowest(*(_untiled(part, starts, q) for part in zip(*s, strict=True))) for s in best]
+    if preparation.dtype == "float64":
+        shares = [np.zeros(tile) for _ in starts]  # They are in the bounds.
     return lowest, _untiled(shares, starts, q)
 
 
@@ -68,7 +70,7 @@ def _tiles(parts: list[Queries], preparation: Preparation) -> tuple[list, list]:
     """Queries as the products take them, with their labels; and their shares of the bounds."""
     sides = [prepared(part.rows, part.squares, preparation) for part in parts]
     factor = -2 if preparation.metric.endswith("euclidean") else -1
-    tiles = [(factor * x, part.labels) for (x, _), part in zip(sides, parts, strict=True)]
+    tiles = [(factor * x, own, part.labels) for (x, own), part in zip(sides, parts, strict=True)]
     return tiles, [share for _, share in sides]
 
 
@@ -100,11 +102,11 @@ def _untiled(parts: Sequence[ArrayLike], starts: list[int], q: int) -> np.ndarra
 def _minima_program(dtype: str) -> Callable:
     """`_group_minima`, jitted; late, since its options depend on the backend."""
     # On a CPU, products of bfloat16 are faster without the options, those of float32 with them.
-    options = compiler_options() if dtype == "float32" else {}
+    options = {} if dtype == "bfloat16" else compiler_options()
     return jax.jit(_group_minima, static_argnames="size", compiler_options=options)
 
 
-def _group_minima(x, query, y, share, fresh, items, size):
+def _group_minima(x, own, query, y, share, fresh, items, size):
     """Lowest and second lowest bound of each group of ``size`` items of a block, [groups, t].
 
     ``x`` [t, d], ``y`` [m, d] and ``share`` [m] are prepared; the labels are [t] and [m]. Group i
@@ -119,8 +121,12 @@ def _group_minima(x, query, y, share, fresh, items, size):
         x,
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.float64 if x.dtype == jnp.float64 else jnp.float32,
     )
+    if product.dtype == jnp.float64:
+        # Added up before they are rounded: the distance may be much shorter than the embeddings.
+        product = rounded_down(product + (share[:, None] + own[None, :]))
+        share = jnp.zeros(len(y), jnp.float32)
     # Rows before ``fresh`` were in the block before.
     share = jnp.where(jnp.arange(len(y), dtype=jnp.int32) < fresh, jnp.inf, share)
     groups = -(-len(y) // size)

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -15,9 +16,11 @@ from cbam_jax.search.exhaustive import exhaustive_search
 from cbam_jax.search.groups import lowest_bounds
 from cbam_jax.search.order import INFINITE, unpacked
 from cbam_jax.search.shards import GROUP, split_gallery, squared_norms
+from cbam_jax.search.spread import first_useful
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard
 
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
+_FEW = 64  # Queries for which compiling a program is not worth while.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
 _ON_ACCELERATOR = 2**28, 4096, 2**18
 
@@ -108,12 +111,19 @@ def _passes(
     blocks: tuple[int, int],
     first_pass: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The passes from ``first_pass`` on, each for the queries that the one before left unproven."""
+    """The passes from ``first_pass`` on, each for the queries that the one before left unproven.
+
+    Those that would prove nothing are left out; the last two are in float64.
+    """
     q = len(queries.rows)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
     preparation = preparation_of(queries, shards, metric, first_pass)
+    dtypes = (*FIRST_PASSES[FIRST_PASSES.index(first_pass) :], "float64")
+    start = dtypes.index(first_useful(dtypes, queries, preparation))
     rest = np.arange(q)
-    for dtype in FIRST_PASSES[FIRST_PASSES.index(first_pass) :]:
+    for dtype in dtypes[start:]:
+        if dtype == "float64" and len(rest) <= _FEW:
+            break
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some, preparation = queries.taken(part), preparation._replace(dtype=dtype)
         distances[part], indices[part], proven = _pass(some, shards, k, preparation, items, blocks)
@@ -137,9 +147,10 @@ def _pass(
     metric, dtype = preparation.metric, preparation.dtype
     # bfloat16's bounds are wider: normally distributed embeddings of 2,048 dimensions have half as
     # many candidates more where k is 20, a quarter where k is 350.
-    count = k + (_SLACK if dtype == "float32" else int(_SLACK * np.sqrt(k)))
+    count = k + (_SLACK if dtype != "bfloat16" else int(_SLACK * np.sqrt(k)))
     size = _group_size(k, sum(len(shard.rows) for shard in shards))
-    lowest, own_share = lowest_bounds(queries, shards, count, preparation, items, blocks, size)
+    with jax.enable_x64(dtype == "float64"):
+        lowest, own_share = lowest_bounds(queries, shards, count, preparation, items, blocks, size)
     keys, unseen, complete = [], [], []
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
         bounds = [bound_distances(b & -size, own_share, preparation) for b in (bound, second)]
