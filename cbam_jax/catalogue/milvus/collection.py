@@ -29,6 +29,7 @@ INDEXES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 _KINDS = {"flat": "FLAT", "hnsw": "HNSW", "ivf": "IVF_FLAT"}
 _WAIT = 20.0  # Seconds for a server to answer that it is there.
+_ANSWER = 2**25  # Bytes of the embeddings in an answer.
 _LONG = 600.0  # Seconds for what it is then asked for.
 
 
@@ -144,17 +145,24 @@ class Collection:
         return int(found[0]["count(*)"])
 
     def search(
-        self, query: np.ndarray, limit: int, filter_: str, fields: Sequence[str], index: str
-    ) -> list[dict[str, Any]]:
-        """Rows near a query [d], nearest first as Milvus has it, ``embedding`` among the fields."""
-        with _told(self.address):
-            (hits,) = self._client.search(
-                self.address.collection, data=[query.tolist()], anns_field="embedding",
-                filter=filter_, limit=limit, output_fields=[*fields, "embedding"],
-                search_params={"metric_type": "L2", "params": _searched(index, limit)},
-                consistency_level="Strong", timeout=_LONG,
-            )  # fmt: skip
-        return [{**hit["entity"], "id": hit["id"]} for hit in hits]
+        self, queries: np.ndarray, limit: int, filter_: str, fields: Sequence[str], index: str
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Of each query [q, d] the rows near it, nearest first as Milvus has them.
+
+        ``embedding`` is among the fields.
+        """
+        # Lite holds the differences of all queries and all rows; an answer is of bounded bytes.
+        size = 1 if self.address.file else max(1, _ANSWER // (4 * limit * queries.shape[1]))
+        for start in range(0, len(queries), size):
+            with _told(self.address):
+                found = self._client.search(
+                    self.address.collection, data=queries[start : start + size].tolist(),
+                    anns_field="embedding", filter=filter_, limit=limit,
+                    output_fields=[*fields, "embedding"],
+                    search_params={"metric_type": "L2", "params": _searched(index, limit)},
+                    consistency_level="Strong", timeout=_LONG,
+                )  # fmt: skip
+            yield from ([{**hit["entity"], "id": hit["id"]} for hit in hits] for hits in found)
 
     def _foreign(self) -> InputError:
         return InputError(

@@ -1,5 +1,6 @@
 """A collection as a catalogue that can be searched and listed; it is changed by `sync` alone."""
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -115,8 +116,12 @@ class _Remote(Gallery):
         self.found: dict[int, dict[str, Any]] = {}
         self.revision = 0
 
-    def __len__(self) -> int:
+    @functools.cached_property
+    def _count(self) -> int:
         return self._collection.count()
+
+    def __len__(self) -> int:
+        return self._count  # As it was at first: it tells an empty one, and each count takes long.
 
     @property
     def dimension(self) -> int:
@@ -132,13 +137,9 @@ class _Remote(Gallery):
         self, queries: np.ndarray, k: int, rows: Any = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each query the distances and the ids of the k nearest that a filter passes."""
-        self.found = {}
-        answers = []
-        for query in queries:
-            distances, ids, found = neighbours(self._collection, query, k, rows, self._index)
-            self.found |= {row["id"]: row for row in found}
-            answers.append((distances, ids))
-        return answers
+        answers = neighbours(self._collection, queries, k, rows, self._index)
+        self.found = {row["id"]: row for _, _, found in answers for row in found}
+        return [(distances, ids) for distances, ids, _ in answers]
 
 
 class _Copy(Store):

@@ -19,19 +19,20 @@ Found = tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]
 
 
 def neighbours(
-    collection: Collection, query: np.ndarray, k: int, filter_: str, index: str
-) -> Found:
-    """The k nearest photos of one query.
+    collection: Collection, queries: np.ndarray, k: int, filter_: str, index: str
+) -> list[Found]:
+    """The k nearest photos of each query.
 
     Args:
         collection: that is searched.
-        query: [d] float32.
+        queries: [q, d] float32.
         k: at least 1.
         filter_: of the photos that may be found: see `conditions`.
         index: that of the collection. Of ``flat`` the answer is exact.
 
     Returns:
-        Their distances, float32, their ids, int64, and their rows; fewer where there are fewer.
+        Of each their distances, float32, their ids, int64, and their rows: fewer where there are
+        fewer.
 
     Raises:
         InputError: more of them than Milvus gives in one answer.
@@ -39,18 +40,22 @@ def neighbours(
     if k > MOST:
         raise InputError(f"k={k}: Milvus finds {MOST} at most; search the catalogue's file instead")
     limit = min(k + _MORE, MOST)
-    while True:
-        rows = collection.search(query, limit, filter_, PHOTO, index)
-        distances, places = measured(query, rows)
-        if index != "flat" or len(rows) < limit or settled(query, distances, k):
-            ids = np.array([rows[i]["id"] for i in places], np.int64)
-            return distances[:k], ids[:k], [rows[i] for i in places[:k]]
-        if limit == MOST:
-            raise InputError(
-                f"more than {MOST - k} photos are about as far as the last of k={k}, too many for "
-                "Milvus to order: give a smaller k, or search the catalogue's file instead"
-            )
+    found: dict[int, Found] = {}
+    while left := [place for place in range(len(queries)) if place not in found]:
+        answers = collection.search(queries[left], limit, filter_, PHOTO, index)
+        for place, rows in zip(left, answers, strict=True):
+            distances, order = measured(queries[place], rows)
+            if index != "flat" or len(rows) < limit or settled(queries[place], distances, k):
+                nearest = [rows[i] for i in order[:k]]
+                ids = np.array([row["id"] for row in nearest], np.int64)
+                found[place] = distances[:k], ids, nearest
+            elif limit == MOST:
+                raise InputError(
+                    f"more than {MOST - k} photos are about as far as the last of k={k}, too many "
+                    "for Milvus to order: give a smaller k, or search the catalogue's file instead"
+                )
         limit = min(4 * limit, MOST)
+    return [found[place] for place in range(len(queries))]
 
 
 def measured(query: np.ndarray, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

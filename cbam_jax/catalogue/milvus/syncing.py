@@ -74,7 +74,8 @@ def sync(
         gallery = open_gallery(store)
         for numbers, fresh in ((changed, False), (new, True)):
             _write(store, gallery, collection, numbers, fresh=fresh, progress=progress)
-        collection.settle()
+        if gone or changed or new:
+            collection.settle()
         count = collection.count()
         if count != len(ours):
             raise InputError(
@@ -153,8 +154,9 @@ def _recall(gallery: Gallery, collection: Collection, index: str) -> float:
     """Of some photos, the share of their ten nearest that the index finds."""
     places = np.unique(np.linspace(0, len(gallery) - 1, min(_QUERIES, len(gallery))).astype(int))
     exact = gallery.nearest(gallery.embeddings[places], _K)
-    shares = []
-    for place, (_, ids) in zip(places, exact, strict=True):
-        _, found, _ = neighbours(collection, gallery.embeddings[place], _K, expression(None), index)
-        shares.append(len(np.intersect1d(ids, found)) / len(ids))
+    found = neighbours(collection, gallery.embeddings[places], _K, expression(None), index)
+    shares = [
+        len(np.intersect1d(ids, theirs)) / len(ids)
+        for (_, ids), (_, theirs, _) in zip(exact, found, strict=True)
+    ]
     return float(np.mean(shares))

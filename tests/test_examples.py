@@ -1,0 +1,48 @@
+"""Files to start from on a cluster: they are what their programs read, and call ours as it is."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cbam_jax.catalogue.shards.commands import _parser, wanted
+
+FOLDER = Path(__file__).parent.parent / "examples" / "cluster"
+
+
+def test_the_slurm_script():
+    path = FOLDER / "embed.sbatch"
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text()
+    (last,) = re.findall(r"#SBATCH --array=0-(\d+)", text)
+    (command,) = re.findall(r"^cbam-jax embed (.*)", text, re.M)
+    options = _parser().parse_args(shlex.split(command))
+    assert options.shards == int(last) + 1
+    # One of a few that are made anew is the same shard.
+    again = {f"SLURM_ARRAY_TASK_{name}": n for name, n in zip(
+        ("ID", "COUNT", "MIN", "MAX"), ("7", "2", "3", "7"), strict=True)}  # fmt: skip
+    assert wanted(options.shards, options.shard, again) == (64, [7])
+
+
+def test_the_job_of_kubernetes():
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((FOLDER / "embed-job.yaml").read_text())
+    spec = job["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    options = _parser().parse_args(container["args"])
+    assert container["command"] == ["cbam-jax", "embed"]
+    assert options.shards == spec["completions"]
+    assert spec["completionMode"] == "Indexed"
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+
+
+def test_the_values_of_milvus():
+    yaml = pytest.importorskip("yaml")
+    values = yaml.safe_load((FOLDER / "milvus-values.yaml").read_text())
+    memory = int(values["queryNode"]["resources"]["requests"]["memory"].removesuffix("Gi"))
+    assert values["queryNode"]["replicas"] * memory * 2**30 >= 1.25 * 10_000_000 * 1280 * 4
+    assert values["service"]["type"] == "ClusterIP"
+    assert yaml.safe_load(values["extraConfigFiles"]["user.yaml"])["common"]["security"]
