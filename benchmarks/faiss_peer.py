@@ -1,5 +1,8 @@
 """Exact search beside faiss: ``python benchmarks/faiss_peer.py --case a``.
 
+Of normally distributed embeddings, or, with ``--clusters=0.05``, of 40 clusters on the sphere, as a
+triplet loss makes them: their spread over that of their centres; queries are then gallery items.
+
 Needs ``pip install faiss-cpu``. IndexFlatL2, our search and its bare product take turns on the
 same arrays in one process, with one thread a core each, after a warm-up. The index and our gallery
 are in memory before the clock starts. The last line on stdout is JSON.
@@ -19,8 +22,21 @@ from cbam_jax.benchmark import bare_product, embeddings, machine, seconds
 from cbam_jax.search import search
 
 
-def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:
+def clustered(queries: int, gallery: int, dim: int, spread: float) -> tuple:
+    """Unit vectors around 40 directions, and some of them as queries."""
+    generator = np.random.default_rng(2)
+    centers = embeddings(40, dim, seed=1)[generator.integers(0, 40, gallery)]
+    y = centers + np.float32(spread) * embeddings(gallery, dim, seed=3)
+    y /= np.linalg.norm(y, axis=1, keepdims=True)
+    return y[generator.choice(gallery, queries, replace=False)], y
+
+
+def compare(
+    queries: int, gallery: int, dim: int, k: int, repeats: int, spread: float | None
+) -> dict:
     x, y = embeddings(queries, dim, seed=1), embeddings(gallery, dim, seed=2)
+    if spread is not None:
+        x, y = clustered(queries, gallery, dim, spread)
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     index = faiss.IndexFlatL2(dim)
     index.add(y)
@@ -40,6 +56,7 @@ def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:
         "gallery": gallery,
         "dim": dim,
         "k": k,
+        "clusters": spread,
         "repeats": repeats,
         **times,
         "speed_over_faiss": medians["faiss"] / medians["search"],
@@ -56,7 +73,9 @@ def compare(queries: int, gallery: int, dim: int, k: int, repeats: int) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=CASES, default="a")
+    parser.add_argument("--clusters", type=float, metavar="SPREAD")
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    print(json.dumps(compare(*CASES[options.case], options.k, options.repeats)))
+    case = CASES[options.case]
+    print(json.dumps(compare(*case, options.k, options.repeats, options.clusters)))
