@@ -24,7 +24,7 @@ from cbam_jax.catalogue.store import Store, damaged
 from cbam_jax.foreign_files import open_regular
 from cbam_jax.whole_files import written_whole
 
-_LONGEST = 65_536  # Numbers of an embedding.
+LONGEST = 65_536  # Numbers of an embedding.
 _HEADER = 4096  # Bytes; what follows is then aligned to pages.
 
 
@@ -106,7 +106,7 @@ def _header(store: Store) -> _Header:
     (count,) = store.rows("SELECT count(*) FROM item WHERE embedding IS NOT NULL")[0]
     identity, revision = store.about("identity"), store.about("revision")
     dimension = store.about("dimension") or 0
-    if type(dimension) is not int or not 0 <= dimension <= _LONGEST or type(revision) is not int:
+    if type(dimension) is not int or not 0 <= dimension <= LONGEST or type(revision) is not int:
         raise damaged(store.path, "what it says of its embeddings is nothing")
     return _Header(identity, revision, count, dimension)
 

@@ -9,6 +9,7 @@ import test_hostile_catalogues
 import test_hostile_datasets
 import test_hostile_models
 import test_hostile_runs
+import test_hostile_shards
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "security.md"
@@ -52,6 +53,7 @@ KINDS = (
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
     ("a run's folder of datasets", test_hostile_runs.PLACES, "keeps its datasets in"),
     ("a catalogue", test_hostile_catalogues.CHANGED, plain),
+    ("shards of embeddings", test_hostile_shards.SHARDS, plain),
     ("a run's log", test_damaged_logs.DAMAGED_LINES, "the other lines are read, the file is kept"),
 )
 

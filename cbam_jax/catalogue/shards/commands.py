@@ -9,7 +9,14 @@ from pathlib import Path
 
 from cbam_jax import InputError, command_line
 from cbam_jax.catalogue import embedders, sources
-from cbam_jax.catalogue.shards.files import About, findings, list_digest, shard_about, shard_count
+from cbam_jax.catalogue.shards.files import (
+    MOST_SHARDS,
+    About,
+    findings,
+    list_digest,
+    shard_about,
+    shard_count,
+)
 from cbam_jax.catalogue.shards.making import make_shard, tell
 
 # Set by a cluster's scheduler: which of the processes of a job this is.
@@ -86,8 +93,8 @@ def wanted(
         if shards is None and shard is not None:
             raise InputError(f"{name}={shard} is one of how many: give --shards=N")
         shards = shards or 1
-    if shards < 1:
-        raise InputError(f"--shards={shards}: give at least 1")
+    if not 1 <= shards <= MOST_SHARDS:
+        raise InputError(f"--shards={shards}: give at least 1 and at most {MOST_SHARDS}")
     if shard is not None and not 0 <= shard < shards:
         raise InputError(f"{name}={shard}: the shards of --shards={shards} are 0 to {shards - 1}")
     return shards, list(range(shards)) if shard is None else [shard]

@@ -22,15 +22,24 @@ from typing import NamedTuple
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.catalogue.gallery import LONGEST
+from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 from cbam_jax.catalogue.reading import Read
-from cbam_jax.catalogue.sources import Photo
+from cbam_jax.catalogue.sources import Photo, parse_box
 from cbam_jax.command_line import to_json, write_json
-from cbam_jax.foreign_files import open_regular, read_file
+from cbam_jax.foreign_files import open_regular, read_file, shown
 from cbam_jax.whole_files import written_whole
 
 _NAME = re.compile(r"(\d{5,9})-of-(\d{5,9})\.json")
 _BLOCK = 2**20  # Bytes read at a time.
 _LARGEST = 2**20  # Bytes of a file that says what a shard is.
+MOST_SHARDS = 100_000
+# What a line says of a photo; whole numbers are those that SQLite holds.
+_TYPES = {
+    **dict.fromkeys(("path", "box", "hash", "problem"), str),
+    **dict.fromkeys(("size", "modified", "seen", "look"), int),
+    "payload": dict,
+}
 
 
 class About(NamedTuple):
@@ -141,6 +150,10 @@ def shard_count(folder: Path) -> int:
     counts = sorted({int(found[2]) for name in names if (found := _NAME.fullmatch(name))})
     if not counts:
         raise InputError(f"{folder} has no shards: make them with `cbam-jax embed --out {folder}`")
+    if counts[-1] > MOST_SHARDS:
+        raise InputError(
+            f"{folder} has shards of {counts[-1]}, more than {MOST_SHARDS}: remove them"
+        )
     if len(counts) > 1:
         those = " and of ".join(map(str, counts))
         raise InputError(f"{folder} has shards of {those}: remove those that are not meant")
@@ -169,12 +182,21 @@ def read_shard(folder: Path, shard: int, shards: int) -> Iterator[Row]:
     """
     name = folder / stem(shard, shards)
     try:
-        array = np.load(name.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        array = _array(name.with_suffix(".npy"), _about(name.with_suffix(".json")))
         with open_regular(name.with_suffix(".jsonl"), sys.maxsize) as file:
             for row, line in zip(array, file, strict=True):
                 yield _row(json.loads(line), row)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{name}: no rows of photos ({error}): embed shard {shard} anew") from None
+        raise InputError(
+            f"{name}: no rows of photos ({shown(str(error))}): embed shard {shard} anew"
+        ) from None
+
+
+def _array(path: Path, about: About) -> np.ndarray:
+    array = np.lib.format.open_memmap(path, "r")
+    if array.dtype != np.float32 or array.shape != (about.count, about.dimension):
+        raise ValueError(f"embeddings are {array.dtype} {list(array.shape)}")
+    return array
 
 
 def _common(about: About) -> tuple:
@@ -187,6 +209,8 @@ def _about(path: Path) -> About:
     texts = about.listed, about.fingerprint, about.embeddings, about.rows, about.model or ""
     if not all(type(x) is int for x in numbers) or not all(type(x) is str for x in texts):
         raise ValueError("not what a shard is")
+    if about.count < 0 or not 0 < about.dimension <= LONGEST:
+        raise ValueError("a shard of no photos")
     return about
 
 
@@ -212,13 +236,29 @@ def _document(row: Row) -> dict:
 
 
 def _row(document: dict, numbers: np.ndarray) -> Row:
+    _check(document)
     photo = Photo(document["path"], document.get("payload", {}), document.get("box", ""))
     content = bytes.fromhex(document["hash"]) if "hash" in document else None
     problem = document.get("problem")
     read = Read(photo, hash=content, problem=None if content else problem)
     kept = {name: document.get(name) for name in ("size", "modified", "seen", "look")}
     read = read._replace(**kept)
-    return Row(read, None if problem else np.asarray(numbers, np.float32).tobytes(), problem)
+    if problem is None and not (np.abs(numbers) <= LARGEST_NUMBER).all():  # Nor is NaN.
+        raise ValueError("an embedding of no finite numbers")
+    return Row(read, None if problem else numbers.tobytes(), problem)
+
+
+def _check(document: dict) -> None:
+    """Raise a ValueError or the like where a line does not say what `_document` would."""
+    if type(document) is not dict:
+        raise ValueError("a row that is no object")
+    wrong = [name for name, value in document.items() if type(value) is not _TYPES.get(name)]
+    wrong += [name for name, value in document.items() if type(value) is int and abs(value) >> 63]
+    if wrong or len(document.get("hash", "")) not in (0, 64):
+        raise ValueError(f"a row whose {shown(', '.join(wrong) or 'hash')} is none")
+    document["path"].encode()
+    if "box" in document:
+        parse_box(document["box"])
 
 
 def _sha256(path: Path) -> str:
