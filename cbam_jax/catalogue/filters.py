@@ -1,8 +1,9 @@
 """``--where category=dress``: which photos may be found, by what is known of them."""
 
+import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cbam_jax import InputError
@@ -10,18 +11,53 @@ from cbam_jax.catalogue.store import Store
 from cbam_jax.foreign_files import shown, shown_names
 
 _CONDITION = re.compile(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_MOST_VALUES = 10_000  # That are compared with one that is not there.
 Where = str | Mapping[str, Any] | Iterable[str] | None
 
 
-def check_names(store: Store, where: Where) -> None:
-    """Raise an InputError for a name that no photo has: a typing error finds nothing, or all."""
-    named = "SELECT 1 FROM item, json_each(payload) WHERE key = ? LIMIT 1"
-    for name, _, _ in conditions(where):
-        if store.rows(named, [name]):
-            continue
-        names = store.rows("SELECT DISTINCT key FROM item, json_each(payload) ORDER BY key")
-        there = shown_names([known for (known,) in names]) if names else "none"
-        raise InputError(f"--where: no photo has {shown(name)!r}; there are {there}")
+def check(store: Store, where: Where) -> None:
+    """Raise an InputError for a name or a value that no photo has: a typing error finds nothing.
+
+    A value is looked for where nothing passes, and wherever ``!=`` would pass all.
+    """
+    some = conditions(where)
+    for name, _, _ in some:
+        named = "SELECT 1 FROM item, json_each(payload) WHERE key = ? LIMIT 1"
+        if not store.rows(named, [name]):
+            names = store.rows("SELECT DISTINCT key FROM item, json_each(payload) ORDER BY key")
+            raise InputError(f"--where: no photo has {shown(name)!r}; {_instead(name, names)}")
+    passing = bool(some) and _any(store, where)
+    for name, sign, value in some:
+        if sign == "!=" or (sign == "=" and not passing):
+            _check_value(store, name, sign, value)
+
+
+def _check_value(store: Store, name: str, sign: str, value: Any) -> None:
+    if _any(store, {name: value}):
+        return
+    values = store.rows(
+        "SELECT DISTINCT CAST(value AS TEXT) FROM item, json_each(payload) WHERE key = ? "
+        f"ORDER BY 1 LIMIT {_MOST_VALUES}",
+        [name],
+    )
+    raise InputError(
+        f"--where={shown(name)}{sign}{shown(text_of(value))}: no photo has that; "
+        f"{_instead(text_of(value), values)}"
+    )
+
+
+def _any(store: Store, where: Where) -> bool:
+    condition, values = selected(where)
+    return bool(store.rows(f"SELECT 1 FROM item WHERE {condition} LIMIT 1", values))
+
+
+def _instead(text: str, rows: Sequence[tuple]) -> str:
+    """The nearest of what there is, or the first ten."""
+    there = {str(known).lower(): str(known) for (known,) in rows if known is not None}
+    near = difflib.get_close_matches(text.lower(), there, n=3)
+    if near:
+        return f"did you mean {shown_names([there[name] for name in near])}?"
+    return f"there are {shown_names(there.values()) if there else 'none'}"
 
 
 def conditions(where: Where) -> list[tuple[str, str, Any]]:

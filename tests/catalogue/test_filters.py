@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cbam_jax import InputError
-from cbam_jax.catalogue.filters import selected
+from cbam_jax.catalogue.filters import check, selected
 from cbam_jax.catalogue.store import Store
 
 PAYLOADS = [
@@ -59,3 +59,28 @@ def test_conditions(store, where, rows):
 def test_what_is_no_condition_is_told(where):
     with pytest.raises(InputError, match=f"--where={where}"):
         selected(where)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("category=hta", r"--where=category=hta: no photo has that; did you mean \['hat'\]\?"),
+        ("category!=DRES", r"category!=DRES: no photo has that; did you mean \['[dD]ress'\]\?"),
+        ("category=sock", r"no photo has that; there are \['dress', 'hat', .*new"),
+        ({"price": 21}, r"--where=price=21: no photo has that; there are \['100', '20', '9.5'\]"),
+        (["price<50", "categry=hat"], r"no photo has 'categry'; did you mean \['category'\]\?"),
+        ("zzz=1", r"no photo has 'zzz'; there are \['a.b', 'category', 'price', 'sold'\]"),
+        ("category=' OR 1=1 --", "no photo has that; there are"),
+    ],
+)
+def test_a_name_or_a_value_that_no_photo_has_is_told_with_the_nearest(store, where, message):
+    with pytest.raises(InputError, match=message):
+        check(store, where)
+
+
+@pytest.mark.parametrize(
+    "where", [None, [], "category=hat", "price>999", ["category=hat", "category=dress"],
+              "category!=hat", {"sold": True}],
+)  # fmt: skip
+def test_what_photos_have_passes_though_none_has_all_of_it(store, where):
+    check(store, where)
