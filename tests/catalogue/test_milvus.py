@@ -7,7 +7,7 @@ import uuid
 
 import numpy as np
 import pytest
-from fakes import FakeEmbedder
+from fakes import FakeEmbedder, write_photos
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue, commands
@@ -266,6 +266,21 @@ def test_another_index_is_measured_and_said(shop, copy, capsys):
 
 def out(capsys):
     return capsys.readouterr().out
+
+
+def test_copies_are_one(copy, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    for i in (3, 4, 9):
+        photos[i].write_bytes(photos[2].read_bytes())
+    with Catalogue.open(tmp_path / "shop.db", FakeEmbedder()) as shop:
+        shop.add([tmp_path / "photos"], progress=False)
+        shop.sync(copy, progress=False)
+        with Catalogue.open(copy, FakeEmbedder()) as other:
+            for query in (3, str(photos[2]), str(photos[5])):
+                for options in ({}, {"copies": True}, {"where": "category=hat"}):
+                    expected = shop.find(query, k=4, **options)
+                    assert other.find(query, k=4, **options) == expected
+            assert len(other.find(str(photos[2]), k=4)[0].copies) == 3
 
 
 @of_lite

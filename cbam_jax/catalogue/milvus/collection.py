@@ -20,7 +20,7 @@ from cbam_jax.catalogue.milvus.conditions import texts_and_numbers
 from cbam_jax.foreign_files import shown
 
 MOST = 16_384  # Rows of an answer: Milvus's own limit.
-PHOTO = ["id", "path", "payload", "hash"]
+PHOTO = ["id", "path", "payload", "content"]
 # What each index is built and searched with; those that are not FLAT are approximate.
 INDEXES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "flat": ({}, {}),
@@ -81,7 +81,7 @@ class Collection:
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dimension)
         schema.add_field("path", DataType.VARCHAR, max_length=65_535)
-        schema.add_field("hash", DataType.VARCHAR, max_length=64)
+        schema.add_field("content", DataType.VARCHAR, max_length=256)
         schema.add_field("stamp", DataType.INT64)
         for name in ("payload", "text", "number"):
             schema.add_field(name, DataType.JSON)
@@ -171,14 +171,23 @@ class Collection:
 
 
 def row(
-    number: int, embedding: np.ndarray, path: str, digest: str, stamp: int, payload: dict[str, Any]
+    number: int, embedding: np.ndarray, path: str, content: str, stamp: int, payload: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row as it is written."""
+    """A row as it is written; ``content`` is the same for copies: see `content_of`."""
     texts, numbers = texts_and_numbers(payload) if number else ({}, {})
     return {
-        "id": number, "embedding": embedding, "path": path, "hash": digest, "stamp": stamp,
+        "id": number, "embedding": embedding, "path": path, "content": content, "stamp": stamp,
         "payload": payload, "text": texts, "number": numbers,
     }  # fmt: skip
+
+
+def content_of(digest: bytes | None, box: str) -> str:
+    """What an embedding depends on, as a row has it: empty where the file's hash is not known.
+
+    >>> content_of(bytes.fromhex("c0de"), "1,2,3,4"), content_of(None, "")
+    ('c0de 1,2,3,4', '')
+    """
+    return f"{digest.hex()} {box}" if digest else ""
 
 
 def _searched(index: str, limit: int) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A collection as a catalogue that can be searched and listed; it is changed by `sync` alone."""
 
 import functools
+import json
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -12,9 +13,9 @@ from cbam_jax.catalogue import embedders
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.filters import Where, conditions
 from cbam_jax.catalogue.gallery import Gallery
-from cbam_jax.catalogue.items import Copy, Item
+from cbam_jax.catalogue.items import Copy, Item, Neighbour
 from cbam_jax.catalogue.milvus.addresses import Address, address
-from cbam_jax.catalogue.milvus.collection import PHOTO, Collection
+from cbam_jax.catalogue.milvus.collection import PHOTO, Collection, content_of
 from cbam_jax.catalogue.milvus.conditions import expression, named
 from cbam_jax.catalogue.milvus.searching import neighbours
 from cbam_jax.catalogue.store import Store
@@ -87,19 +88,28 @@ class MilvusCatalogue(Catalogue):
         rows = self._collection.each(PHOTO, self._rows(self.gallery, where))
         yield from sorted(map(_item, rows))
 
+    def find_all(self, *asked: Any, **options: Any) -> list[list[Neighbour]]:
+        """As that of a catalogue's file."""
+        try:
+            return super().find_all(*asked, **options)
+        finally:
+            self.gallery.forget()
+
     def _item(self, number: int) -> Item | None:
         known = self.gallery.found.get(number)
         rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
         return _item(rows[0]) if rows and number > 0 else None
 
     def _content(self, number: int) -> tuple[bytes | None, str]:
-        """Nothing: a collection does not hold the files' hashes, so copies are not folded."""
-        del number
-        return None, ""
+        known = self.gallery.found.get(number)
+        rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
+        digest, _, box = rows[0]["content"].partition(" ") if rows else ("", "", "")
+        return bytes.fromhex(digest) or None, box
 
     def _copies(self, key: tuple, but: set[int], where: Where) -> tuple[Copy, ...]:
-        del key, but, where
-        return ()
+        del where  # Those that were found are of it.
+        rows = self.gallery.copies.get(content_of(*key), [])
+        return tuple(Copy(row["id"], row["path"]) for row in rows if row["id"] not in but)
 
     def _rows(self, gallery: Gallery, where: Where) -> Any:
         for name, _, _ in conditions(where):
@@ -109,11 +119,17 @@ class MilvusCatalogue(Catalogue):
 
 
 class _Remote(Gallery):
-    """A collection that answers as a gallery in memory does; ``found`` are the rows it found."""
+    """A collection that answers as a gallery in memory does.
+
+    Attributes:
+        found: rows that it found, by id.
+        copies: by their content, ids and paths of all photos that may be found and have it.
+    """
 
     def __init__(self, collection: Collection, dimension: int, index: str):
         self._collection, self._dimension, self._index = collection, dimension, index
         self.found: dict[int, dict[str, Any]] = {}
+        self.copies: dict[str, list[dict[str, Any]]] = {}
         self.revision = 0
 
     @functools.cached_property
@@ -138,8 +154,26 @@ class _Remote(Gallery):
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each query the distances and the ids of the k nearest that a filter passes."""
         answers = neighbours(self._collection, queries, k, rows, self._index)
-        self.found = {row["id"]: row for _, _, found in answers for row in found}
+        rows_found = [row for _, _, found in answers for row in found]
+        self.found |= {row["id"]: row for row in rows_found}
+        self._find_copies({row["content"] for row in rows_found} - {""}, rows)
         return [(distances, ids) for distances, ids, _ in answers]
+
+    def forget(self) -> None:
+        """Forget what was found: it may change."""
+        self.found, self.copies = {}, {}
+
+    def _find_copies(self, contents: set[str], filter_: str) -> None:
+        """Ask for all that have these contents at once: each answer waits."""
+        contents -= set(self.copies)
+        if not contents:
+            return
+        among = f"{filter_} and content in {json.dumps(sorted(contents))}"
+        rows = sorted(
+            self._collection.each(["id", "path", "content"], among), key=lambda row: row["id"]
+        )
+        for row in rows:
+            self.copies.setdefault(row["content"], []).append(row)
 
 
 class _Copy(Store):

@@ -15,7 +15,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.milvus.addresses import Address
-from cbam_jax.catalogue.milvus.collection import INDEXES, Collection, row
+from cbam_jax.catalogue.milvus.collection import INDEXES, Collection, content_of, row
 from cbam_jax.catalogue.milvus.conditions import expression
 from cbam_jax.catalogue.milvus.searching import neighbours
 from cbam_jax.catalogue.store import Store
@@ -105,17 +105,17 @@ def _prepared(store: Store, collection: Collection, index: str | None) -> str:
     return theirs["index"] if theirs["index"] in INDEXES else "flat"
 
 
-_SELECT = "SELECT id, path, coalesce(hash, x''), payload, {} FROM item WHERE embedding IS NOT NULL"
+_SELECT = "SELECT id, path, hash, box, payload, embedding FROM item WHERE embedding IS NOT NULL"
 
 
 def _stamps(store: Store) -> Iterator[tuple[int, int]]:
-    for number, *parts in store.stream(_SELECT.format("embedding")):
+    for number, *parts in store.stream(_SELECT):
         yield number, _stamp(*parts)
 
 
-def _stamp(path: str, digest: bytes, payload: str, embedding: bytes) -> int:
+def _stamp(path: str, digest: bytes | None, box: str, payload: str, embedding: bytes) -> int:
     """64 bits that change when a row must be written anew."""
-    parts = path.encode(), digest, payload.encode(), embedding
+    parts = path.encode(), digest or b"", box.encode(), payload.encode(), embedding
     lengths = json.dumps([len(part) for part in parts]).encode()
     found = hashlib.sha256(b"".join([lengths, *parts])).digest()
     return int.from_bytes(found[:8], "big", signed=True)
@@ -141,13 +141,13 @@ def _write(
 
 
 def _row(store: Store, number: int) -> dict[str, Any]:
-    found = store.rows(_SELECT.format("embedding") + " AND id = ?", [number])
+    found = store.rows(_SELECT + " AND id = ?", [number])
     if not found:
         raise InputError(f"photo {number} was removed meanwhile: give the same command again")
-    _, path, digest, payload, embedding = found[0]
-    stamp = _stamp(path, digest, payload, embedding)
+    _, path, digest, box, payload, embedding = found[0]
+    stamp = _stamp(path, digest, box, payload, embedding)
     numbers = np.frombuffer(embedding, np.float32)
-    return row(number, numbers, path, digest.hex(), stamp, json.loads(payload))
+    return row(number, numbers, path, content_of(digest, box), stamp, json.loads(payload))
 
 
 def _recall(gallery: Gallery, collection: Collection, index: str) -> float:
