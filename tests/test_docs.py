@@ -98,7 +98,8 @@ def check_foreign(words):
     if words[:2] == ["taskset", "-c"]:
         words = words[3:]
     if words[0] == "python" and words[1].endswith(".py"):
-        flags = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+        options = [word for word in words[2:] if word.startswith("--")]
+        flags = {word.partition("=")[0] for word in options if not word.startswith("--config.")}
         text = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
         text += (ROOT / "cbam_jax/benchmark/flags.py").read_text()
         assert (ROOT / words[1]).is_file()
