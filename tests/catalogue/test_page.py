@@ -140,3 +140,34 @@ def test_a_box_by_keyboard_and_a_file_that_is_no_photo(address, tmp_path):
         assert after["height"] > before["height"]
         page.set_input_files("#file", tmp_path / "a.jpg")
         wait(page, "document.getElementById('error').innerText.includes('no photo')")
+
+
+HANDED = """async (type) => {
+  const photo = await (await fetch("/items/8/photo")).blob(), data = new DataTransfer();
+  data.items.add(new File([photo], "a.jpg", { type: "image/jpeg" }));
+  const options = { bubbles: true, cancelable: true };
+  document.dispatchEvent(type === "paste"
+    ? new ClipboardEvent("paste", { clipboardData: data, ...options })
+    : new DragEvent(type, { dataTransfer: data, ...options }));
+}"""
+
+
+@pytest.mark.parametrize("events", [["dragover", "drop"], ["paste"]])
+def test_a_photo_is_dropped_and_pasted(address, events):
+    url, _ = address
+    with opened(url) as (page, errors, hosts):
+        for event in events:
+            page.evaluate(HANDED, event)
+        shows(page, "many === 12 && text.includes('category: hat')")
+        assert page.locator("#preview").is_visible()
+        assert (errors, hosts) == ([], {url.split("/")[2]})
+
+
+def test_copies_are_one_unless_the_box_is_ticked(address):
+    url, photos = address
+    with opened(url) as (page, _, _):
+        page.set_input_files("#file", photos / "hat" / "03.png")
+        shows(page, "many === 12 && text.includes('This photo')")
+        page.locator("#copies").focus()
+        page.keyboard.press("Space")
+        shows(page, "many === 12 && document.getElementById('status').innerText.startsWith('11')")
