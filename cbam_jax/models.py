@@ -244,7 +244,8 @@ def create_model(
         rngs: for the parameters.
 
     Raises:
-        ValueError: on an unknown name, pooling or init; the message lists the choices.
+        ValueError: on an unknown name, pooling or init; the message lists the choices. For fewer
+            than one class or dimension.
 
     >>> build = lambda: create_model("resnet18_cbam", embedding_dim=128, rngs=nnx.Rngs(0))
     >>> model = nnx.eval_shape(build)  # Or build(), which draws the parameters.
@@ -268,6 +269,9 @@ def create_model(
     if attention_init not in GATE_INITS:
         choices = ", ".join(GATE_INITS)
         raise ValueError(f"unknown attention_init {attention_init!r}: choose one of {choices}")
+    for field, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+        if number is not None and number < 1:
+            raise ValueError(f"{field}={number}: give at least 1, or None for no such layer")
     backbone_name, suffix = MODELS[name]
     block = ATTENTIONS[suffix]
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None

@@ -162,9 +162,19 @@ def create_optimizer(
         # Also of the decay of weights, which is part of the update.
         rates = partial(block_rates, layer_decay=layer_decay, frozen_blocks=frozen_blocks)
         chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, rates)))
-    if accumulate_steps == 1:
-        return chain
-    return optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
+    if accumulate_steps > 1:
+        chain = optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
+    return _promoting(chain)
+
+
+def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let JAX promote: optax's Adam and MultiSteps mix integer counters with floats."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def block_rates(params: Any, *, layer_decay: float, frozen_blocks: int) -> Any:

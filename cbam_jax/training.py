@@ -386,9 +386,19 @@ def describe(run: Run, position: Position) -> str:
         f"{config.model.name} ({size / 1e6:.1f} M parameters) on {config.data.name}: "
         f"{len(training)} training and {len(validation)} validation images of "
         f"{len(training.label_names)} classes, {jax.device_count()} "
-        f"{jax.devices()[0].platform} device(s), steps {position.step} to {config.train.steps}; "
-        "compiling the first takes up to minutes"
+        f"{jax.devices()[0].platform} device(s), {steps_left(position.step, config.train.steps)}"
     )
+
+
+def steps_left(step: int, total: int) -> str:
+    """Say which steps are left.
+
+    >>> steps_left(300, 300)
+    'all 300 steps are done'
+    """
+    if step == total:
+        return f"all {total} steps are done"
+    return f"steps {step} to {total}; compiling the first takes up to minutes"
 
 
 def record_evaluation(

@@ -129,6 +129,9 @@ def test_normalize_images_is_torchvisions_transform(rng):
         ({"name": "resnet18_"}, "unknown model"),
         ({"name": "resnet18", "pooling": "max"}, "unknown pooling 'max'.*gem"),
         ({"name": "resnet18", "attention_init": "none"}, "unknown attention_init 'none'"),
+        ({"name": "resnet18", "num_classes": 0}, "num_classes=0: give at least 1, or None"),
+        ({"name": "googlenet", "num_classes": -1}, "num_classes=-1: give at least 1, or None"),
+        ({"name": "resnet18", "embedding_dim": 0}, "embedding_dim=0: give at least 1, or None"),
     ],
 )
 def test_bad_arguments_name_the_value(arguments, message):

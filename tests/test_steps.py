@@ -92,13 +92,6 @@ def test_one_device_and_eight_give_the_same(rng):
         assert moved > 100 * tolerance
 
 
-@pytest.fixture
-def promotion():
-    """optax's Adam and MultiSteps mix integer counters with floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 # --- optimizers against torch's definitions, in float64 ---
 
 SHAPES = {"backbone.kernel": (3, 4), "backbone.bias": (4,), "projection.kernel": (4, 2)}
@@ -132,7 +125,7 @@ def torch_adamw(param, grad, memory, rate, decay, _, t):
 
 @pytest.mark.parametrize("clip_norm", [None, 1.5])
 @pytest.mark.parametrize(("name", "update"), [("sgd", torch_sgd), ("adamw", torch_adamw)])
-def test_optimizer_is_torchs(rng, promotion, name, update, clip_norm):
+def test_optimizer_is_torchs(rng, name, update, clip_norm):
     peak, warmup, total, decay, momentum, multiple = 0.3, 2, 7, 0.2, 0.7, 5.0
     schedule = steps.learning_rate_schedule(peak, warmup_steps=warmup, total_steps=total)
     optimizer = steps.create_optimizer(
@@ -185,7 +178,7 @@ def test_new_layers_of_a_real_model_are_attention_projection_and_pooling():
     assert {"backbone.conv1.kernel", "backbone.bn1.scale"} <= slower
 
 
-def test_two_micro_batches_make_one_update_with_the_mean_gradient(rng, promotion):
+def test_two_micro_batches_make_one_update_with_the_mean_gradient(rng):
     model, mesh = tiny(), steps.data_mesh()
     first, second = batch_of(rng, 8), batch_of(rng, 8)
     frozen = {"freeze_batch_norm": True}  # Statistics of halves are not those of the whole.
@@ -260,7 +253,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale(rng):
         np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
 
 
-def test_the_state_holds_all_arrays_and_the_model_is_not_written_to(rng, promotion):
+def test_the_state_holds_all_arrays_and_the_model_is_not_written_to(rng):
     model, mesh = tiny(), steps.data_mesh()
     before = flat(nnx.state(model))
     optimizer = steps.create_optimizer("adamw", 0.1)
