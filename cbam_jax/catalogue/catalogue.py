@@ -15,7 +15,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.catalogue import checks, embedders, indexing, queries, shards, sources
 from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
-from cbam_jax.catalogue.filters import Where, check, selected
+from cbam_jax.catalogue.filters import Where, categories, check, selected
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
@@ -219,11 +219,7 @@ class Catalogue:
         return Added(counts, [], time.monotonic() - started)
 
     def sync(self, address: str, index: str | None = None, *, progress: bool = True) -> "Synced":
-        """Bring a copy in Milvus up to this catalogue; see `milvus.syncing.sync`.
-
-        Raises:
-            InputError: nobody answers there, ...
-        """
+        """Bring a copy in Milvus up to this catalogue; see `milvus.syncing.sync`."""
         from cbam_jax.catalogue.milvus.syncing import sync  # Late: few want it.
 
         return sync(self.store, parsed(address), index, progress=progress)
@@ -337,7 +333,7 @@ class Catalogue:
         name = "the photo"
         if isinstance(part, int):
             path, name = self.item(part).path, f"photo {part}"
-            ((text,),) = self.store.rows("SELECT box FROM item WHERE id = ?", [part])
+            text = self._content(part)[1]
             part, box = path, sources.parse_box(text) if text else None
         try:
             return Photo(read_file(part, LARGEST), box, name)
@@ -351,6 +347,10 @@ class Catalogue:
         sql = f"SELECT id, path, payload, problem FROM item WHERE {condition} ORDER BY id"
         for number, path, payload, problem in self.store.stream(sql, values):
             yield Item(number, path, self._payload(number, payload), problem)
+
+    def categories(self, most: int) -> list[str]:
+        """Values of ``category`` that photos have, in order, at most so many of them."""
+        return categories(self.store, most)
 
     def item(self, number: int) -> Item:
         """One photo, by its id.

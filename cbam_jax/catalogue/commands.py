@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_copy(options: argparse.Namespace) -> None:
     """Refuse to change or check a copy in Milvus."""
-    if options.run not in (find, list_):
+    if options.run not in (find, list_, serve):
         address = options.catalogue
         raise InputError(
-            f"{shown(address)} is a copy, for find and list alone: give the catalogue's file, then "
-            f"`cbam-jax catalogue sync CATALOGUE {shlex.quote(address)}`"
+            f"{shown(address)} is a copy, for find, list and serve alone: give the catalogue's "
+            f"file, then `cbam-jax catalogue sync CATALOGUE {shlex.quote(address)}`"
         )
 
 
@@ -228,11 +228,13 @@ def serve(options: argparse.Namespace) -> int:
             raise InputError(f"serve needs {name}: pip install 'cbam_jax[serve]'")
     from cbam_jax.catalogue import server
 
-    with Store(options.catalogue) as store:
-        store.check_pages()
-        open_gallery(store)
+    if isinstance(options.catalogue, Path):
+        with Store(options.catalogue) as store:
+            store.check_pages()
+            open_gallery(store)
+    with Catalogue.open(options.catalogue, create=False) as catalogue:
         listening = server.bound(options.host, options.port)
-        embedder = embedders.load_embedder(options.model, store, server.TOGETHER)
+        embedder = embedders.load_embedder(options.model, catalogue.store, server.TOGETHER)
     server.serve(options.catalogue, embedder, listening)
     return 0
 
@@ -257,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[Any], int], text: str, nargs: str | None = None
     ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
-        what = "the file, such as shop.db; find and list also take milvus://HOST:PORT/COLLECTION"
+        what = "the file, such as shop.db; find, list and serve also take milvus://HOST:PORT/COLLECTION"
         made.add_argument("catalogue", type=_catalogue, nargs=nargs, help=what)
         made.set_defaults(run=run)
         return made

@@ -60,6 +60,16 @@ def _instead(text: str, rows: Sequence[tuple]) -> str:
     return f"there are {shown_names(there.values()) if there else 'none'}"
 
 
+def categories(store: Store, most: int) -> list[str]:
+    """Values of ``category`` that photos have, in order, at most so many of them."""
+    rows = store.rows(
+        "SELECT DISTINCT json_extract(payload, '$.category') FROM item "
+        "WHERE embedding IS NOT NULL ORDER BY 1 LIMIT ?",
+        [most],
+    )
+    return [str(value) for (value,) in rows if value is not None]
+
+
 def conditions(where: Where) -> list[tuple[str, str, Any]]:
     """The name, the sign and the value of each condition; raises as `selected`."""
     if where is None:

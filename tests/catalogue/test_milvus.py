@@ -147,7 +147,9 @@ def test_paths_are_no_addresses(tmp_path):
 def test_a_copy_is_not_changed_but_by_sync():
     for command in (["add", "x.jpg"], ["remove", "3"], ["verify"], ["rebuild", "--model=m"]):
         name, *rest = command
-        refused("is a copy, for find and list alone", commands.main, [name, "milvus:a.db", *rest])
+        refused(
+            "is a copy, for find, list and serve alone", commands.main, [name, "milvus:a.db", *rest]
+        )
 
 
 def test_conditions_that_are_none_are_refused():
@@ -266,6 +268,30 @@ def test_another_index_is_measured_and_said(shop, copy, capsys):
 
 def out(capsys):
     return capsys.readouterr().out
+
+
+@of_lite
+def test_it_is_served(copy, tmp_path):
+    pytest.importorskip("fastapi", reason="pip install 'cbam_jax[serve]'")
+    testclient = pytest.importorskip("starlette.testclient")
+    from cbam_jax.catalogue import server
+
+    photos = write_photos(tmp_path / "photos")
+    with Catalogue.open(tmp_path / "shop.db", FakeEmbedder()) as shop:
+        shop.add([tmp_path / "photos"], progress=False)
+        shop.sync(copy, progress=False)
+    answers = []
+    for path in (tmp_path / "shop.db", copy):
+        with testclient.TestClient(server.create_app(path, FakeEmbedder())) as client:
+            content = photos[3].read_bytes()
+            found = client.post("/search?k=5&where=category=hat", content=content).json()
+            asked = [client.get(f"/{name}") for name in ("health", "categories", "items/3")]
+            picture = client.get("/items/3/photo")
+            assert picture.status_code == 200
+            answers.append((found, [answer.json() for answer in asked], picture.content))
+            assert client.get("/items/99").status_code == 404
+    assert answers[0][0]["neighbours"]
+    assert answers[0] == answers[1]
 
 
 def test_copies_are_one(copy, tmp_path):

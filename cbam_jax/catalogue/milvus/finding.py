@@ -88,6 +88,11 @@ class MilvusCatalogue(Catalogue):
         rows = self._collection.each(PHOTO, self._rows(self.gallery, where))
         yield from sorted(map(_item, rows))
 
+    def categories(self, most: int) -> list[str]:
+        """Values of ``category``, of as many photos as Milvus tells at once."""
+        rows = self._collection.query(named("category"), ["payload"])
+        return sorted({str(row["payload"]["category"]) for row in rows})[:most]
+
     def find_all(self, *asked: Any, **options: Any) -> list[list[Neighbour]]:
         """As that of a catalogue's file."""
         try:

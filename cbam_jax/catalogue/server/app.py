@@ -73,15 +73,15 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    _add_errors(app, Path(path))
+    _add_errors(app, path)
     _add_page(app)
     _add_search(app, finder)
     _add_why(app, explainer)
-    _add_items(app, Path(path))
+    _add_items(app, path)
     return Guard(app, hosts)
 
 
-def _add_errors(app: "FastAPI", path: Path) -> None:
+def _add_errors(app: "FastAPI", path: str | os.PathLike) -> None:
     """Every mistake is one line of JSON, without a path of this machine."""
     from fastapi import Request
     from fastapi.exceptions import RequestValidationError
@@ -191,7 +191,7 @@ def _add_why(app: "FastAPI", explainer: Explainer) -> None:
         return await asyncio.wait_for(asyncio.wrap_future(future), _COMPILING)
 
 
-def _add_items(app: "FastAPI", path: Path) -> None:
+def _add_items(app: "FastAPI", path: str | os.PathLike) -> None:
     """What is read from the catalogue without its model; each request opens it for itself."""
     from fastapi import Path as InPath
     from fastapi import Query, Response
@@ -207,12 +207,7 @@ def _add_items(app: "FastAPI", path: Path) -> None:
     def categories() -> dict[str, list[str]]:
         """The values of ``category``."""
         with Catalogue.open(path, create=False) as catalogue:
-            rows = catalogue.store.rows(
-                "SELECT DISTINCT json_extract(payload, '$.category') FROM item "
-                "WHERE embedding IS NOT NULL ORDER BY 1 LIMIT ?",
-                [_CATEGORIES],
-            )
-        return {"categories": [str(value) for (value,) in rows if value is not None]}
+            return {"categories": catalogue.categories(_CATEGORIES)}
 
     @app.get("/items/{id}")
     def item(id: Annotated[int, InPath(ge=1, lt=2**63)]) -> dict[str, Any]:
@@ -236,7 +231,7 @@ def _add_items(app: "FastAPI", path: Path) -> None:
         return Response(_jpeg(content, size), media_type="image/jpeg", headers=headers)
 
 
-def _item(path: Path, number: int) -> Item:
+def _item(path: str | os.PathLike, number: int) -> Item:
     from starlette.exceptions import HTTPException
 
     with Catalogue.open(path, create=False) as catalogue:
