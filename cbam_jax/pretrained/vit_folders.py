@@ -90,6 +90,10 @@ _TIMM = re.compile(
     r"vit_(small_plus|huge_plus|giantopt|giant|small|base|large|so400m|huge)_patch(\d+)_"
     r"(siglip|clip_quickgelu|clip|dinov2|reg4_dinov2|dinov3_qkvb|dinov3)(?:_(\d+))?"
 )
+_LARGEST = {
+    "width": 16_384, "depth": 256, "heads": 1024, "mlp_width": 131_072, "registers": 1024,
+    "projection": 65_536,
+}  # fmt: skip
 _FILES = "config.json (Hugging Face's or timm's) or open_clip_config.json"
 
 
@@ -101,15 +105,11 @@ def describe(folder: str | os.PathLike) -> Description | None:
     """
     folder = Path(folder)
     try:
-        if os.path.lexists(folder / "open_clip_config.json"):
-            return _open_clip(_object(folder / "open_clip_config.json"))
-        if not os.path.lexists(folder / "config.json"):
-            return _without_config(folder)
-        config = _object(folder / "config.json")
-        if "architecture" in config and "model_type" not in config:
-            return _timm(config)
-        return _transformers(config, folder)
-    except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
+        described = _described(folder)
+        if described is not None:
+            _check_sizes(described.variant)
+        return described
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -117,6 +117,27 @@ def describe(folder: str | os.PathLike) -> Description | None:
             f"({shown(str(error))}): fetch it again, or build the model by its name and load the "
             "file of weights"
         ) from error
+
+
+def _described(folder: Path) -> Description | None:
+    if os.path.lexists(folder / "open_clip_config.json"):
+        return _open_clip(_object(folder / "open_clip_config.json"))
+    if not os.path.lexists(folder / "config.json"):
+        return _without_config(folder)
+    config = _object(folder / "config.json")
+    if "architecture" in config and "model_type" not in config:
+        return _timm(config)
+    return _transformers(config, folder)
+
+
+def _check_sizes(variant: Variant) -> None:
+    """Raise a ValueError for sizes that no published model has: building them would not end."""
+    for name, most in _LARGEST.items():
+        size = getattr(variant, name)
+        if size is not None and (type(size) is not int or not 0 <= size <= most):
+            raise ValueError(f"{name} {size!r}: from 0 to {most}")
+    if not 0 <= variant.epsilon < 1:  # Nor is NaN.
+        raise ValueError(f"epsilon {variant.epsilon}: not a small number")
 
 
 def _without_config(folder: Path) -> None:
@@ -250,7 +271,8 @@ def _transformers_preprocessing(fields: Mapping[str, Any], image_size: int) -> P
 
 def _scaling(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     scaling = tuple(map(float, mean)), tuple(map(float, std))
-    if any(len(numbers) != 3 for numbers in scaling) or not min(scaling[1]) > 0:
+    finite = all(map(math.isfinite, (*scaling[0], *scaling[1])))
+    if any(len(numbers) != 3 for numbers in scaling) or not finite or min(scaling[1]) <= 0:
         raise ValueError(f"mean {mean} and std {std}: not three numbers each")
     return scaling
 

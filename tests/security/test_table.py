@@ -7,6 +7,7 @@ from pathlib import Path
 import test_damaged_logs
 import test_hostile_catalogues
 import test_hostile_datasets
+import test_hostile_folders
 import test_hostile_models
 import test_hostile_runs
 import test_hostile_shards
@@ -42,6 +43,7 @@ KINDS = (
     ("an exported model's config", test_hostile_models.CONFIGS, plain),
     ("a model's arguments", test_hostile_models.MODELS, "no model can be built from"),
     ("an id of the hub", test_hostile_models.IDS, "no id of the hub"),
+    ("a transformer's folder", test_hostile_folders.FOLDERS, plain),
     ("images", test_hostile_datasets.IMAGES, plain),
     ("in the place of a photo or a CSV", test_hostile_datasets.NO_FILES, plain),
     ("a CSV manifest", test_hostile_datasets.MANIFESTS, plain),
