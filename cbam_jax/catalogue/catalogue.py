@@ -468,7 +468,8 @@ class Catalogue:
                 continue
             seen.add((digest, box))
             same = digest in own.hashes
-            others = self._copies((digest, box), {number, *own.ids}, where)
+            but = {number, *own.ids}
+            others = () if digest is None else self._copies((digest, box), but, where)
             found.append(Neighbour(number, item.path, item.payload, distance, others, same))
             counted += copies or not same
             if counted == k:

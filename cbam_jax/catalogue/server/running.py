@@ -54,6 +54,7 @@ def serve(path: str | os.PathLike, embedder: "Embedder", listening: socket.socke
     host = listening.getsockname()[0]
     app = create_app(path, embedder, hosts=_LOCAL if host in _LOCAL else None)
     name = f"[{host}]" if ":" in host else host
+    listening.listen()  # Whoever reads the address may connect at once, and waits for the server.
     print(f"http://{name}:{listening.getsockname()[1]}/ ; end it by Ctrl-C", flush=True)
     config = uvicorn.Config(
         app,
