@@ -9,6 +9,7 @@ from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import gallery
+from cbam_jax.catalogue.milvus import address
 from cbam_jax.catalogue.store import Store
 
 
@@ -68,6 +69,33 @@ def test_a_changed_catalogue_is_told(what, shop):
     with pytest.raises(InputError, match=message) as caught:
         read(shop)
     assert "\n" not in str(caught.value)
+
+
+ADDRESSES = {
+    "an address of another scheme": "file:///etc/passwd",
+    "an address of a web page": "http://localhost:19530/shop",
+    "an address without a host": "milvus:///shop",
+    "an address without a collection": "milvus://localhost:19530/",
+    "an address of two paths": "milvus://localhost/shop/../other",
+    "an address with a password": "milvus://me:secret@localhost/shop",
+    "an address of a port of text": "milvus://localhost:x/shop",
+    "an address of a port of 7 digits": "milvus://localhost:1953000/shop",
+    "an address with a space": "milvus://local host/shop",
+    "an address with a line's end": "milvus://localhost/shop\n",
+    "an address that clears the screen": "milvus://\x1b[2J/shop",
+    "an address with a question": "milvus://localhost/shop?token=x",
+    "an address whose name begins with a digit": "milvus://localhost/1shop",
+    "an address of 100,000 letters": "milvus://localhost/" + "s" * 100_000,
+    "a file that is no .db": "milvus:/etc/passwd",
+}
+
+
+@pytest.mark.parametrize("what", ADDRESSES)
+def test_an_address_that_is_none(what):
+    with pytest.raises(InputError, match="names no collection|is no catalogue") as caught:
+        address(ADDRESSES[what])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: p.symlink_to("/dev/zero")])

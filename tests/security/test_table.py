@@ -55,6 +55,11 @@ KINDS = (
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
     ("a run's folder of datasets", test_hostile_runs.PLACES, "keeps its datasets in"),
     ("a catalogue", test_hostile_catalogues.CHANGED, plain),
+    (
+        "an address in Milvus",
+        test_hostile_catalogues.ADDRESSES,
+        "give milvus://HOST:PORT/COLLECTION",
+    ),
     ("shards of embeddings", test_hostile_shards.SHARDS, plain),
     ("a run's log", test_damaged_logs.DAMAGED_LINES, "the other lines are read, the file is kept"),
 )
