@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        writes = options.run in (add, rebuild)
+        writes = options.run in (add, rebuild, sync)
         kept = "; what was written before is kept" if writes else ""
         print(f"stopped{kept}", file=sys.stderr)
         return 130
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_copy(options: argparse.Namespace) -> None:
     """Refuse to change or check a copy in Milvus."""
-    if options.run not in (find, list_, serve):
+    if is_address(options.catalogue) and options.run not in (find, list_, serve):
         address = options.catalogue
         raise InputError(
             f"{shown(address)} is a copy, for find, list and serve alone: give the catalogue's "
@@ -356,8 +356,11 @@ def _sync_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _catalogue(text: str) -> Path | str:
-    """The path of a file, or an address as it is."""
-    return text if is_address(text) else command_line.path(text)
+    """The path of a file, or an address as it is; one that is wrong is told where it is opened."""
+    try:
+        return text if is_address(text) else command_line.path(text)
+    except InputError:  # Argparse would tell it as its own.
+        return text
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
