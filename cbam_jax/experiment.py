@@ -17,17 +17,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-from cbam_jax import InputError, data, evaluation, losses, steps
+from cbam_jax import InputError, data, evaluation, losses, named_parts, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
 from cbam_jax.foreign_files import read_json
-from cbam_jax.models import MODELS, EmbeddingModel, create_model, pixel_scaling
+from cbam_jax.models import MODELS, EmbeddingModel, create_model, parts_of, pixel_scaling
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 LOSSES = ("triplet", "cross_entropy")
+# Fields that may name a part of one's own, "package.module:factory".
+_NAMED = ("model.name", "loss.name", "optimizer.name", "optimizer.schedule")
 # Pixels from which on every backbone, of at most five halvings, has some of them left.
 _SMALLEST_FOR_ALL = 32
 # Fields of a config's data that say how an image becomes a model's square.
@@ -71,6 +73,12 @@ def _whole(path: str) -> str:
         raise InputError(f"{path}: there is no such home folder; give the whole path")
     # A closing slash is what tells a folder of class folders from a dataset's name.
     return os.path.abspath(expanded) + "/" * path.endswith("/")
+
+
+def trust_named_parts(config: Config) -> None:
+    """Let the parts of one's own that a config names be imported: it is the user's own."""
+    sections = (field.split(".") for field in _NAMED)
+    named_parts.trust(*(config[section][field] for section, field in sections))
 
 
 def check_config(config: Config) -> None:
@@ -153,8 +161,9 @@ def check_choices(config: Config) -> None:
         ("loss.name", config.loss.name, LOSSES),
         ("loss.mining", config.loss.mining, losses.MININGS),
         ("optimizer.name", config.optimizer.name, steps.OPTIMIZERS),
+        ("optimizer.schedule", config.optimizer.schedule, steps.SCHEDULES),
     ):
-        if value not in choices:
+        if value not in choices and not (field in _NAMED and named_parts.is_named(value)):
             raise InputError(f"{field}={value!r}: choose one of {', '.join(choices)}")
     if config.loss.margin < 0:
         raise InputError(f"loss.margin={config.loss.margin}: give a distance of at least 0")
@@ -234,7 +243,7 @@ def check_source_exists(source: str | None) -> None:
 def check_source(config: Config, source: str) -> None:
     """Raise InputError where published weights can't be had, or a run's gates have another form."""
     if source in IMAGENET:
-        fetch_imagenet(MODELS[config.model.name][0], source)
+        fetch_imagenet(parts_of(config.model.name)[0], source)
     if source.startswith(HUB):
         fetch_repository(source)
     saved = saved_model(Path(source) / "config.json")
@@ -422,7 +431,7 @@ def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Prot
 
 def preprocessing(config: Config) -> Preprocessing:
     """Return how the config cuts and scales an image for evaluation."""
-    mean, std = pixel_scaling(MODELS[config.model.name][0])
+    mean, std = pixel_scaling(parts_of(config.model.name)[0])
     fields = {name: config.data[name] for name in GEOMETRY}
     return Preprocessing(**fields, mean=mean, std=std)
 
@@ -470,6 +479,8 @@ def classifies(config: Config) -> bool:
 def build_loss(config: Config) -> Callable:
     """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars."""
     loss = config.loss
+    if named_parts.is_named(loss.name):
+        return named_parts.load(loss.name, "loss.name")
     if classifies(config):
         options = {name: loss[name] for name in ("label_smoothing", "auxiliary_weight")}
         return functools.partial(losses.deep_cross_entropy_loss, **options)
@@ -479,7 +490,7 @@ def build_loss(config: Config) -> Callable:
 
 def collapse_warning(config: Config) -> Callable:
     """Return what turns mean scalars into a warning when the embeddings have collapsed."""
-    if classifies(config):
+    if config.loss.name != "triplet":
         return lambda stats: None  # Its gradient does not vanish there.
     options = {"margin": config.loss.margin, "soft": config.loss.soft}
     return functools.partial(losses.collapse_warning, **options)
@@ -489,11 +500,17 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Calla
     """Return the optimizer, and the learning rate as a function of the step."""
     options = dict(config.optimizer)
     accumulate = options["accumulate_steps"]
-    schedule = steps.learning_rate_schedule(
+    kind = options.pop("schedule")
+    own = named_parts.is_named(kind)
+    make = named_parts.load(kind, "optimizer.schedule") if own else steps.learning_rate_schedule
+    schedule = make(
         options.pop("learning_rate"),
+        **({} if own else {"kind": kind}),
         warmup_steps=options.pop("warmup_steps") // accumulate,
         total_steps=max(config.train.steps // accumulate, 1),
     )
     name = options.pop("name")
+    if named_parts.is_named(name):
+        name = named_parts.load(name, "optimizer.name")
     optimizer = steps.create_optimizer(name, schedule, **options)
     return optimizer, lambda step: schedule(step // accumulate)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from cbam_jax import named_parts
 from cbam_jax.attention import CBAM, GATE_INITS, SqueezeExcite
 from cbam_jax.backbones import efficientnet, googlenet, resnet, vgg
 from cbam_jax.backbones.vit import Variant, VisionTransformer
@@ -48,6 +49,22 @@ TRANSFORMERS = {name: published.variant for name, published in PUBLISHED.items()
 MODELS |= {name: (name, "") for name in TRANSFORMERS}
 ANY_TRANSFORMER = "vit"
 POOLINGS = ("average", "gem")
+
+
+def parts_of(name: str) -> tuple[str, str]:
+    """Return a model's backbone and attention; a name of one's own is a backbone's.
+
+    Raises:
+        ValueError: on an unknown name; the message lists the choices.
+
+    >>> parts_of("resnet50_cbam"), parts_of("mine.parts:backbone")
+    (('resnet50', '_cbam'), ('mine.parts:backbone', ''))
+    """
+    if named_parts.is_named(name):
+        return name, ""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def pixel_scaling(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -226,7 +243,9 @@ def create_model(
     """Build an embedding model by name.
 
     Args:
-        name: one of ``MODELS``: a backbone, alone or with ``_se`` or ``_cbam``.
+        name: one of ``MODELS``: a backbone, alone or with ``_se`` or ``_cbam``. Or one's own,
+            ``"package.module:factory"``, trusted first (``named_parts``): ``factory(dtype=...,
+            rngs=...)`` returns what maps [b, h, w, 3] to [b, h', w', num_features].
         embedding_dim: d; None: the pooled features themselves, as in the paper.
         normalize: L2-normalise the embeddings.
         pooling: ``"average"`` or ``"gem"``.
@@ -262,8 +281,7 @@ def create_model(
         variant, scaling = _variant(name, activation, transformer)
         backbone = VisionTransformer(variant, drop_path=drop_path, dtype=dtype, rngs=rngs)
         return EmbeddingModel(backbone, scaling=scaling, rngs=rngs, **options)
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    backbone_name, suffix = parts_of(name)
     if drop_path or activation is not None or transformer is not None:
         raise ValueError(f"{name} has no drop_path, activation or transformer: leave them out")
     if attention_init not in GATE_INITS:
@@ -272,11 +290,14 @@ def create_model(
     for field, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
         if number is not None and number < 1:
             raise ValueError(f"{field}={number}: give at least 1, or None for no such layer")
-    backbone_name, suffix = MODELS[name]
     block = ATTENTIONS[suffix]
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
     auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
-    backbone = BACKBONES[backbone_name](attention=attention, dtype=dtype, rngs=rngs, **auxiliary)
+    if named_parts.is_named(name):
+        backbone = named_parts.load(name, "model.name")(dtype=dtype, rngs=rngs)
+    else:
+        build = BACKBONES[backbone_name]
+        backbone = build(attention=attention, dtype=dtype, rngs=rngs, **auxiliary)
     return EmbeddingModel(backbone, scaling=pixel_scaling(backbone_name), rngs=rngs, **options)
 
 

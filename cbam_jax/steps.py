@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +23,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cbam_jax import model_state
 from cbam_jax.compiler_options import compiler_options
+from cbam_jax.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, learning_rate_schedule
 from cbam_jax.sharding import batch_spec, with_auto_axes
 
-OPTIMIZERS = ("sgd", "adamw")
-# Parameters under these names are never in a pretrained backbone.
-NEW_LAYERS = ("attention", "projection", "pool", "class_head", "aux1", "aux2")
-
-# What stands after the blocks of a transformer, or of an EfficientNet.
-_AFTER_BLOCKS = ("norm", "map_head", "proj", "conv_head", "bn1", "last_attention")
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Batch",
+    "Memory",
+    "Step",
+    "TrainState",
+    "create_optimizer",
+    "create_train_state",
+    "data_mesh",
+    "embed_batches",
+    "evaluation_params",
+    "learning_rate_schedule",
+    "make_embed_step",
+    "make_train_step",
+    "replicate",
+    "to_devices",
+]
 
 Batch = dict[str, Any]
 
@@ -96,133 +108,6 @@ def to_devices(batches: Iterable[Batch], mesh: Mesh, depth: int = 2) -> Iterator
         if len(queue) >= depth:
             yield queue.popleft()
     yield from queue
-
-
-def learning_rate_schedule(
-    learning_rate: float, *, warmup_steps: int, total_steps: int
-) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to 0 at ``total_steps``.
-
-    >>> schedule = learning_rate_schedule(0.1, warmup_steps=10, total_steps=110)
-    >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 60, 110)]
-    [0.0, 0.05, 0.1, 0.05, 0.0]
-    """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
-    # In float32: optax's own integer count does not pass strict dtype promotion.
-    return lambda count: schedule(jnp.asarray(count, jnp.float32))
-
-
-def create_optimizer(
-    name: str,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
-    new_layer_multiple: float = 1.0,
-    clip_norm: float | None = None,
-    accumulate_steps: int = 1,
-    layer_decay: float = 1.0,
-    frozen_blocks: int = 0,
-) -> optax.GradientTransformation:
-    """SGD with momentum or AdamW, as torch defines them.
-
-    Args:
-        name: ``"sgd"`` (weight decay is added to the gradient, as in torch) or ``"adamw"``
-            (decoupled).
-        learning_rate: a number, or a schedule over optimizer updates.
-        weight_decay: of parameters with two or more dimensions only: never of biases, BatchNorm
-            or the pooling exponent.
-        momentum: of SGD.
-        new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
-            pooling, classes) is multiplied by, since they start from nothing beside a pretrained
-            backbone.
-        clip_norm: largest global norm of the gradient; None: unlimited.
-        accumulate_steps: batches whose mean gradient makes one update.
-        layer_decay: of a backbone with ``blocks``, what the learning rate is multiplied by once
-            for each block that stands after a parameter's own; what stands before the first block
-            counts as one more (Clark et al.: ELECTRA, 2020).
-        frozen_blocks: of the same, blocks from the first on that stay as they are, with all
-            that stands before them.
-
-    Raises:
-        ValueError: on an unknown name.
-    """
-    if name == "sgd":
-        decay = optax.add_decayed_weights(weight_decay, mask=_is_matrix)
-        update = optax.chain(decay, optax.sgd(learning_rate, momentum=momentum))
-    elif name == "adamw":
-        update = optax.adamw(learning_rate, weight_decay=weight_decay, mask=_is_matrix)
-    else:
-        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-    # Both updates are proportional to the learning rate, so scaling them is scaling the rate.
-    multiple = optax.masked(optax.scale(new_layer_multiple), _is_new)
-    chain = optax.chain(clip, update, multiple)
-    if layer_decay != 1.0 or frozen_blocks:
-        # Also of the decay of weights, which is part of the update.
-        rates = partial(block_rates, layer_decay=layer_decay, frozen_blocks=frozen_blocks)
-        chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, rates)))
-    if accumulate_steps > 1:
-        chain = optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
-    return _promoting(chain)
-
-
-def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let JAX promote: optax's Adam and MultiSteps mix integer counters with floats."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(updates, state, params)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def block_rates(params: Any, *, layer_decay: float, frozen_blocks: int) -> Any:
-    """Return for each parameter what its learning rate is multiplied by: ``create_optimizer``.
-
-    Raises:
-        ValueError: there is no ``backbone.blocks``, or not so many.
-
-    >>> params = {"backbone": {"pos": 1, "blocks": {0: 1, 1: 1}, "norm": 1}}
-    >>> block_rates(params, layer_decay=0.5, frozen_blocks=1)
-    {'backbone': {'blocks': {0: 0.0, 1: 1.0}, 'norm': 1.0, 'pos': 0.0}}
-    """
-
-    def names(path: Any) -> list[str]:
-        return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-
-    leaves = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    depth = len({name[2] for name in leaves if name[:2] == ["backbone", "blocks"]})
-    if not depth or not 0 <= frozen_blocks <= depth:
-        raise ValueError(
-            f"frozen_blocks={frozen_blocks}, layer_decay={layer_decay}: {depth} blocks"
-        )
-
-    def rate(path: Any, _: Any) -> float:
-        name = names(path)
-        if name[0] != "backbone" or name[1] in _AFTER_BLOCKS:
-            return 1.0
-        block = int(name[2]) if name[1] == "blocks" else -1
-        return (
-            0.0 if block < frozen_blocks and frozen_blocks else layer_decay ** (depth - 1 - block)
-        )
-
-    return jax.tree_util.tree_map_with_path(rate, params)
-
-
-def _scaled(updates: Any, rates: Callable[[Any], Any]) -> Any:
-    return jax.tree.map(lambda update, rate: rate * update, updates, rates(updates))
-
-
-def _is_matrix(params: Any) -> Any:
-    return jax.tree.map(lambda param: param.ndim > 1, params)
-
-
-def _is_new(params: Any) -> Any:
-    def new(path: Any, _: Any) -> bool:
-        return any(name in jax.tree_util.keystr(path) for name in NEW_LAYERS)
-
-    return jax.tree_util.tree_map_with_path(new, params)
 
 
 def create_train_state(

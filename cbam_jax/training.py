@@ -92,6 +92,7 @@ def train_and_evaluate(
         Stopped: asked to stop before there was anything to save.
     """
     config = experiment.with_whole_paths(config)
+    experiment.trust_named_parts(config)
     experiment.check_config(config)
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:

@@ -82,11 +82,18 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary_weight = 0.3  # of the loss of each of GoogLeNet's two auxiliary classifiers
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
-    optimizer.name = "adamw"  # or "sgd"
-    optimizer.learning_rate = 1e-3  # the peak, after warm-up; then a cosine to 0
+    # "sgd", "adamw" or "lion", or one's own, "package.module:factory".
+    optimizer.name = "adamw"
+    optimizer.learning_rate = 1e-3  # the peak, after warm-up
+    # After warm-up: "cosine" or "linear" to 0, "constant", "step" (a tenth after each third of the
+    # steps that are left), or one's own, "package.module:factory".
+    optimizer.schedule = "cosine"
     optimizer.warmup_steps = 100
     optimizer.weight_decay = 1e-4  # not of one-dimensional parameters
     optimizer.momentum = 0.9  # of sgd
+    optimizer.nesterov = False  # of sgd
+    optimizer.betas = (0.9, 0.999)  # of adamw and lion
+    optimizer.eps = 1e-8  # of adamw
     optimizer.new_layer_multiple = 1.0  # of the learning rate of attention, projection, classes
     # Of a transformer: factor of the learning rate for each block that stands after; blocks, from
     # the first, that stay as they are.

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "forecast": set(),
     "stopping": set(),
     "runlog": {"command_line", "forecast", "foreign_files", "whole_files"},
-    "steps": {"compiler_options", "model_state", "sharding"},
+    "optimizers": set(),
+    "steps": {"compiler_options", "model_state", "optimizers", "sharding"},
     "datasets": {"file_locks", "foreign_files", "progress", "whole_files"},
     "preprocessing": set(),
     "data": {"datasets", "preprocessing"},
@@ -42,7 +43,8 @@ MAY_IMPORT = {
     "search": {"compiler_options", "distances", "sharding"},
     "evaluation": {"metrics", "search", "whole_files"},
     "backbones": {"attention", "sharding"},
-    "models": {"attention", "backbones", "distances", "preprocessing"},
+    "named_parts": {"foreign_files"},
+    "models": {"attention", "backbones", "distances", "named_parts", "preprocessing"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
     "pretrained": {
         "backbones",
@@ -80,6 +82,7 @@ MAY_IMPORT = {
         "foreign_files",
         "losses",
         "models",
+        "named_parts",
         "preprocessing",
         "pretrained",
         "steps",

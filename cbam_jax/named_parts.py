@@ -1,0 +1,62 @@
+"""Parts of one's own by name: ``"package.module:factory"`` for a model, loss, optimizer, schedule.
+
+Importing a module runs it, and a name may come from a stranger's config. So a name is imported only
+once it is trusted: a training trusts those in its own config, `trust` does in a program, and for
+any command ``CBAM_JAX_TRUST``, names with commas between them, does.
+"""
+
+import importlib
+import os
+from typing import Any
+
+from cbam_jax import InputError
+from cbam_jax.foreign_files import shown
+
+_trusted: set[str] = set()
+
+
+def is_named(name: str) -> bool:
+    """Whether a name is that of a part of one's own.
+
+    >>> is_named("mine.parts:backbone"), is_named("resnet50")
+    (True, False)
+    """
+    return ":" in name
+
+
+def trust(*names: str) -> None:
+    """Let names of the form ``"package.module:factory"`` be imported, in this process."""
+    _trusted.update(name for name in names if is_named(name))
+
+
+def load(name: str, field: str) -> Any:
+    """Import a trusted part.
+
+    Args:
+        name: ``"package.module:factory"``.
+        field: what names it, for messages, such as ``"model.name"``.
+
+    Raises:
+        InputError: the name is not trusted, or there is no such module or function.
+
+    >>> trust("math:sqrt")
+    >>> load("math:sqrt", "model.name")(4)
+    2.0
+    """
+    if name not in _trusted | set(os.environ.get("CBAM_JAX_TRUST", "").split(",")):
+        raise InputError(
+            f"{field}={shown(repr(name), 80)} would import code: if you trust it, put "
+            f"CBAM_JAX_TRUST={shown(name, 80)} before the command, or call "
+            f"cbam_jax.named_parts.trust({shown(repr(name), 80)})"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{field}={name!r}: {error}; put PYTHONPATH=FOLDER, where it lies, before the command"
+        ) from error
+    part = getattr(found, attribute, None)
+    if not callable(part):
+        raise InputError(f"{field}={name!r}: {module} has no function {attribute!r}")
+    return part

@@ -1,0 +1,154 @@
+"""Parts of one's own by name: a backbone with LayerNorm and dropout, trained by its name."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny_run import make_config, write_photos
+
+import cbam_jax
+from cbam_jax import InputError, hub, named_parts, optimizers, runs, training
+from cbam_jax.losses import triplet_loss
+from cbam_jax.models import create_model
+from cbam_jax.search import search
+
+
+class Backbone(nnx.Module):
+    """Patches, LayerNorm and dropout, no BatchNorm."""
+
+    num_features = 12
+
+    def __init__(self, *, dtype, rngs):
+        options = {"strides": 8, "padding": "VALID", "dtype": dtype, "rngs": rngs}
+        self.patches = nnx.Conv(3, 12, (8, 8), **options)
+        self.norm = nnx.LayerNorm(12, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+
+    def __call__(self, images):
+        return self.dropout(nnx.relu(self.norm(self.patches(images))))
+
+
+def loss(embeddings, labels, *, step, key):
+    """A margin that grows, and noise: what a loss may ask for."""
+    noise = 0.01 * jax.random.normal(key, embeddings.shape)
+    margin = 0.1 + 0.01 * step.astype(jnp.float32)
+    return triplet_loss(embeddings + noise, labels, margin)
+
+
+def optimizer(learning_rate):
+    return optax.sgd(learning_rate)
+
+
+def schedule(learning_rate, *, warmup_steps, total_steps):
+    return lambda count: learning_rate * (1 - count / (warmup_steps + total_steps + 1))
+
+
+@pytest.fixture
+def untrusted(monkeypatch):
+    """A process that has trusted nothing yet; this file is a module that can be imported."""
+    monkeypatch.setattr(named_parts, "_trusted", set())
+    monkeypatch.setitem(sys.modules, "my_parts", sys.modules[__name__])
+
+
+def test_a_strangers_config_imports_nothing(untrusted, monkeypatch):
+    build = lambda: create_model("antigravity:fly", rngs=nnx.Rngs(0))  # noqa: E731
+    with pytest.raises(InputError, match=r"model\.name='antigravity:fly' would import code"):
+        build()
+    assert "antigravity" not in sys.modules
+    monkeypatch.setenv("CBAM_JAX_TRUST", "other:thing,no_such_module:fly")
+    with pytest.raises(
+        InputError, match="put PYTHONPATH=FOLDER, where it lies, before the command"
+    ):
+        create_model("no_such_module:fly", rngs=nnx.Rngs(0))
+    named_parts.trust("my_parts:nothing")
+    with pytest.raises(InputError, match="my_parts has no function 'nothing'"):
+        create_model("my_parts:nothing", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("linear", [0.0, 0.5, 1.0, 0.5, 0.0]),
+    ("constant", [0.0, 0.5, 1.0, 1.0, 1.0]),
+    ("step", [0.0, 0.5, 1.0, 0.1, 0.01]),
+])  # fmt: skip
+def test_schedules(kind, expected):
+    rate = optimizers.learning_rate_schedule(1.0, warmup_steps=10, total_steps=70, kind=kind)
+    found = [float(rate(step)) for step in (0, 5, 10, 40, 70)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def small(folder, steps):
+    photos = write_photos(folder, splits=("train", "validation", "test"), count=6)
+    return make_config(
+        photos,
+        **{
+            "model.name": "my_parts:Backbone",
+            "model.embedding_dim": 8,
+            "loss.name": "my_parts:loss",
+            "optimizer.name": "my_parts:optimizer",
+            "optimizer.schedule": "my_parts:schedule",
+            "optimizer.warmup_steps": 0,
+            "data.classes_per_batch": 2,
+            "data.images_per_class": 4,
+            "data.workers": 0,
+            "train.steps": steps,
+            "train.log_every": 1,
+            "train.eval_every": 4,
+            "train.checkpoint_every": 1,
+            "eval.ks": (2,),
+        },
+    )
+
+
+@pytest.mark.slow
+def test_a_backbone_of_ones_own_trains_resumes_is_exported_and_searched(
+    untrusted, monkeypatch, tmp_path
+):
+    config = small(tmp_path, 4)
+    whole = training.train_and_evaluate(config, tmp_path / "whole")
+    assert whole["finished"]
+
+    # Killed in the second step, once the first is saved.
+    step_done = training.StepMonitor.step_done
+
+    def dies(monitor, step, *rest):
+        step_done(monitor, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.StepMonitor, "step_done", dies)
+        with pytest.raises(KeyboardInterrupt):
+            training.train_and_evaluate(config, tmp_path / "killed")
+    training.train_and_evaluate(config, tmp_path / "killed")
+    states = []
+    for name in ("whole", "killed"):
+        saved = runs.read_config(tmp_path / name)
+        assert saved.model.name == "my_parts:Backbone"
+        with runs.open_checkpoints(saved, tmp_path / name, read_only=True) as checkpoints:
+            read = checkpoints.restore("last")
+        assert any("rngs" in array for array in read.optimizer)
+        states.append({**read.model, **read.optimizer})
+    assert states[0].keys() == states[1].keys()
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name])
+
+    # In a process of its own nothing is trusted; then it is, once.
+    monkeypatch.setattr(named_parts, "_trusted", set())
+    with pytest.raises(InputError, match="CBAM_JAX_TRUST=my_parts:Backbone"):
+        cbam_jax.load(tmp_path / "killed")
+    monkeypatch.setenv("CBAM_JAX_TRUST", "my_parts:Backbone")
+    report = runs.evaluate(tmp_path / "killed", split="test", figures=False, html=False)
+    assert 0 <= report["metrics"]["map@2"] <= 1
+    hub.export(tmp_path / "killed", tmp_path / "exported")
+    document = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert document["model"]["name"] == "my_parts:Backbone"
+    embedder = cbam_jax.load(tmp_path / "exported")
+    files = sorted(tmp_path.glob("test_*"))
+    embeddings = embedder.embed_files(files, progress=False).embeddings
+    _, indices = search(embeddings, embeddings, k=1)
+    np.testing.assert_array_equal(indices[:, 0], np.arange(len(files)))
