@@ -9,10 +9,12 @@ round, warm-up apart. On a shared machine compare the processor seconds.
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from torchvision_stubs import import_torchvision
@@ -22,8 +24,11 @@ from cbam_jax.models import create_model
 
 
 def ours():
-    model = create_model("siglip_b16_224", rngs=nnx.Rngs(0))
-    model.eval()
+    # Drawn by NumPy: drawing each parameter on its own would compile for longer than the run.
+    model = nnx.eval_shape(lambda: create_model("siglip_b16_224", rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        variable.set_value(jnp.asarray(0.02 * rng.normal(size=variable.shape), jnp.float32))
     graph, state = nnx.split(model)
     run = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
     return lambda images: np.asarray(run(state, images))
@@ -59,7 +64,8 @@ def main():
     images = np.random.default_rng(0).normal(size=(flags.batch_size, 224, 224, 3))
     images = images.astype(np.float32)
     sides = {"cbam_jax": ours(), "transformers": theirs()}
-    for run in sides.values():
+    for name, run in sides.items():
+        print(f"warm-up: {name}", file=sys.stderr, flush=True)
         run(images)
     seconds = {name: [] for name in sides}
     for _ in range(flags.rounds):

@@ -192,7 +192,9 @@ def test_timms_files_say_the_architecture(tmp_path):
 
 def test_weights_without_files_beside_them_are_asked_about(siglip_folder):
     (siglip_folder / "config.json").unlink()
-    with pytest.raises(InputError, match="no config.json.*which says the GELU"):
+    with pytest.raises(
+        InputError, match="no config.json.*which says what the model is: its shape, GELU"
+    ):
         cbam_jax.load(siglip_folder)
 
 

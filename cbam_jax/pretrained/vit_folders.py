@@ -144,9 +144,9 @@ def _without_config(folder: Path) -> None:
     found = [name for name in WEIGHTS if os.path.lexists(folder / name)]
     if found and not (folder / "checkpoints").is_dir():
         raise InputError(
-            f"{shown(folder)} has {found[0]} but no {_FILES}, which says the GELU, the epsilon and "
-            "how positions are stretched: fetch that file too, or name the model, "
-            "--config.model.name=dinov2_b14 --config.model.pretrained="
+            f"{shown(folder)} has {found[0]} but no {_FILES}, which says what the model is: its "
+            "shape, GELU, epsilon, how positions are stretched; fetch that file too, or name the "
+            "model, such as --config.model.name=dinov2_b14 --config.model.pretrained="
             f"{shown(folder / found[0])}"
         )
 
