@@ -48,3 +48,10 @@ def test_every_published_file_is_listed():
 def test_what_cannot_be_listed_is_told(arguments, message, monkeypatch, capsys):
     with pytest.raises(InputError, match=message):
         run(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_has_what_is_measured(name):
+    measured = model_list.measure(name, model_list.default_size(name))
+    assert model_list.cost(name) == measured
