@@ -1,0 +1,147 @@
+"""Load on a catalogue's server: ``python benchmarks/serve_load.py shop.db photos/``.
+
+The server is a process of its own, ``cbam-jax catalogue serve``, of a catalogue that is there. Once
+with one connection, and once with 50, photos are sent to be searched; the embedder alone, in this
+process with the server idle, embeds the same photos one by one and in batches. Then 10,000 searches
+by id go over 50 connections: none is lost, and the server's memory is read at the start, after
+1,000 and at the end. Last, up to 10,000 connections are opened and left idle, as many as this
+process may have files, while a search is made. The last line on stdout is JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cbam_jax.benchmark import machine
+
+
+async def post(reader, writer, address: str, body: bytes) -> dict:
+    """A search on a connection that stays open."""
+    head = f"POST {address} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    await writer.drain()
+    status = await reader.readline()
+    length = 0
+    while (line := await reader.readline()) != b"\r\n":
+        if line.lower().startswith(b"content-length:"):
+            length = int(line.split(b":")[1])
+    answer = await reader.readexactly(length)
+    return json.loads(answer) if b" 200 " in status else {"error": status.decode()}
+
+
+async def load(port: int, connections: int, searches: list[tuple[str, bytes]]) -> dict:
+    """Latencies and the rate of searches shared by some connections; how many were lost."""
+    times, lost, left = [], 0, iter(searches)
+
+    async def work():
+        nonlocal lost
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for address, body in left:
+            started = time.monotonic()
+            answer = await post(reader, writer, address, body)
+            times.append(time.monotonic() - started)
+            lost += "neighbours" not in answer
+        writer.close()
+
+    started = time.monotonic()
+    await asyncio.gather(*(work() for _ in range(connections)))
+    rate = len(times) / (time.monotonic() - started)
+    lost += len(searches) - len(times)
+    p50, p99 = np.percentile(times, [50, 99])
+    return {"connections": connections, "searches": len(searches), "per_second": rate,
+            "p50": p50, "p99": p99, "lost": lost}  # fmt: skip
+
+
+async def idle(port: int, count: int, search: tuple[str, bytes]) -> dict:
+    """Connections that are opened and say nothing, and a search once some of them are closed."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    held = []
+    for _ in range(min(count, limit - 64)):
+        try:
+            held.append(await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 5))
+        except (OSError, TimeoutError):
+            break
+    try:
+        meanwhile = await asyncio.wait_for(load(port, 1, [search]), 30)
+    except (OSError, EOFError, ValueError, TimeoutError) as error:
+        meanwhile = {"error": type(error).__name__}
+    for _, writer in held:
+        writer.close()
+    await asyncio.sleep(1)
+    return {"asked": count, "open": len(held), "files_limit": limit, "meanwhile": meanwhile,
+            "afterwards": await load(port, 1, [search])}  # fmt: skip
+
+
+def memory(pid: int) -> float:
+    """The process's memory in MB."""
+    (line,) = (x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmRSS" in x)
+    return int(line.split()[1]) / 1e3
+
+
+def alone(catalogue: Path, photos: list[bytes]) -> dict:
+    """Photos/s of the embedder by itself, one by one and in the server's batches."""
+    from cbam_jax.catalogue import embedders
+    from cbam_jax.catalogue.server import TOGETHER
+    from cbam_jax.catalogue.store import Store
+
+    with Store(catalogue) as store:
+        embedder = embedders.load_embedder(None, store, TOGETHER)
+    rates = {}
+    for name, embed in (
+        ("one_by_one", lambda: [embedder.embed_file(photo) for photo in photos]),
+        ("batches", lambda: embedder.embed_files(photos, progress=False)),
+    ):
+        embedder.embed_file(photos[0])
+        embedder.embed_files(photos[:1], progress=False)
+        started = time.monotonic()
+        embed()
+        rates[name] = len(photos) / (time.monotonic() - started)
+    return rates
+
+
+def measure(options: argparse.Namespace) -> dict:
+    files = sorted(p for p in options.photos.rglob("*") if p.suffix.lower() in (".jpg", ".png"))
+    photos = [path.read_bytes() for path in files[: options.sent]]
+    sent = [("/search?k=12", photo) for photo in photos]
+    result = {"benchmark": "serve_load", "embedder": alone(options.catalogue, photos)}
+    command = [sys.executable, "-m", "cbam_jax.catalogue", "serve", str(options.catalogue)]
+    server = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(server.stdout.readline().split("/")[2].split(":")[1])
+        by_id = [(f"/search?id={1 + i % options.ids}&k=12", b"") for i in range(options.requests)]
+        asyncio.run(load(port, 2, sent[:8]))
+        result["one"] = asyncio.run(load(port, 1, sent))
+        result["many"] = asyncio.run(load(port, 50, sent))
+        result["memory_start"] = memory(server.pid)
+        early = asyncio.run(load(port, 50, by_id[:1000]))
+        result["memory_1000"] = memory(server.pid)
+        late = asyncio.run(load(port, 50, by_id[1000:]))
+        result["memory_end"] = memory(server.pid)
+        result |= {"by_id": late, "lost": early["lost"] + late["lost"]}
+        result["idle"] = asyncio.run(idle(port, 10_000, by_id[0]))
+        result["served_to_embedder"] = result["many"]["per_second"] / max(
+            result["embedder"].values()
+        )
+    finally:
+        server.terminate()
+        server.wait(30)
+    return {**result, **machine()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("catalogue", type=Path)
+    parser.add_argument("photos", type=Path, help="to be searched by")
+    parser.add_argument("--sent", type=int, default=200, help="photos, of each load")
+    parser.add_argument("--requests", type=int, default=10_000, help="by id")
+    parser.add_argument("--ids", type=int, default=100, help="of the catalogue, from 1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    print(json.dumps(measure(parser.parse_args())))
