@@ -30,10 +30,17 @@ def _gate_scale(init: str) -> float:
     return GATE_INITS[init]
 
 
+def _check_map(x: jax.Array, channels: int) -> None:
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"a feature map has shape {x.shape}, expected [b, h, w, {channels}]")
+
+
 def _squeezing_layers(
     features: int, reduction: int, *, use_bias: bool, init: str, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[nnx.Linear, nnx.Linear]:
     """W_0 and W_1, from c channels to c // r and back."""
+    if reduction < 1:
+        raise ValueError(f"reduction must be at least 1, got {reduction}")
     hidden = max(features // reduction, 1)
     last_init = _zeros if init == "identity" else _he_normal
     options = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
@@ -77,6 +84,7 @@ class ChannelGate(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to the gate [b, 1, 1, c]."""
+        _check_map(x, self.fc1.in_features)
         average = jnp.mean(x, axis=(1, 2), keepdims=True)
         maximum = jnp.max(x, axis=(1, 2), keepdims=True)
         return self.scale * nnx.sigmoid(self._mlp(average) + self._mlp(maximum))
@@ -113,7 +121,7 @@ class SpatialGate(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if kernel_size % 2 == 0:
+        if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the map's size, got {kernel_size}")
         self.scale = _gate_scale(init)
         self.original = original
@@ -228,4 +236,5 @@ class SqueezeExcite(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Refine [b, h, w, c]; the shape stays."""
+        _check_map(x, self.fc1.in_features)
         return x * self.gate(x)

@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from cbam_jax.attention import CBAM, SqueezeExcite
 from cbam_jax.model_state import evaluation_view
 
 METHODS = ("grad_cam", "grad_cam++", "hires_cam")
@@ -145,12 +146,15 @@ def attention_gates(model: Any, images: jax.Array | np.ndarray) -> dict[str, jax
     """Return what the model's own attention multiplies its feature maps by.
 
     Args:
-        model: as for ``grad_cam``, with submodules as ``CBAM`` and ``SqueezeExcite`` have them.
+        model: as for ``grad_cam``, with ``CBAM`` and ``SqueezeExcite`` among its submodules.
         images: [b, h, w, 3] float32.
 
     Returns:
         For each attention its name and ``.channel``: [b, c], and for a CBAM also ``.spatial``:
         [b, h', w']. Empty for a model without attention.
+
+    Raises:
+        ValueError: an attention is used more than once, or images are no such array.
 
     >>> from cbam_jax.attention import CBAM
     >>> rngs = nnx.Rngs(0)
@@ -355,15 +359,17 @@ def _gates(graphdef: Any, state: Any, images: jax.Array) -> dict[str, jax.Array]
 
     def keep(name: str, kind: str, layer: Any, x: jax.Array) -> jax.Array:
         gate = getattr(layer, "gate", layer)(x)  # SqueezeExcite multiplies; its gate is a method.
+        if f"{name}.{kind}" in gates:
+            raise ValueError(f"attention {name!r} is used more than once by the model")
         gates[f"{name}.{kind}"] = gate[:, 0, 0] if kind == "channel" else gate[..., 0]
         return layer(x)
 
     for path, module in list(nnx.iter_modules(model)):
         path = tuple(map(str, path))
         name = ".".join(path)
-        if hasattr(module, "gate"):
+        if isinstance(module, SqueezeExcite):
             _hook(model, path, partial(keep, name, "channel"))
-        elif hasattr(module, "channel") and hasattr(module, "spatial"):
+        elif isinstance(module, CBAM):
             _hook(model, (*path, "channel"), partial(keep, name, "channel"))
             _hook(model, (*path, "spatial"), partial(keep, name, "spatial"))
     model(images)

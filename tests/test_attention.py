@@ -126,3 +126,21 @@ def test_gates_near_one_half_scale_by_about_a_quarter(rng):
     x = np.maximum(rng.normal(size=(4, 14, 14, 64)), 0).astype(np.float32)
     ratio = np.linalg.norm(CBAM(64, rngs=nnx.Rngs(0))(x)) / np.linalg.norm(x)
     assert 0.05 < ratio < 0.8
+
+
+@pytest.mark.parametrize("block", [CBAM, SqueezeExcite])
+def test_a_map_of_other_axes_or_channels_is_told_so(block):
+    attention = block(16, 4, rngs=nnx.Rngs(0))
+    for shape in ((5, 7, 16), (2, 16, 5, 7), (2, 3, 5, 7, 16)):
+        with pytest.raises(
+            ValueError, match=r"a feature map has shape .*, expected \[b, h, w, 16\]"
+        ):
+            attention(jnp.zeros(shape))
+    for reduction in (0, -1):
+        with pytest.raises(ValueError, match=f"reduction must be at least 1, got {reduction}"):
+            block(16, reduction, rngs=nnx.Rngs(0))
+
+
+def test_a_negative_kernel_size_is_told_so():
+    with pytest.raises(ValueError, match="kernel_size must be odd .* got -1"):
+        CBAM(16, kernel_size=-1, rngs=nnx.Rngs(0))

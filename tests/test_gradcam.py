@@ -299,3 +299,25 @@ def test_mistakes_are_named(options, message):
 def test_layer_that_takes_no_part_is_refused(models):
     with pytest.raises(ValueError, match="'backbone.features.30' is used 0 times"):
         grad_cam(models["vgg16"], np.zeros((1, 32, 32, 3), np.float32), layer="features")
+
+
+def test_gates_are_of_our_attention_alone_and_used_once(rng):
+    class Gated(nnx.Module):
+        """A gated unit of someone else's, and an attention that may stand in two places."""
+
+        def __init__(self, times):
+            rngs = nnx.Rngs(0)
+            self.gate = nnx.Linear(3, 3, rngs=rngs)
+            self.attention = SqueezeExcite(3, 1, rngs=rngs)
+            self.times = times
+
+        def __call__(self, x):
+            x = x * self.gate(x)
+            for _ in range(self.times):
+                x = self.attention(x)
+            return jnp.mean(x, axis=(1, 2))
+
+    images = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.float32)
+    assert set(attention_gates(Gated(1), images)) == {"attention.channel"}
+    with pytest.raises(ValueError, match="attention 'attention' is used more than once"):
+        attention_gates(Gated(2), images)

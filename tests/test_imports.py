@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "relevance": set(),
     "metrics": {"relevance"},
     "model_state": set(),
-    "gradcam": {"model_state"},
+    "gradcam": {"attention", "model_state"},
     "whole_files": set(),
     "file_locks": set(),
     "foreign_files": set(),
