@@ -21,6 +21,7 @@ from cbam_jax import (
     InputError,
     checkpoint,
     command_line,
+    config_checks,
     config_files,
     data,
     evaluation,
@@ -297,7 +298,7 @@ def evaluation_config(workdir: Path, overrides: Sequence[str]) -> Config:
                 "--config.eval.FIELD; see --help"
             )
     config = config_files.override(read_config(workdir), overrides)
-    experiment.check_evaluation(config)
+    config_checks.check_evaluation(config)
     config = experiment.with_whole_paths(config)
     saved_config.check_trusted(config, overrides, workdir)
     return config
@@ -313,7 +314,7 @@ def open_for_evaluation(config: Config, split: str, told: str) -> RetrievalDatas
         dataset = experiment.open_split(config, split)
     except InputError as error:
         raise InputError(f"{error}{told}") from error
-    experiment.check_classes(config, dataset)
+    config_checks.check_classes(config, dataset)
     return dataset
 
 

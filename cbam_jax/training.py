@@ -18,6 +18,7 @@ import jax
 from cbam_jax import (
     InputError,
     command_line,
+    config_checks,
     config_files,
     experiment,
     forecast,
@@ -93,7 +94,7 @@ def train_and_evaluate(
     """
     config = experiment.with_whole_paths(config)
     experiment.trust_named_parts(config)
-    experiment.check_config(config)
+    config_checks.check_config(config)
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(take_signals())
@@ -190,18 +191,18 @@ def open_data(
     """
     resumes = bool(checkpoints.steps())
     if resumes:
-        experiment.check_same_run(config, runs.read_config(workdir))
+        config_checks.check_same_run(config, runs.read_config(workdir))
     source = None if resumes else config.model.pretrained
-    experiment.check_source_exists(source)
+    config_checks.check_source_exists(source)
     training = experiment.open_split(config, config.data.train_split)
     validation = experiment.open_split(config, config.data.eval_split)
-    experiment.check_labels(config, training, validation)
+    config_checks.check_labels(config, training, validation)
     config = experiment.with_fitting_batch(config, training)
     config = experiment.with_fitting_ks(config, validation)
     experiment.split_protocol(config, validation)
     experiment.train_batches(config, training, step=0).close()
     if source:
-        experiment.check_source(config, source)
+        config_checks.check_source(config, source)
     return config, training, validation, source
 
 

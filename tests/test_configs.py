@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cbam_jax import InputError, experiment, training
+from cbam_jax import InputError, config_checks, experiment, training
 from cbam_jax.configs import default
 from cbam_jax.pretrained import IMAGENET, load_pretrained
 
@@ -25,7 +25,7 @@ def read(name):
 def test_every_config_passes_the_checks_and_edits_known_fields(name, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = read(name)
-    experiment.check_config(config)
+    config_checks.check_config(config)
     assert fields(config) == fields(default.get_config())
 
 
@@ -48,7 +48,7 @@ def test_without_network_a_row_says_where_to_put_the_file(name, photos, tmp_path
     monkeypatch.setenv("CBAM_JAX_MIRROR", "http://127.0.0.1:1")  # Nobody listens there.
     monkeypatch.setenv("CBAM_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        experiment, "check_choices", lambda config: None
+        config_checks, "check_choices", lambda config: None
     )  # It builds the model's shape.
     monkeypatch.setattr(experiment, "build_model", None)
     config = read(name)
@@ -65,7 +65,7 @@ def test_without_its_package_photos_says_how_to_install_it(photos, tmp_path, mon
     files = IMAGENET["imagenet"]
     absent = files["efficientnet_lite0"]._replace(package="absent_from_here")
     monkeypatch.setitem(files, "efficientnet_lite0", absent)
-    monkeypatch.setattr(experiment, "check_choices", lambda config: None)
+    monkeypatch.setattr(config_checks, "check_choices", lambda config: None)
     monkeypatch.setattr(experiment, "build_model", None)
     config = read("photos")
     config.data.name = f"{photos}/"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import write_photos
 
-from cbam_jax import InputError, evaluation, experiment, training
+from cbam_jax import InputError, config_checks, evaluation, experiment, training
 from cbam_jax.configs import default
 from cbam_jax.datasets import RetrievalDataset
 
@@ -88,10 +88,10 @@ def test_a_resumed_run_does_not_call_what_adapted_changed(capsys):
     config = make_config(**{"data.images_per_class": 4})
     fitted = experiment.with_fitting_batch(config, make_dataset([0, 0, 1, 1, 2, 2]))
     capsys.readouterr()
-    experiment.check_same_run(config, fitted)
+    config_checks.check_same_run(config, fitted)
     assert "classes_per_batch" not in capsys.readouterr().out
     fitted.data.flip = False
-    experiment.check_same_run(config, fitted)
+    config_checks.check_same_run(config, fitted)
     assert "flip" in capsys.readouterr().out
 
 
@@ -164,10 +164,10 @@ def test_thirty_photos_can_be_trained_on_and_measured(tmp_path, rng, counts, as_
 
 def test_resuming_with_the_default_ks_is_no_change(capsys):
     saved, config = make_config(**{"eval.ks": (3,)}), make_config()
-    experiment.check_same_run(config, saved)
+    config_checks.check_same_run(config, saved)
     assert "eval.ks" not in capsys.readouterr().out
     config.eval.ks = (2,)
-    experiment.check_same_run(config, saved)
+    config_checks.check_same_run(config, saved)
     assert "resuming with changed fields: eval.ks" in capsys.readouterr().out
 
 
@@ -175,12 +175,12 @@ def test_resuming_with_the_default_ks_is_no_change(capsys):
 def test_images_of_which_the_poolings_leave_nothing_are_refused(size, left):
     config = make_config(**{"model.name": "vgg16", "data.image_size": size})
     if left:
-        experiment.check_image_size(config)
+        config_checks.check_image_size(config)
         return
     message = f"data.image_size={size}: vgg16's .* set --config.data.image_size=32 or more"
     with pytest.raises(InputError, match=message):
-        experiment.check_image_size(config)
+        config_checks.check_image_size(config)
 
 
 def test_small_images_that_a_model_takes_are_not_refused():
-    experiment.check_image_size(make_config(**{"model.name": "resnet18", "data.image_size": 8}))
+    config_checks.check_image_size(make_config(**{"model.name": "resnet18", "data.image_size": 8}))

@@ -79,11 +79,21 @@ MAY_IMPORT = {
         "data",
         "datasets",
         "evaluation",
-        "foreign_files",
         "losses",
         "models",
         "named_parts",
         "preprocessing",
+        "pretrained",
+        "steps",
+    },
+    "config_checks": {
+        "config_files",
+        "datasets",
+        "experiment",
+        "foreign_files",
+        "losses",
+        "models",
+        "named_parts",
         "pretrained",
         "steps",
     },
@@ -106,6 +116,7 @@ MAY_IMPORT = {
     "runs": {
         "checkpoint",
         "command_line",
+        "config_checks",
         "config_files",
         "data",
         "datasets",
@@ -167,6 +178,7 @@ MAY_IMPORT = {
     "training": {
         "checkpoint",
         "command_line",
+        "config_checks",
         "config_files",
         "datasets",
         "evaluation",
@@ -256,6 +268,7 @@ def test_the_layers_have_no_cycle():
 # These know what a config is; to all others its fields are arguments.
 WITH_CONFIG = (
     "configs",
+    "config_checks",
     "config_files",
     "experiment",
     "runs",

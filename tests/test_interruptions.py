@@ -18,9 +18,9 @@ from tiny_run import make_config, write_photos
 
 from cbam_jax import (
     InputError,
+    config_checks,
     config_files,
     evaluation,
-    experiment,
     models,
     run_summary,
     runs,
@@ -281,7 +281,7 @@ def test_what_needs_less_memory_is_what_a_run_would_take(monkeypatch):
         told = [f"--config.{flag}" for flag in (*flags, "model.dtype=bfloat16")]
         assert workdirs._smaller(config, batch) == told
         for flag in flags:
-            experiment.check_config(config_files.override(config, [f"--config.{flag}"]))
+            config_checks.check_config(config_files.override(config, [f"--config.{flag}"]))
 
 
 def test_an_error_during_an_evaluation_loses_no_step(config, expected, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from tiny_run import patch_tiny_models
 
-from cbam_jax import InputError, experiment, models, runs, steps, training
+from cbam_jax import InputError, config_checks, experiment, models, runs, steps, training
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.configs import default
 from cbam_jax.evaluation import classification_metrics
@@ -175,6 +175,7 @@ def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
 )
 def test_mistakes_are_told_before_anything_slow(fields, message, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "build_model", lambda config: None)
+    monkeypatch.setattr(config_checks, "check_blocks", lambda config, model: None)
     with pytest.raises(InputError, match=message) as caught:
         training.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -192,7 +193,7 @@ def test_splits_that_number_their_labels_anew_have_no_common_classes(photos):
     training = experiment.open_split(config, "train")
     renamed = dataclasses.replace(training, label_names=("a", "b", "c", "d"))
     with pytest.raises(InputError, match="numbers 'label' anew in each split"):
-        experiment.check_labels(config, training, renamed)
+        config_checks.check_labels(config, training, renamed)
 
 
 def test_classification_metrics_by_loops(rng):

@@ -20,7 +20,7 @@ from tiny_run import patch_tiny_models
 
 import evaluate
 import train
-from cbam_jax import command_line, experiment
+from cbam_jax import command_line, config_checks, experiment
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.configs import default
 from cbam_jax.runlog import read_log
@@ -593,4 +593,4 @@ def test_every_config_passes_and_builds_its_model(path):
     values(["train.py", f"--config={path}"])
     assert config.value.is_locked
     assert config.value.keys() == default.get_config().keys()
-    experiment.check_config(config.value)
+    config_checks.check_config(config.value)

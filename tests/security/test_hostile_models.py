@@ -10,7 +10,7 @@ import safetensors.numpy
 from cost import cheap  # noqa: F401, all is measured
 from flax import nnx
 
-from cbam_jax import InputError, experiment, hub, hub_config
+from cbam_jax import InputError, config_checks, hub, hub_config
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.pretrained.sources import read_arrays
 
@@ -281,4 +281,4 @@ def test_an_id_is_refused_before_anything_is_fetched(what):
 )
 def test_weights_beside_the_config_of_another_library_are_looked_at(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
-    assert experiment.saved_model(tmp_path / "config.json") == {}
+    assert config_checks.saved_model(tmp_path / "config.json") == {}
