@@ -133,8 +133,10 @@ def check_blocks(config: Config, model: EmbeddingModel) -> None:
     decay, frozen = config.optimizer.layer_decay, config.optimizer.frozen_blocks
     if not 0 < decay <= 1:
         raise InputError(f"optimizer.layer_decay={decay}: give a factor in (0, 1]; 1: none")
+    if decay == 1 and not frozen:
+        return
     blocks = len(getattr(model.backbone, "blocks", ()))
-    if not 0 <= frozen <= blocks or (decay != 1 and not blocks):
+    if not 0 <= frozen <= blocks or not blocks:
         raise InputError(
             f"optimizer.frozen_blocks={frozen}, optimizer.layer_decay={decay}: {config.model.name} "
             f"has {blocks} blocks; set --config.optimizer.frozen_blocks=0 "

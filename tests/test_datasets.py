@@ -203,7 +203,7 @@ def test_manifest_mistakes_are_told_in_one_line(tmp_path, rng, edit, message):
     [
         (b"", "has no column path"),
         (b"path,label\n\n\n", "has no rows"),
-        (b"path;label\na.jpg;hat\n", "separated by commas"),
+        (b"path:label\na.jpg:hat\n", "separated by commas or semicolons"),
         (b"path,label,label\na.jpg,hat,hat\n", "names the column 'label' twice"),
         (b"path,label\na.jpg,hat\nb.jpg\n", "row 3: it has 1 cells and the header 2"),
         (b"path,label\na.jpg,hat, red\n", "row 2: it has 3 cells"),

@@ -14,7 +14,7 @@ from golden.make_vit import GOLDEN, SIDES, VARIANTS, images, parameter
 from tiny_run import drawn_model
 
 import cbam_jax
-from cbam_jax import InputError, gradcam, hub, steps
+from cbam_jax import InputError, gradcam, hub, optimizers, steps
 from cbam_jax.backbones.vit import VisionTransformer, resize_matrix
 from cbam_jax.backbones.vit_published import PUBLISHED, published_name
 from cbam_jax.losses import triplet_loss
@@ -247,7 +247,9 @@ def test_heat_is_on_the_grid_of_tokens(siglip_folder, rng):
 def test_blocks_learn_slower_towards_the_images_and_frozen_ones_not():
     tiny = drawn_model(lambda: create_model("vit", transformer=FIELDS, rngs=nnx.Rngs(0)))
     params = nnx.state(tiny, nnx.Param)
-    rates = dict(nnx.to_flat_state(steps.block_rates(params, layer_decay=0.5, frozen_blocks=0)))
+    rates = dict(
+        nnx.to_flat_state(optimizers.block_rates(params, layer_decay=0.5, frozen_blocks=0))
+    )
     found = {".".join(map(str, path[1:3])): rate for path, rate in rates.items()}
     assert found["blocks.1"] == found["norm.scale"] == 1.0
     assert (found["blocks.0"], found["pos_embed"], found["patch_embed.kernel"]) == (0.5, 0.25, 0.25)
