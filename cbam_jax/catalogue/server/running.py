@@ -1,5 +1,6 @@
 """The server's process: a port of this machine, uvicorn, and the end."""
 
+import math
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.catalogue.server import connections
 from cbam_jax.catalogue.server.app import create_app
 from cbam_jax.catalogue.server.finding import TOGETHER
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
 _LOCAL = {"127.0.0.1", "localhost", "[::1]", "::1"}
-_CONNECTIONS = 512  # Beyond them the answer is 503.
+_ACCEPTED = 256  # New connections at once, at most: with those that are open, under 1,024 files.
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -59,8 +61,10 @@ def serve(path: str | os.PathLike, embedder: "Embedder", listening: socket.socke
     config = uvicorn.Config(
         app,
         log_level="warning",
-        limit_concurrency=_CONNECTIONS,
-        timeout_keep_alive=15,
+        http=connections.protocol(),
+        ws="none",
+        backlog=_ACCEPTED,
+        timeout_keep_alive=math.ceil(connections.SECONDS),
         timeout_graceful_shutdown=10,
         server_header=False,
     )

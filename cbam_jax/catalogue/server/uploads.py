@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -19,6 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 LARGEST = 32 << 20  # Bytes of a photo that is sent.
 PIXELS = 64 << 20  # Of a photo that is sent, by its header: 67 megapixels.
 SECONDS = 30  # That a request may take to arrive.
+REQUESTS = 512  # That may be answered at once: beyond them the answer is 503.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; img-src 'self' blob:; "
     "script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -58,6 +60,7 @@ class Guard:
 
     def __init__(self, app: Any, hosts: set[str] | None = None):
         self._app, self._hosts = app, hosts
+        self._answering = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -75,9 +78,16 @@ class Guard:
         if not self._is_ours(headers.get(b"host", b"").decode("latin-1")):
             await refuse(with_headers, 421, "this server answers to another name")
             return
-        body = await _body(headers, receive, with_headers)
-        if body is not None:
-            await self._app(scope, _replay(body, receive), with_headers)
+        if self._answering >= REQUESTS:
+            await refuse(with_headers, 503, "too many requests are being answered: try again")
+            return
+        self._answering += 1
+        try:
+            body = await _body(headers, receive, with_headers)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), with_headers)
+        finally:
+            self._answering -= 1
 
     def _is_ours(self, host: str) -> bool:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
@@ -91,6 +101,20 @@ async def refuse(send: Send, status: int, error: str) -> None:
     headers.append((b"content-length", str(len(content)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
+
+
+def refusal(status: int, error: str) -> bytes:
+    """A whole answer of HTTP/1.1, for what is no request that an app could be asked.
+
+    >>> refusal(400, "no request").splitlines()[::5]
+    [b'HTTP/1.1 400 Bad Request', b'{"error": "no request"}']
+    """
+    content = json.dumps({"error": error})
+    head = (
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    return (head + content).encode()
 
 
 async def _body(headers: dict[bytes, bytes], receive: Receive, send: Send) -> bytes | None:
