@@ -5,14 +5,16 @@ with one connection, and once with 50, photos are sent to be searched; the embed
 process with the server idle, embeds the same photos one by one and in batches. Then 10,000 searches
 by id go over 50 connections: none is lost, and the server's memory is read at the start, after
 1,000 and at the end. Last, up to 10,000 connections are opened and left idle, as many as this
-process may have files, while a search is made. The last line on stdout is JSON.
+process may have files, while 50 others search. The last line on stdout is JSON.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -44,40 +46,45 @@ async def load(port: int, connections: int, searches: list[tuple[str, bytes]]) -
     async def work():
         nonlocal lost
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for address, body in left:
-            started = time.monotonic()
-            answer = await post(reader, writer, address, body)
-            times.append(time.monotonic() - started)
-            lost += "neighbours" not in answer
+        with contextlib.suppress(OSError, EOFError, ValueError):  # What is not answered is lost.
+            for address, body in left:
+                started = time.monotonic()
+                answer = await post(reader, writer, address, body)
+                times.append(time.monotonic() - started)
+                lost += "neighbours" not in answer
         writer.close()
 
     started = time.monotonic()
     await asyncio.gather(*(work() for _ in range(connections)))
     rate = len(times) / (time.monotonic() - started)
     lost += len(searches) - len(times)
-    p50, p99 = np.percentile(times, [50, 99])
+    p50, p99 = np.percentile(times or [np.nan], [50, 99])
     return {"connections": connections, "searches": len(searches), "per_second": rate,
             "p50": p50, "p99": p99, "lost": lost}  # fmt: skip
 
 
-async def idle(port: int, count: int, search: tuple[str, bytes]) -> dict:
-    """Connections that are opened and say nothing, and a search once some of them are closed."""
+async def idle(port: int, count: int, searches: list[tuple[str, bytes]]) -> dict:
+    """Connections that are opened and say nothing, while 50 others search; then one searches."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     held = []
-    for _ in range(min(count, limit - 64)):
-        try:
-            held.append(await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 5))
-        except (OSError, TimeoutError):
-            break
-    try:
-        meanwhile = await asyncio.wait_for(load(port, 1, [search]), 30)
-    except (OSError, EOFError, ValueError, TimeoutError) as error:
-        meanwhile = {"error": type(error).__name__}
+
+    async def flood():
+        for _ in range(min(count, limit - 128)):
+            try:
+                opened = asyncio.open_connection("127.0.0.1", port)
+                held.append(await asyncio.wait_for(opened, 5))
+            except (OSError, TimeoutError):
+                return
+
+    started = time.monotonic()
+    _, meanwhile = await asyncio.gather(flood(), load(port, 50, searches))
+    took = time.monotonic() - started
+    left = sum(not reader.at_eof() for reader, _ in held)
+    afterwards = await load(port, 1, searches[:1])
     for _, writer in held:
         writer.close()
-    await asyncio.sleep(1)
-    return {"asked": count, "open": len(held), "files_limit": limit, "meanwhile": meanwhile,
-            "afterwards": await load(port, 1, [search])}  # fmt: skip
+    return {"asked": count, "opened": len(held), "left": left, "files_limit": limit,
+            "seconds": took, "meanwhile": meanwhile, "afterwards": afterwards}  # fmt: skip
 
 
 def memory(pid: int) -> float:
@@ -113,6 +120,7 @@ def measure(options: argparse.Namespace) -> dict:
     sent = [("/search?k=12", photo) for photo in photos]
     result = {"benchmark": "serve_load", "embedder": alone(options.catalogue, photos)}
     command = [sys.executable, "-m", "cbam_jax.catalogue", "serve", str(options.catalogue)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that `finally` ends the server.
     server = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
         port = int(server.stdout.readline().split("/")[2].split(":")[1])
@@ -126,7 +134,7 @@ def measure(options: argparse.Namespace) -> dict:
         late = asyncio.run(load(port, 50, by_id[1000:]))
         result["memory_end"] = memory(server.pid)
         result |= {"by_id": late, "lost": early["lost"] + late["lost"]}
-        result["idle"] = asyncio.run(idle(port, 10_000, by_id[0]))
+        result["idle"] = asyncio.run(idle(port, 10_000, by_id[:1000]))
         result["served_to_embedder"] = result["many"]["per_second"] / max(
             result["embedder"].values()
         )
