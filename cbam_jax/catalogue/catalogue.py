@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from cbam_jax import InputError
 from cbam_jax.catalogue import checks, embedders, indexing, queries, shards, sources
 from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
 from cbam_jax.catalogue.filters import Where, categories, check, selected
+from cbam_jax.catalogue.folding import Content, Known, Own, Row, folded
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
@@ -31,13 +32,6 @@ from cbam_jax.foreign_files import read_file
 if TYPE_CHECKING:
     from cbam_jax.catalogue.milvus.syncing import Synced
     from cbam_jax.embedder import Embedder
-
-
-class _Own(NamedTuple):
-    """What of the catalogue a query is itself: ids that were asked for, hashes of its files."""
-
-    ids: set[int]
-    hashes: set[bytes]
 
 
 class Catalogue:
@@ -295,18 +289,18 @@ class Catalogue:
         embeddings = self._embeddings(gallery, asked, boxes, unlike)
         own = [self._own(parts, unlike) for parts in asked]
 
-        most = k + max((len(one.ids) for one in own), default=0)
+        answers: dict[int, list[Neighbour]] = {}
         options: dict[str, Any] = {"k": k, "max_distance": max_distance, "copies": copies}
-        nearest, answers = gallery.nearest(embeddings, most, rows), []
-        for query, pairs, one in zip(embeddings, nearest, own, strict=True):
-            answer, whole = self._neighbours(gallery, *pairs, one, where, **options)
-            wanted = most
-            while not whole and len(pairs[0]) == wanted:  # Copies have taken the places.
-                wanted *= 2
-                (pairs,) = gallery.nearest(query[None], wanted, rows)
-                answer, whole = self._neighbours(gallery, *pairs, one, where, **options)
-            answers.append(answer)
-        return answers
+        most, left = k + max((len(one.ids) for one in own), default=0), list(range(len(own)))
+        while left:
+            pairs = gallery.nearest(embeddings[left], most, rows)
+            known, again = self._known(gallery, [numbers for _, numbers in pairs], where), []
+            for query, pair in zip(left, pairs, strict=True):
+                answers[query], whole = folded(*pair, known, own[query], **options)
+                if not whole and len(pair[0]) == most:  # Copies have taken the places.
+                    again.append(query)
+            most, left = 2 * most, again
+        return [answers[query] for query in range(len(own))]
 
     def why(
         self,
@@ -435,64 +429,42 @@ class Catalogue:
         edges = np.cumsum([0, *map(len, asked)])
         return np.array([queries.combined(found[i:j], away) for i, j in itertools.pairwise(edges)])
 
-    def _own(self, parts: Sequence[Part], unlike: Sequence[Part]) -> _Own:
+    def _own(self, parts: Sequence[Part], unlike: Sequence[Part]) -> Own:
         ids = {part for part in (*parts, *unlike) if isinstance(part, int)}
         hashes = [*(self._content(i)[0] for i in ids), *map(queries.hash_of, parts)]
-        return _Own(ids, {digest for digest in hashes if digest is not None})
+        return Own(ids, {digest for digest in hashes if digest is not None})
 
-    def _neighbours(
-        self,
-        gallery: Gallery,
-        distances: np.ndarray,
-        numbers: np.ndarray,
-        own: _Own,
-        where: Where,
-        *,
-        k: int,
-        max_distance: float | None,
-        copies: bool,
-    ) -> tuple[list[Neighbour], bool]:
-        """The neighbours among what is nearest, and whether those are all that are asked for."""
-        found: list[Neighbour] = []
-        seen, counted = set(), 0
-        for distance, number in zip(distances.tolist(), numbers.tolist(), strict=True):
-            if max_distance is not None and distance > max_distance:
-                return found, True
-            item = None if number in own.ids else self._item(number)
-            if item is None:
-                if number not in own.ids:
-                    self._check_removed(gallery, number)
-                continue
-            digest, box = self._content(number)
-            if digest is not None and (digest, box) in seen and not copies:
-                continue
-            seen.add((digest, box))
-            same = digest in own.hashes
-            but = {number, *own.ids}
-            others = () if digest is None else self._copies((digest, box), but, where)
-            found.append(Neighbour(number, item.path, item.payload, distance, others, same))
-            counted += copies or not same
-            if counted == k:
-                return found, True
-        return found, False
+    def _known(self, gallery: Gallery, found: Sequence[np.ndarray], where: Where) -> Known:
+        """What is known of photos that were found, those that were removed meanwhile left out."""
+        numbers = set(np.concatenate(found).tolist()) if found else set()
+        sql = "SELECT id, path, payload, hash, box FROM item WHERE id"
+        selected_rows = self.store.among(sql, numbers)
+        rows = {i: Row(path, payload, tuple(rest)) for i, path, payload, *rest in selected_rows}
+        for number in numbers - rows.keys():
+            self._check_removed(gallery, number)
+        return Known(rows, self._copies({row.content[0] for row in rows.values()}, where),
+                     self._payload)  # fmt: skip
 
     def _check_removed(self, gallery: Gallery, number: int) -> None:
         """Raise an InputError for a photo that is gone, though nobody removed it."""
         if self.store.about("revision") == gallery.revision:
             raise damaged(self.store.path, f"photo {number} is not there any more")
 
-    def _content(self, number: int) -> tuple[bytes | None, str]:
+    def _content(self, number: int) -> Content:
         """What a photo's embedding depends on; nothing for one that was removed meanwhile."""
         rows = self.store.rows("SELECT hash, box FROM item WHERE id = ?", [number])
         return rows[0] if rows else (None, "")
 
-    def _copies(self, key: tuple, but: set[int], where: Where) -> tuple[Copy, ...]:
-        """The other photos with a content and box, of those that may be found."""
+    def _copies(self, hashes: set, where: Where) -> dict[Content, list[Copy]]:
+        """All photos with these files, by their content, of those that may be found."""
         condition, values = selected(where)
         sql = (
-            "SELECT id, path FROM item WHERE hash = ? AND box = ? AND embedding IS NOT NULL "
-            f"AND {condition} ORDER BY id"
+            "SELECT hash, box, id, path FROM item "
+            f"WHERE embedding IS NOT NULL AND {condition} AND hash"
         )
-        return tuple(
-            Copy(*row) for row in self.store.rows(sql, [*key, *values]) if row[0] not in but
-        )
+        copies: dict[Content, list[Copy]] = {}
+        for digest, box, *one in sorted(
+            self.store.among(sql, hashes - {None}, values), key=lambda row: row[2]
+        ):
+            copies.setdefault((digest, box), []).append(Copy(*one))
+        return copies

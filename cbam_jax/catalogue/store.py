@@ -21,6 +21,7 @@ from cbam_jax.foreign_files import shown
 _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
 _WAIT = 30  # Seconds to wait for another process that writes.
+_AMONG = 500  # Values of one query: SQLite takes 999 at least.
 _SCHEMA = (
     "CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # A photo. Its id is never used again. hash: SHA-256 of the file; modified and seen: when the
@@ -96,6 +97,15 @@ class Store:
         """Return the rows that a query selects."""
         with self._told():
             return self._connection.execute(sql, tuple(values)).fetchall()
+
+    def among(self, sql: str, some: Iterable[Any], values: Iterable[Any] = ()) -> list[tuple]:
+        """Return the rows of a query that ends with what is to be one of ``some``."""
+        listed, before, rows = list(some), tuple(values), []
+        for start in range(0, len(listed), _AMONG):
+            part = listed[start : start + _AMONG]
+            marks = ",".join("?" * len(part))
+            rows += self.rows(f"{sql} IN ({marks})", [*before, *part])
+        return rows
 
     def stream(self, sql: str, values: Iterable[Any] = ()) -> Iterator[tuple]:
         """Yield the rows that a query selects, without holding them all."""

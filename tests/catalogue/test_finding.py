@@ -164,7 +164,24 @@ def test_copies_are_one_and_the_own_photo_is_told_beside_k(shop, photos, tmp_pat
     )
     assert len(found) == 4
     assert not any(n.same for n in found[1:])
-    assert len(shop.find_all([[1], [photos[8]], [3]], k=3)[1]) == 4
+    # Several at once, of which some have to look farther than others.
+    asked = [[1], [photos[8]], [3], [outside], [14, 30]]
+    for options in ({"k": 3}, {"k": 2, "where": "season=old"}):
+        at_once = shop.find_all(asked, **options)
+        assert at_once == [shop.find(parts, **options) for parts in asked]
+    assert len(shop.find_all(asked, k=3)[1]) == 4
+
+
+def test_what_is_told_of_all_results_is_asked_at_once(shop, embeddings, monkeypatch):
+    assert len(shop.gallery) == 12  # Opened.
+    asked, rows = [], shop.store.rows
+    monkeypatch.setattr(shop.store, "rows", lambda sql, *a: asked.append(sql) or rows(sql, *a))
+    counts = []
+    for queries in (embeddings[:1], embeddings):
+        asked.clear()
+        assert all(len(found) == 5 for found in shop.find_all([[one] for one in queries], k=5))
+        counts.append(sum("FROM item" in sql for sql in asked))
+    assert counts == [2, 2]  # The rows and their copies.
 
 
 def test_a_part_of_the_querys_photo_is_the_same_photo(shop, photos, tmp_path):

@@ -45,6 +45,16 @@ def test_an_id_is_never_used_again(path):
         assert store.rows("SELECT id FROM item") == [(1,), (3,)]
 
 
+def test_among_any_number_of_values(path, monkeypatch):
+    monkeypatch.setattr(room, "_AMONG", 3)
+    with Store(path, create=True) as store:
+        with store.transaction():
+            put(store, *"abcdefghi")
+        for wanted in ([], [2], [9, 1, 4], [1, 3, 5, 7, 8, 9, 12]):
+            rows = store.among("SELECT id FROM item WHERE path != ? AND id", wanted, ["e"])
+            assert sorted(rows) == [(i,) for i in sorted(wanted) if i not in (5, 12)]
+
+
 def test_readers_go_on_while_one_writes_and_a_second_writer_is_told(path, monkeypatch):
     monkeypatch.setattr(room, "_WAIT", 0)
     with Store(path, create=True) as writer, writer.transaction():

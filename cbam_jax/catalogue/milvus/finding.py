@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
@@ -12,10 +12,11 @@ from cbam_jax import InputError
 from cbam_jax.catalogue import embedders
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.filters import Where, conditions
+from cbam_jax.catalogue.folding import Content, Known, Row
 from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
 from cbam_jax.catalogue.milvus.addresses import Address, address
-from cbam_jax.catalogue.milvus.collection import PHOTO, Collection, content_of
+from cbam_jax.catalogue.milvus.collection import PHOTO, Collection
 from cbam_jax.catalogue.milvus.conditions import expression, named
 from cbam_jax.catalogue.milvus.searching import neighbours
 from cbam_jax.catalogue.store import Store
@@ -105,16 +106,21 @@ class MilvusCatalogue(Catalogue):
         rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
         return _item(rows[0]) if rows and number > 0 else None
 
-    def _content(self, number: int) -> tuple[bytes | None, str]:
+    def _content(self, number: int) -> Content:
         known = self.gallery.found.get(number)
         rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
-        digest, _, box = rows[0]["content"].partition(" ") if rows else ("", "", "")
-        return bytes.fromhex(digest) or None, box
+        return _content(rows[0]) if rows else (None, "")
 
-    def _copies(self, key: tuple, but: set[int], where: Where) -> tuple[Copy, ...]:
-        del where  # Those that were found are of it.
-        rows = self.gallery.copies.get(content_of(*key), [])
-        return tuple(Copy(row["id"], row["path"]) for row in rows if row["id"] not in but)
+    def _known(self, gallery: Gallery, found: Sequence[np.ndarray], where: Where) -> Known:
+        del gallery, where  # What was found is kept, and is of it.
+        numbers = set(np.concatenate(found).tolist()) if found else set()
+        rows = {i: self.gallery.found[i] for i in numbers if i > 0}
+        known = {i: Row(row["path"], row["payload"], _content(row)) for i, row in rows.items()}
+        copies = {
+            _content(group[0]): [Copy(row["id"], row["path"]) for row in group]
+            for group in self.gallery.copies.values()
+        }
+        return Known(known, copies, lambda _, payload: dict(payload))
 
     def _rows(self, gallery: Gallery, where: Where) -> Any:
         for name, _, _ in conditions(where):
@@ -204,3 +210,8 @@ class _Copy(Store):
 
 def _item(row: dict[str, Any]) -> Item:
     return Item(row["id"], row["path"], dict(row["payload"]), None)
+
+
+def _content(row: dict[str, Any]) -> Content:
+    digest, _, box = row["content"].partition(" ")
+    return bytes.fromhex(digest) or None, box

@@ -1,0 +1,74 @@
+"""Of what is nearest the answer to a query: copies folded, the query's own photos told apart."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cbam_jax.catalogue.items import Copy, Neighbour
+
+# What an embedding depends on: the hash of its photo's file, None where it is not known, and a box.
+Content = tuple[bytes | None, str]
+
+
+class Row(NamedTuple):
+    """What a catalogue says of a photo that was found; its payload as it is stored."""
+
+    path: str
+    payload: Any
+    content: Content
+
+
+class Own(NamedTuple):
+    """What of the catalogue a query is itself: ids that were asked for, hashes of its files."""
+
+    ids: Collection[int]
+    hashes: Collection[bytes]
+
+
+class Known(NamedTuple):
+    """Of photos that were found their rows, by id; of their contents all that may be found."""
+
+    rows: dict[int, Row]
+    copies: Mapping[Content, Sequence[Copy]]
+    payload: Callable[[int, Any], dict[str, Any]]
+
+    def neighbour(self, number: int, distance: float, own: Own) -> Neighbour:
+        """One that is told."""
+        path, payload, content = self.rows[number]
+        same = [] if content[0] is None else self.copies.get(content, [])
+        others = tuple(one for one in same if one.id != number and one.id not in own.ids)
+        payload = self.payload(number, payload)
+        return Neighbour(number, path, payload, distance, others, content[0] in own.hashes)
+
+
+def folded(
+    distances: np.ndarray,
+    numbers: np.ndarray,
+    known: Known,
+    own: Own,
+    *,
+    k: int,
+    max_distance: float | None,
+    copies: bool,
+) -> tuple[list[Neighbour], bool]:
+    """The neighbours among what is nearest, and whether those are all that are asked for.
+
+    A photo without a row was removed meanwhile.
+    """
+    found: list[Neighbour] = []
+    seen, counted = set(), 0
+    for distance, number in zip(distances.tolist(), numbers.tolist(), strict=True):
+        if max_distance is not None and distance > max_distance:
+            return found, True
+        if number in own.ids or number not in known.rows:
+            continue
+        content = known.rows[number].content
+        if content[0] is not None and content in seen and not copies:
+            continue
+        seen.add(content)
+        found.append(known.neighbour(number, distance, own))
+        counted += copies or not found[-1].same
+        if counted == k:
+            return found, True
+    return found, False
