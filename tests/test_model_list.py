@@ -1,10 +1,11 @@
+import dataclasses
 import json
 import sys
 
 import pytest
 
 from cbam_jax import InputError, model_list
-from cbam_jax.models import MODELS
+from cbam_jax.models import MODELS, TRANSFORMERS
 from cbam_jax.pretrained import IMAGENET
 
 
@@ -51,7 +52,27 @@ def test_what_cannot_be_listed_is_told(arguments, message, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in TRANSFORMERS])
 def test_the_table_has_what_is_measured(name):
     measured = model_list.measure(name, model_list.default_size(name))
     assert model_list.cost(name) == measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_table_has_what_one_block_and_two_tell_of_a_transformer(name, monkeypatch):
+    # Tracing 40 blocks takes long; each costs as much as any other.
+    variant = TRANSFORMERS[name]
+    one, two = (measured_of_depth(variant, depth, monkeypatch) for depth in (1, 2))
+    expected = [a + (variant.depth - 1) * (b - a) for a, b in zip(one, two, strict=True)]
+    found = model_list.cost(name)
+    assert [found.parameters, found.dimension] == expected[::2]
+    assert found.flops == pytest.approx(expected[1], rel=1e-5)  # XLA adds them up in float32.
+
+
+def measured_of_depth(variant, depth, monkeypatch):
+    shallow = dataclasses.replace(variant, depth=depth)
+    name = repr(shallow)  # One of its own: costs are cached by it.
+    monkeypatch.setitem(TRANSFORMERS, name, shallow)
+    monkeypatch.setitem(MODELS, name, (name, ""))
+    return model_list.measure(name, variant.image_size)

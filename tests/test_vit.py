@@ -236,12 +236,30 @@ FIELDS = {
 }  # fmt: skip
 
 
+class Scaled(nnx.Module):
+    """Stands in the token grid's place: each patch's token times a number of its own."""
+
+    def __init__(self, factors):
+        self.factors = nnx.data(jnp.asarray(factors, jnp.float32)[..., None])
+
+    def __call__(self, x):
+        return x * self.factors
+
+
 @SLOW
 def test_heat_is_on_the_grid_of_tokens(siglip_folder, rng):
-    pixels = jnp.asarray(rng.normal(size=(2, 40, 56, 3)), jnp.float32)
-    maps = gradcam.grad_cam(hub.from_pretrained(siglip_folder)[0], pixels, method="hires_cam")
-    assert maps.raw.shape == (2, 5, 7)
-    assert np.all(np.abs(maps.raw).max((1, 2)) > 0)
+    model = hub.from_pretrained(siglip_folder)[0]
+    pixels = jnp.asarray(rng.normal(size=(1, 40, 56, 3)), jnp.float32)
+    maps = gradcam.grad_cam(model, pixels, method="hires_cam")
+    assert maps.raw.shape == (1, 5, 7)
+    # A token times its gradient is what the target rises by as the token alone is scaled up.
+    step = 0.01 * np.eye(35, dtype=np.float32).reshape(35, 5, 7)
+    model.backbone.grid = Scaled(1 + np.concatenate([step, -step]))
+    embed = jax.jit(lambda images: model(jnp.repeat(images, 70, axis=0)))
+    energy = np.square(np.asarray(embed(pixels), np.float64)).sum(1) / 2
+    slopes = ((energy[:35] - energy[35:]) / 0.02).reshape(5, 7)
+    np.testing.assert_allclose(maps.raw[0], slopes, atol=0.01 * np.abs(slopes).max())
+    assert maps.heat[0].max() == pytest.approx(1)
 
 
 def test_blocks_learn_slower_towards_the_images_and_frozen_ones_not():
