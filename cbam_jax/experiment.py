@@ -5,6 +5,7 @@ what is refused before. Nothing here trains or writes.
 """
 
 import functools
+import json
 import math
 import os
 from collections.abc import Callable
@@ -20,9 +21,16 @@ from flax import nnx
 from cbam_jax import InputError, data, evaluation, losses, named_parts, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
-from cbam_jax.models import EmbeddingModel, create_model, parts_of, pixel_scaling
+from cbam_jax.foreign_files import shown
+from cbam_jax.models import (
+    ANY_TRANSFORMER,
+    EmbeddingModel,
+    create_model,
+    parts_of,
+    pixel_scaling,
+)
 from cbam_jax.preprocessing import Preprocessing
-from cbam_jax.pretrained import HUB, IMAGENET
+from cbam_jax.pretrained import HUB, IMAGENET, describe, fetch_repository
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -89,7 +97,47 @@ def model_arguments(config: Config) -> dict[str, Any]:
     options = dict(config.model)
     for field in ("freeze_batch_norm", "pretrained"):  # The training's business.
         options.pop(field, None)
+    options["transformer"] = _transformer_fields(options.get("transformer"))
     return options | {"dtype": DTYPES[options["dtype"]]}
+
+
+def _transformer_fields(text: str | None) -> dict[str, Any] | None:
+    """What ``model.transformer`` says, as a dict."""
+    try:
+        fields = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        fields = text
+    if fields is not None and (not isinstance(fields, dict) or {"mean", "std"} - fields.keys()):
+        raise InputError(
+            f"model.transformer={shown(str(text), 80)}: leave it to train.py, which writes it by "
+            "the folder in model.pretrained"
+        )
+    return fields
+
+
+def with_transformer(config: Config) -> Config:
+    """Return a copy in which the model ``vit`` has the fields that its weights' folder says.
+
+    Raises:
+        InputError: there are no such weights, or what lies beside them says nothing of that kind.
+    """
+    if config.model.name != ANY_TRANSFORMER or config.model.transformer is not None:
+        return config
+    source = config.model.pretrained
+    if source is None or source in IMAGENET:
+        raise InputError(
+            "model.name=vit is what a folder says: give it, --config.model.pretrained=FOLDER, or "
+            "the name of a transformer: python -m cbam_jax.models lists them"
+        )
+    description = describe(fetch_repository(source) if source.startswith(HUB) else source)
+    if description is None:
+        raise InputError(
+            f"{shown(source)} is no folder of a vision transformer: give one with config.json and "
+            "preprocessor_config.json, or with open_clip_config.json"
+        )
+    config = config.copy_and_resolve_references()
+    config.model.transformer = json.dumps(description.arguments()["transformer"])
+    return config
 
 
 def build_model(config: Config) -> EmbeddingModel:
@@ -200,7 +248,8 @@ def split_protocol(config: Config, dataset: RetrievalDataset) -> evaluation.Prot
 
 def preprocessing(config: Config) -> Preprocessing:
     """Return how the config cuts and scales an image for evaluation."""
-    mean, std = pixel_scaling(parts_of(config.model.name)[0])
+    transformer = model_arguments(config)["transformer"]
+    mean, std = pixel_scaling(parts_of(config.model.name)[0], transformer)
     fields = {name: config.data[name] for name in GEOMETRY}
     return Preprocessing(**fields, mean=mean, std=std)
 

@@ -89,7 +89,7 @@ def grad_cam(
             each function object.
         layer: name of a submodule whose output is the feature map: ``"backbone"`` is the last
             feature map after its attention, ``model.features``, and of a transformer the tokens
-            of its patches before its last block; others are such as
+            of its patches that its pooled token last attends to, normalised; others are such as
             ``"backbone.layer4"`` or ``"layer3.2"`` (``backbone.`` may be left out; a list means its
             last entry), ``"last_attention"``, ``"features.29"``, ``"inception4e"``.
         method: one of ``METHODS``.

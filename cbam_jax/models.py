@@ -60,19 +60,25 @@ def parts_of(name: str) -> tuple[str, str]:
     >>> parts_of("resnet50_cbam"), parts_of("mine.parts:backbone")
     (('resnet50', '_cbam'), ('mine.parts:backbone', ''))
     """
-    if named_parts.is_named(name):
+    if named_parts.is_named(name) or name == ANY_TRANSFORMER:
         return name, ""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name]
 
 
-def pixel_scaling(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixel_scaling(
+    backbone: str, transformer: Mapping[str, Any] | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and the deviation, by channel, of the pixels in [0, 1] that it expects.
+
+    ``transformer`` are the fields of the backbone ``"vit"``, see ``create_model``.
 
     >>> pixel_scaling("resnet50")
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """
+    if transformer is not None:
+        return tuple(transformer["mean"]), tuple(transformer["std"])
     if backbone in PUBLISHED:
         return PUBLISHED[backbone].scaling
     return _SCALINGS.get(backbone, (IMAGENET_MEAN, IMAGENET_STD))
@@ -277,6 +283,9 @@ def create_model(
         "pooling": pooling,
         "num_classes": num_classes,
     }
+    for field, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+        if number is not None and number < 1:
+            raise ValueError(f"{field}={number}: give at least 1, or None for no such layer")
     if name in TRANSFORMERS or name == ANY_TRANSFORMER:
         variant, scaling = _variant(name, activation, transformer)
         backbone = VisionTransformer(variant, drop_path=drop_path, dtype=dtype, rngs=rngs)
@@ -287,9 +296,6 @@ def create_model(
     if attention_init not in GATE_INITS:
         choices = ", ".join(GATE_INITS)
         raise ValueError(f"unknown attention_init {attention_init!r}: choose one of {choices}")
-    for field, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
-        if number is not None and number < 1:
-            raise ValueError(f"{field}={number}: give at least 1, or None for no such layer")
     block = ATTENTIONS[suffix]
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
     auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
@@ -310,9 +316,11 @@ def _variant(
     if fields is None:
         variant, scaling = TRANSFORMERS[name], pixel_scaling(name)
     else:
-        fields = dict(fields)
-        scaling = tuple(fields.pop("mean")), tuple(fields.pop("std"))
-        variant = Variant(**fields)
+        try:
+            scaling = pixel_scaling(name, fields)
+            variant = Variant(**{k: v for k, v in fields.items() if k not in ("mean", "std")})
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"transformer={str(fields)[:80]!r}: {str(error)[:80]}") from error
     changed = {} if activation is None else {"activation": activation}
     return dataclasses.replace(variant, **changed), scaling
 

@@ -94,6 +94,7 @@ def train_and_evaluate(
     """
     config = experiment.with_whole_paths(config)
     experiment.trust_named_parts(config)
+    config = experiment.with_transformer(config)
     config_checks.check_config(config)
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:

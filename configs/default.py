@@ -48,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     # resnet{18,34,50,101,152}, vgg16, vgg16_bn, googlenet or efficientnet_lite0, alone or with _se
-    # or _cbam; or a vision transformer: python -m cbam_jax.models lists them.
+    # or _cbam; or a vision transformer: python -m cbam_jax.models lists them. "vit": one that
+    # the folder or hub id in pretrained says all of.
     model.name = "resnet50_cbam"
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
     model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike
@@ -62,6 +63,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Of a transformer, where the weights' source has another than the name: gelu, gelu_tanh,
     # quick_gelu or silu.
     model.activation = placeholder(str)
+    # Of "vit", which is any transformer: its fields as JSON. train.py writes them here, as the
+    # files beside model.pretrained's weights have them.
+    model.transformer = placeholder(str)
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
     model.freeze_batch_norm = False  # normalise by running statistics, and keep them
 

@@ -79,6 +79,7 @@ MAY_IMPORT = {
         "data",
         "datasets",
         "evaluation",
+        "foreign_files",
         "losses",
         "models",
         "named_parts",

@@ -67,7 +67,7 @@ def test_the_table_has_what_one_block_and_two_tell_of_a_transformer(name, monkey
     expected = [a + (variant.depth - 1) * (b - a) for a, b in zip(one, two, strict=True)]
     found = model_list.cost(name)
     assert [found.parameters, found.dimension] == expected[::2]
-    assert found.flops == pytest.approx(expected[1], rel=1e-5)  # XLA adds them up in float32.
+    assert found.flops == pytest.approx(expected[1], rel=1e-4)  # XLA adds them up in float32.
 
 
 def measured_of_depth(variant, depth, monkeypatch):

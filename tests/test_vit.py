@@ -211,6 +211,69 @@ def test_a_pointer_of_git_lfs_is_told(siglip_folder):
         cbam_jax.load(siglip_folder)
 
 
+def split_in_shards(folder):
+    """As transformers saves large models; returns the index."""
+    import safetensors.numpy
+
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, places = sorted(arrays), {}
+    for i in range(3):
+        shard = f"model-{i + 1:05}-of-00003.safetensors"
+        part = {name: arrays[name] for name in names[i::3]}
+        safetensors.numpy.save_file(part, folder / shard)
+        places |= dict.fromkeys(part, shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+def test_weights_in_several_files_are_those_in_one(siglip_folder):
+    whole = hub.from_pretrained(siglip_folder)[0]
+    index = split_in_shards(siglip_folder)
+    parts = hub.from_pretrained(siglip_folder)[0]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(parts))
+    assert not load_pretrained(whole, index).fresh
+
+
+@pytest.mark.parametrize("problem", ["missing", "other", "outside", "no map", "too few"])
+def test_files_that_do_not_fit_their_index_are_refused_in_one_line(problem, siglip_folder):
+    index = split_in_shards(siglip_folder)
+    document = json.loads(index.read_text())
+    places, second = document["weight_map"], "model-00002-of-00003.safetensors"
+    if problem == "missing":
+        (siglip_folder / second).unlink()
+    if problem == "other":
+        (siglip_folder / second).write_bytes(
+            (siglip_folder / "model-00001-of-00003.safetensors").read_bytes()
+        )
+    if problem == "outside":
+        places[min(places)] = f"../siglip/{second}"
+    if problem == "no map":
+        document["weight_map"] = [second]
+    if problem == "too few":
+        del places[min(places)]
+    index.write_text(json.dumps(document))
+    expected = {
+        "missing": "no weights at .*00002-of-00003.safetensors",
+        "other": "00002-of-00003.safetensors and model.safetensors.index.json disagree on vision",
+        "too few": "00001-of-00003.safetensors and model.safetensors.index.json disagree on vision",
+    }
+    with pytest.raises(InputError, match=expected.get(problem, "index.json is damaged")) as error:
+        cbam_jax.load(siglip_folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_of_dinos_training_the_teacher_is_taken(golden):
+    arrays = their_arrays(golden, "hf_dinov2")
+    teacher = {f"backbone.{name}": array for name, array in arrays.items()}
+    student = {name: 2 * array for name, array in teacher.items()}
+    teacher["dino_head.mlp.0.weight"] = np.ones((2, 2), np.float32)
+    plain = loaded("hf_dinov2", arrays)
+    model = loaded("hf_dinov2", {"student": student, "teacher": teacher, "iteration": 3})
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(plain), nnx.state(model))
+
+
 def test_marqos_models_are_known_by_name(monkeypatch):
     asked = []
 
@@ -247,19 +310,26 @@ class Scaled(nnx.Module):
 
 
 @SLOW
-def test_heat_is_on_the_grid_of_tokens(siglip_folder, rng):
-    model = hub.from_pretrained(siglip_folder)[0]
+@pytest.mark.parametrize("name", ["hf_siglip", "hf_dinov2"])
+def test_heat_is_on_the_grid_of_tokens(name, golden, rng):
+    model = loaded(name, their_arrays(golden, name))
     pixels = jnp.asarray(rng.normal(size=(1, 40, 56, 3)), jnp.float32)
-    maps = gradcam.grad_cam(model, pixels, method="hires_cam")
+    maps = gradcam.grad_cam(model, pixels, layer="grid", method="hires_cam")
     assert maps.raw.shape == (1, 5, 7)
+    assert not maps.empty[0]
     # A token times its gradient is what the target rises by as the token alone is scaled up.
     step = 0.01 * np.eye(35, dtype=np.float32).reshape(35, 5, 7)
-    model.backbone.grid = Scaled(1 + np.concatenate([step, -step]))
+    model.grid = Scaled(1 + np.concatenate([step, -step]))
     embed = jax.jit(lambda images: model(jnp.repeat(images, 70, axis=0)))
     energy = np.square(np.asarray(embed(pixels), np.float64)).sum(1) / 2
     slopes = ((energy[:35] - energy[35:]) / 0.02).reshape(5, 7)
     np.testing.assert_allclose(maps.raw[0], slopes, atol=0.01 * np.abs(slopes).max())
     assert maps.heat[0].max() == pytest.approx(1)
+    path = gradcam.find_layer(
+        nnx.eval_shape(lambda: create_model("vit", transformer=FIELDS, rngs=nnx.Rngs(0))),
+        "backbone",
+    )
+    assert path == ("backbone", "grid")
 
 
 def test_blocks_learn_slower_towards_the_images_and_frozen_ones_not():

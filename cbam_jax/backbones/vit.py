@@ -30,6 +30,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bicubic_offset")
 POOLS = ("class", "map")
 POSITIONS = ("learned", "rope")
+# Beyond any published model: a larger one, as a file may ask for, would not be built to its end.
+_LARGEST = {
+    "width": 16_384, "depth": 256, "heads": 1024, "patch_size": 4096, "image_size": 4096,
+    "mlp_width": 131_072, "registers": 1024, "projection": 65_536,
+}  # fmt: skip
 _ROPE_BASE = 100.0
 _OFFSET = 0.1  # patches, of "bicubic_offset"
 
@@ -61,7 +66,7 @@ class Variant:
         projection: numbers that a linear layer without bias makes of the pooled token; None: none.
 
     Raises:
-        ValueError: for a value that is none of its choices.
+        ValueError: for a value that is none of its choices, or out of all proportion.
     """
 
     width: int
@@ -94,9 +99,14 @@ class Variant:
             if getattr(self, name) not in choices:
                 value = repr(getattr(self, name))[:80]
                 raise ValueError(f"{name}={value}: choose one of {', '.join(map(str, choices))}")
-        for name in ("width", "depth", "heads", "patch_size", "image_size", "mlp_width"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a number above 0")
+        for name, largest in _LARGEST.items():
+            value, least = getattr(self, name), 0 if name == "registers" else 1
+            if name == "projection" and value is None:
+                continue
+            if type(value) is not int or not least <= value <= largest:
+                raise ValueError(f"{name}={repr(value)[:80]}: give a number {least} to {largest}")
+        if not (isinstance(self.epsilon, float) and 0 <= self.epsilon < 1):  # Nor is NaN.
+            raise ValueError(f"epsilon={repr(self.epsilon)[:80]}: give a small number")
         if self.width % self.heads or self.image_size < self.patch_size:
             raise ValueError(f"{self.heads} heads must divide {self.width}, a patch fit the image")
 
@@ -303,10 +313,13 @@ class Block(nnx.Module):
         self.drop_path = drop() if drop_path else None
 
     def __call__(
-        self, x: jax.Array, rotation: tuple[np.ndarray, np.ndarray] | None = None
+        self,
+        x: jax.Array,
+        rotation: tuple[np.ndarray, np.ndarray] | None = None,
+        look: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
     ) -> jax.Array:
-        """Apply the block to [b, n, c]."""
-        x = x + self._added(self.attn(self.norm1(x), rotation), self.ls1)
+        """Apply the block to [b, n, c]; what is attended to passes ``look``."""
+        x = x + self._added(self.attn(look(self.norm1(x)), rotation), self.ls1)
         return x + self._added(self.mlp(self.norm2(x)), self.ls2)
 
     def _added(self, x: jax.Array, scale: LayerScale | None) -> jax.Array:
@@ -411,10 +424,20 @@ class VisionTransformer(nnx.Module):
         rotation = rotations(height, width, head_dim) if rope else None
         for block in self.blocks[:-1]:
             x = block(x, rotation)
-        rest, patches = jnp.split(x, [x.shape[1] - height * width], axis=1)
-        patches = self.grid(patches.reshape(len(x), height, width, -1))
-        x = jnp.concatenate([rest, patches.reshape(len(x), height * width, -1)], axis=1)
-        return self.norm(self.blocks[-1](x, rotation))
+        look = partial(self._looked_at, sides=(height, width))
+        if self.map_head is None:
+            return self.norm(self.blocks[-1](x, rotation, look))
+        return look(self.norm(self.blocks[-1](x, rotation)))
+
+    def _looked_at(self, x: jax.Array, sides: tuple[int, int]) -> jax.Array:
+        """Tokens [b, n, c], unchanged, of which the patches pass ``grid`` as a map.
+
+        After a LayerNorm, and where the pooled token last attends to them: before a LayerNorm
+        their lengths have no effect, so that a token times its gradient would be zero.
+        """
+        rest, patches = jnp.split(x, [x.shape[1] - math.prod(sides)], axis=1)
+        patches = self.grid(patches.reshape(len(x), *sides, -1))
+        return jnp.concatenate([rest, patches.reshape(len(x), math.prod(sides), -1)], axis=1)
 
     def _with_positions(self, patches: jax.Array) -> jax.Array:
         """Add the position embedding, stretched to [h, w] where it is of another grid."""

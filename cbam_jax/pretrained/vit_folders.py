@@ -90,10 +90,6 @@ _TIMM = re.compile(
     r"vit_(small_plus|huge_plus|giantopt|giant|small|base|large|so400m|huge)_patch(\d+)_"
     r"(siglip|clip_quickgelu|clip|dinov2|reg4_dinov2|dinov3_qkvb|dinov3)(?:_(\d+))?"
 )
-_LARGEST = {
-    "width": 16_384, "depth": 256, "heads": 1024, "mlp_width": 131_072, "registers": 1024,
-    "projection": 65_536,
-}  # fmt: skip
 _FILES = "config.json (Hugging Face's or timm's) or open_clip_config.json"
 
 
@@ -105,10 +101,7 @@ def describe(folder: str | os.PathLike) -> Description | None:
     """
     folder = Path(folder)
     try:
-        described = _described(folder)
-        if described is not None:
-            _check_sizes(described.variant)
-        return described
+        return _described(folder)
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -128,16 +121,6 @@ def _described(folder: Path) -> Description | None:
     if "architecture" in config and "model_type" not in config:
         return _timm(config)
     return _transformers(config, folder)
-
-
-def _check_sizes(variant: Variant) -> None:
-    """Raise a ValueError for sizes that no published model has: building them would not end."""
-    for name, most in _LARGEST.items():
-        size = getattr(variant, name)
-        if size is not None and (type(size) is not int or not 0 <= size <= most):
-            raise ValueError(f"{name} {size!r}: from 0 to {most}")
-    if not 0 <= variant.epsilon < 1:  # Nor is NaN.
-        raise ValueError(f"epsilon {variant.epsilon}: not a small number")
 
 
 def _without_config(folder: Path) -> None:
