@@ -10,8 +10,9 @@ from cbam_jax.pretrained.sources import WEIGHTS
 # What an id begins with where a path, or a name, could be meant.
 HUB = "hf:"
 _FILES = [
-    "model.safetensors", "open_clip_model.safetensors", "config.json", "open_clip_config.json",
-    "preprocessor_config.json", "README.md",
+    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
+    "model-*-of-*.safetensors", "config.json", "open_clip_config.json", "preprocessor_config.json",
+    "README.md",
 ]  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def fetch_repository(source: str, revision: str | None = None) -> Path:
         ) from None
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
-        if not any((folder / name).exists() for name in _FILES[:2]):
+        if not any((folder / name).exists() for name in _FILES[:3]):
             others = [*_FILES, *WEIGHTS]
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=others))
         return folder

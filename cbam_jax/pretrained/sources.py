@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import open_regular, shown
+from cbam_jax.foreign_files import open_regular, read_json, shown
 from cbam_jax.pretrained.published import IMAGENET, check_hash
 from cbam_jax.pretrained.torch_files import read_torch
 from cbam_jax.whole_files import written_whole
@@ -19,9 +20,13 @@ Source = str | os.PathLike | Mapping[str, Any]
 
 # Of folders of models, ours and others', those first that are read where there are several.
 WEIGHTS = (
-    "model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
-    "pytorch_model.bin", "open_clip_pytorch_model.bin",
+    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin",
 )  # fmt: skip
+# How the name ends of what says in which of several files each tensor of a large model is.
+INDEX = ".safetensors.index.json"
+_MOST_SHARDS = 1_000
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -66,6 +71,8 @@ def read_arrays(source: Source) -> Mapping[str, Any]:
         )
     if not os.path.isfile(path):
         raise InputError(f"{shown(path)} is not a regular file: give a file of weights")
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     check_hash(path)
     check_pointer(path)
     saved = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
@@ -95,6 +102,31 @@ def _read_folder(folder: Path) -> Mapping[str, Any]:
 
     with Checkpoints(folder / "checkpoints", best_metric="") as checkpoints:
         return checkpoints.restore("last", optimizer=False).model
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """Read the files beside an index, of which each must hold what the index says, and no more."""
+    try:
+        places = read_json(index)["weight_map"]
+        shards = sorted(set(places.values()))
+        if len(shards) > _MOST_SHARDS or not all(map(_SHARD.fullmatch, shards)):
+            raise ValueError("weight_map names others than .safetensors files beside it")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(
+            f"{shown(index)} is damaged ({shown(str(error))}): fetch it again"
+        ) from error
+    arrays = {}
+    for shard in shards:
+        found = read_arrays(index.with_name(shard))
+        expected = {name for name, place in places.items() if place == shard}
+        if found.keys() != expected:
+            name = min(found.keys() ^ expected)
+            raise InputError(
+                f"{shown(index.with_name(shard))} and {index.name} disagree on {shown(name)}: "
+                "fetch both again"
+            )
+        arrays |= found
+    return arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

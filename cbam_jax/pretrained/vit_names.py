@@ -12,8 +12,9 @@ import numpy as np
 
 from cbam_jax.backbones.vit import Variant
 
-# The image tower of a model that has another for text, whose names are the same below.
-_TOWER = re.compile(r"^(vision_model\.|visual_projection\.|visual\.(trunk\.)?|trunk\.)")
+# The image tower of a model that has another for text, whose names are the same below; and what
+# DINO's authors train, beside its heads.
+_TOWER = re.compile(r"^(backbone\.|vision_model\.|visual_projection\.|visual\.(trunk\.)?|trunk\.)")
 _PROJECTION = "visual_projection."
 # In this order, on names without the tower's prefix.
 _RENAMES = [
