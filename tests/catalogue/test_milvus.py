@@ -263,6 +263,9 @@ def test_only_its_own_catalogue_and_model(shop, copy, tmp_path):
     refused("embeddings of another model", Catalogue.open, copy, FakeEmbedder("e" * 64))
     with Catalogue.open(copy, Embedder()) as other:
         refused("--where: no photo has 'colour'", other.find, 3, 5, where="colour=red")
+        refused("--where: category=coat: no photo has that", other.find, 3, where="category=coat")
+        refused("category=coat: no photo has", other.find, 3, where=["price<9", "category=coat"])
+        assert other.find(3, where=["category=hat", "category=dress"]) == []
         refused("no photo 999 with an embedding", other.find, 999)
         refused("is a copy that is found in and listed", other.remove, [3])
         refused("is a copy that is found in", other.add, [tmp_path])
@@ -279,6 +282,23 @@ def test_another_index_is_measured_and_said(shop, copy, capsys):
 
 def out(capsys):
     return capsys.readouterr().out
+
+
+@of_lite
+def test_why_is_asked_of_the_photos_and_parts_that_the_file_names(copy, tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos")
+    table = tmp_path / "parts.csv"
+    table.write_text(f"path,x1,y1,x2,y2\n{photos[1]},5,6,30,31\n{photos[4]},,,,\n")
+    monkeypatch.setattr("cbam_jax.catalogue.catalogue.pair_heat", lambda _, *pair: pair)
+    with Catalogue.open(tmp_path / "shop.db", FakeEmbedder()) as shop:
+        shop.add(table, progress=False)
+        shop.sync(copy, progress=False)
+        with Catalogue.open(copy, FakeEmbedder()) as other:
+            assert other.why(1, 2) == shop.why(1, 2)
+            assert other.why(2, 1)[1].box == [5, 6, 30, 31]
+            asked = (photos[7].read_bytes(), 1, [4, 4, 30, 20])
+            assert other.why(*asked) == shop.why(*asked)
+            refused("no photo 9", other.why, 1, 9)
 
 
 @of_lite

@@ -95,11 +95,20 @@ class MilvusCatalogue(Catalogue):
         return sorted({str(row["payload"]["category"]) for row in rows})[:most]
 
     def find_all(self, *asked: Any, **options: Any) -> list[list[Neighbour]]:
-        """As that of a catalogue's file."""
+        """As that of a file; a value that no photo has is told where nothing is found."""
         try:
-            return super().find_all(*asked, **options)
+            found = super().find_all(*asked, **options)
         finally:
             self.gallery.forget()
+        if not any(found):
+            self._check_values(options.get("where"))
+        return found
+
+    def _check_values(self, where: Where) -> None:
+        for name, sign, value in conditions(where):
+            among = expression({name: value})
+            if sign == "=" and not self._collection.query(among, ["id"], limit=1):
+                raise InputError(f"--where: {shown(f'{name}={value}')}: no photo has that")
 
     def _item(self, number: int) -> Item | None:
         known = self.gallery.found.get(number)
