@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from cbam_jax import InputError, data, hub, model_state, preprocessing, runs, steps
+from cbam_jax import InputError, data, hub, model_state, runs, steps
 from cbam_jax.foreign_files import read_file, shown
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
@@ -117,7 +117,7 @@ class Embedder:
         return {
             "model": arguments | {"dtype": jnp.dtype(arguments["dtype"]).name},
             "preprocessing": self.preprocessing.to_dict(),
-            "version": preprocessing.VERSION,
+            "version": self.preprocessing.version,
         }
 
     def embed_files(

@@ -15,8 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZES = ("crop", "squash", "letterbox")
 INTERPOLATIONS = ("bilinear", "bicubic")
-# Of the code that decodes, cuts and scales: raised when the same file would give other pixels.
-VERSION = 2
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +75,20 @@ class Preprocessing:
     def short_side(self) -> int:
         """Pixels of the resized image's short side."""
         return round(self.image_size / self.crop_fraction)
+
+    @property
+    def floors(self) -> bool:
+        """Whether the resized long side is cut off to whole pixels, not rounded.
+
+        torchvision, timm and transformers do so, which moves the pixels of half of all photos, and
+        ``"bicubic"`` with ``"crop"`` is theirs.
+        """
+        return (self.resize, self.interpolation) == ("crop", "bicubic")
+
+    @property
+    def version(self) -> int:
+        """Of the code that decodes, cuts and scales: another where a file gives other pixels."""
+        return _VERSION + self.floors
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them, of the latter three those that are not the default.

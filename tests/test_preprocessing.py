@@ -3,6 +3,7 @@
 import cv2
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from flax import nnx
 from seeded import SmallBackbone
@@ -39,6 +40,19 @@ def test_bicubic_is_the_antialiased_kernel_within_a_grey_level(rng, size):
     assert np.abs(data.resize(image, *size, "bicubic") - expected).max() <= 1
     mask = data.resize(image[..., 1], *size, "bicubic")
     np.testing.assert_array_equal(mask, data.resize(image, *size, "bicubic")[..., 1])
+
+
+@pytest.mark.parametrize(("height", "width"), [(411, 400), (400, 411), (300, 500), (123, 457)])
+def test_a_bicubic_crop_is_torchvisions(rng, height, width):
+    """Whose long side is int(size * long / short): a pixel less, where ours alone would round."""
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    short = min(height, width)
+    size = int(64 * width / short), int(64 * height / short)
+    resized = PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BICUBIC)
+    top, left = (size[1] - 64) // 2, (size[0] - 64) // 2
+    expected = np.asarray(resized, int)[top : top + 64, left : left + 64]
+    how = Preprocessing(64, 1.0, interpolation="bicubic")
+    assert np.abs(data.cut_pixels(image, how) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
