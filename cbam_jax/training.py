@@ -358,8 +358,8 @@ def tell_forecast(run: Run, step: int) -> None:
     if seconds is None or each is None or step == config.train.steps:
         return
     run.log.line(
-        f"about {forecast.duration(seconds)} for the {config.train.steps - step} steps that are "
-        f"left ({each:.2g} s each) and their evaluations; memory: {memory_held()}"
+        f"about {forecast.duration(seconds)} for {remaining(config.train.steps - step)} "
+        f"({each:.2g} s each) and their evaluations; memory: {memory_held()}"
     )
     if jax.devices()[0].platform == "cpu":
         hint = forecast.advice(
@@ -370,6 +370,15 @@ def tell_forecast(run: Run, step: int) -> None:
         )
         if hint:
             run.log.line(hint)
+
+
+def remaining(steps: int) -> str:
+    """Name so many steps that are left, at least one.
+
+    >>> remaining(1), remaining(3)
+    ('the step that is left', 'the 3 steps that are left')
+    """
+    return "the step that is left" if steps == 1 else f"the {steps} steps that are left"
 
 
 def memory_held() -> str:

@@ -98,7 +98,8 @@ def _add_shards(options: argparse.Namespace) -> int:
 
 def _tell_added(added: Added, catalogue: Catalogue) -> None:
     counts = added.counts
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+    names = {"copies": "copy"} if counts["copies"] == 1 else {}
+    told = ", ".join(f"{counts[kind]} {names.get(kind, kind)}" for kind in KINDS if counts[kind])
     print(f"{told or 'no photos'}; {added.seconds:.1f} s; {len(catalogue)} can be found")
     if counts["unreadable"] or counts["refused"]:
         name = shlex.quote(str(catalogue.store.path))

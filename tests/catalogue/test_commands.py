@@ -102,7 +102,7 @@ def test_find_answers_as_text_json_and_csv(run, shop, photos):
 
 def test_copies_are_one_unless_asked_for(run, shop, photos):
     copy = shutil.copy(photos[3], photos[3].with_name("x.png"))
-    run("add", shop, "photos")
+    assert run("add", shop, "photos")[1].startswith("1 copy, 12 unchanged; ")
     _, text, _ = run("find", shop, photos[3], "-k", 2)
     assert text.splitlines()[1].endswith("(this photo, also as 13)")
     assert len(text.splitlines()) == 4

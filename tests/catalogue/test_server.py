@@ -157,6 +157,7 @@ def test_why_two_are_alike_is_two_pictures(client, photos, alike):
         ("/items/99/why?query=3", None, 400, "no photo 99"),
         ("/items/3/why?query=99", None, 400, "no photo 99"),
         ("/items/3/why", b"<html>", 400, "this is no photo"),
+        ("/items/3/why", None, 400, "or give query=ID of one"),
         ("/items/3/why?query=1&box=1", None, 400, "box=1: give x1,y1,x2,y2"),
         ("/items/3/why?query=99999999999999999999", None, 422, "query query"),
         ("/items/..%2f3/why?query=1", None, 404, "not found"),
@@ -194,7 +195,7 @@ def huge_png(side):
 @pytest.mark.parametrize(
     ("address", "content", "status", "message"),
     [
-        ("/search", b"", 400, "this is no photo"),
+        ("/search?k=2", None, 400, "no photo: send one, curl --data-binary @FILE, or give id=ID"),
         ("/search", b"<html><script>alert(1)</script>", 400, "this is no photo"),
         ("/search", b"\x80\x04\x95cposix\nsystem\n", 400, "this is no photo"),
         ("/search", huge_png(40_000), 400, "40000 x 40000 pixels: shrink it"),
@@ -216,6 +217,30 @@ def test_what_cannot_be_searched_is_one_line(client, address, content, status, m
     assert message in answer.json()["error"]
     assert "/" not in answer.json()["error"].replace("x1,y1,x2,y2", "")
     assert client.get("/health").json()["photos"] == 12
+
+
+def test_a_form_is_told_how_a_photo_is_sent(client, photos, alike):
+    for address in ("/search?k=1", "/items/3/why"):
+        answer = client.post(address, files={"file": photos[3].read_bytes()})
+        assert answer.status_code == 400
+        assert answer.json()["error"] == (
+            "this is a form: send the photo itself: curl --data-binary @FILE"
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "use"),
+    [
+        ("GET", "/items/1/why", "POST /items/1/why?query=ID"),
+        ("GET", "/search", "POST /search?id=ID"),
+        ("POST", "/items/1", "GET /items/1"),
+    ],
+)
+def test_another_method_is_told_which_to_use(client, method, address, use):
+    answer = client.request(method, address)
+    assert answer.status_code == 405
+    assert answer.json() == {"error": f"method not allowed: use {use}"}
+    assert answer.headers["allow"] == use.split()[0]
 
 
 @pytest.mark.parametrize(

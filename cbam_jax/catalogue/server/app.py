@@ -26,7 +26,7 @@ from cbam_jax.pages import encode_jpeg
 # FastAPI is an extra: it is imported where it is used.
 # pyright: reportMissingImports=false
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
 
     from cbam_jax.embedder import Embedder
 
@@ -97,8 +97,11 @@ def _add_errors(app: "FastAPI", path: str | os.PathLike) -> None:
         where = " ".join(map(str, first["loc"]))
         return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
 
-    async def http(_: Request, error: Any) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail).lower()}, error.status_code)
+    async def http(request: Request, error: Any) -> JSONResponse:
+        text = str(error.detail).lower()
+        if error.status_code == 405:
+            text += f": use {_used(error.headers['Allow'], request.url.path)}"
+        return JSONResponse({"error": text}, error.status_code, error.headers)
 
     async def busy(_: Request, error: Any) -> JSONResponse:
         return JSONResponse({"error": "too many searches wait: try again"}, 503)
@@ -112,6 +115,16 @@ def _add_errors(app: "FastAPI", path: str | os.PathLike) -> None:
     app.add_exception_handler(Busy, busy)
     app.add_exception_handler(TimeoutError, busy)
     app.add_exception_handler(Exception, bug)
+
+
+def _used(methods: str, address: str) -> str:
+    """How an address is asked.
+
+    >>> _used("POST", "/items/1/why")
+    'POST /items/1/why?query=ID'
+    """
+    parameters = {"search": "?id=ID", "why": "?query=ID"}
+    return f"{methods} {address}{parameters.get(address.rpartition('/')[2], '')}"
 
 
 def _add_page(app: "FastAPI") -> None:
@@ -152,13 +165,18 @@ def _add_search(app: "FastAPI", finder: Finder) -> None:
         Photos with the same content are one, which has the others as ``copies``; the photo that was
         sent, where the catalogue has it, is told as the ``same``, beside the ``k``.
         """
-        photo = None if id is not None else await request.body()
-        if photo is not None:
-            check_photo(photo)
+        photo = None if id is not None else await _sent(request, "id")
         place = parse_box(box) if box else None
         future = finder.find(Search(photo, id, k, tuple(where or ()), place, copies))
         found = await asyncio.wait_for(asyncio.wrap_future(future), _SECONDS)
         return {"neighbours": [_told(neighbour) for neighbour in found]}
+
+
+async def _sent(request: "Request", instead: str) -> bytes:
+    """The photo in the body; ``instead`` names the parameter that could have named one."""
+    content = await request.body()
+    check_photo(content, request.headers.get("content-type", ""), instead)
+    return content
 
 
 def _told(n: Neighbour) -> dict[str, Any]:
@@ -184,9 +202,7 @@ def _add_why(app: "FastAPI", explainer: Explainer) -> None:
         ``query`` and ``result`` are JPEG in base64, each photo with its heat laid over it, from
         blue, which counts little, to red; ``empty`` says that no place stands out.
         """
-        photo = query if query is not None else await request.body()
-        if isinstance(photo, bytes):
-            check_photo(photo)
+        photo = query if query is not None else await _sent(request, "query")
         future = explainer.explain(Pair(photo, parse_box(box) if box else None, id))
         return await asyncio.wait_for(asyncio.wrap_future(future), _COMPILING)
 

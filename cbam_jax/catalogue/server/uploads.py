@@ -33,15 +33,29 @@ _HEADERS = {
 }
 
 
-def check_photo(content: bytes) -> None:
+def check_photo(content: bytes, kind: str = "", instead: str = "id") -> None:
     """Raise an InputError, before anything is decoded, for what is no photo or too large.
+
+    Args:
+        content: what was sent.
+        kind: its content type.
+        instead: the parameter that names a photo of the catalogue.
 
     >>> check_photo(b"<html>")
     Traceback (most recent call last):
     ...
     cbam_jax.InputError: this is no photo: send a JPEG, PNG, WebP or another image file
+    >>> check_photo(b"", instead="query")
+    Traceback (most recent call last):
+    ...
+    cbam_jax.InputError: no photo: send one, curl --data-binary @FILE, or give query=ID of one
     """
     if image_format(content[:64]) is None:
+        if kind.lower().startswith("multipart/form-data"):
+            raise InputError("this is a form: send the photo itself: curl --data-binary @FILE")
+        if not content:
+            remedy = f"send one, curl --data-binary @FILE, or give {instead}=ID of one"
+            raise InputError(f"no photo: {remedy}")
         raise InputError("this is no photo: send a JPEG, PNG, WebP or another image file")
     size = jpeg_size(content)
     for height, width in [size] if size else claimed_sizes(content):
