@@ -162,6 +162,14 @@ def test_a_copy_is_not_changed_but_by_sync():
         )
 
 
+@pytest.mark.parametrize("command", [["find", "3"], ["list"]])
+def test_a_copy_that_is_not_there_is_not_made(tmp_path, command):
+    name, *rest = command
+    copy = f"milvus:{tmp_path}/fresh.db"
+    refused(f"{copy} is not there: make it with", commands.main, [name, copy, *rest])
+    assert not any(tmp_path.iterdir())
+
+
 def test_conditions_that_are_none_are_refused():
     refused("--where=price<cheap: < compares numbers", expression, "price<cheap")
     refused("--where=price: give NAME=VALUE", expression, ["price"])

@@ -141,11 +141,26 @@ def test_shards_that_do_not_belong_together_are_refused(photos, tmp_path, monkey
     refused("has shard 0 of another model: give another --out", embed, photos, "--shards=2")
     embed(photos, "--shards=2", "--shard=1")
     refused("shard 1: of another list of photos or model than shard 0", commands.main, add)
-    embed(photos, "--shards=3", "--shard=0")
+    (out / "00000-of-00003.json").touch()
     refused(f"{out} has shards of 2 and of 3: remove those", commands.main, add)
+    (out / "00000-of-00003.json").unlink()
     with open(photos, "a") as file:
         file.write(f"\n{tmp_path}/one-more.jpg,1,,,,")
-    refused("has shard 0 of another list of photos", embed, photos, "--shards=3")
+    refused("has shard 0 of another list of photos", embed, photos, "--shards=2")
+
+
+def test_shards_of_another_number_are_refused_at_once(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "00001-of-00003.json").touch()
+    monkeypatch.setattr(cbam_jax, "load", None)  # It is not asked.
+    remedy = rf"give another --out, or first `rm {out}/\*-of-00003\.\*`"
+    refused(
+        f"{out} has shards of 3, and these are of 4: {remedy}",
+        embed, photos, "--shards=4", "--shard=1",
+    )  # fmt: skip
+    assert len(os.listdir(out)) == 1
+    files.check_count(out, 3)
 
 
 def test_a_catalogue_of_another_model_is_refused(photos, tmp_path):
@@ -208,7 +223,7 @@ def test_parts_have_each_photo_once(count, shards):
 
 
 def test_what_is_no_shard_is_told(tmp_path):
-    refused("has no shards: make them with `cbam-jax embed", files.shard_count, tmp_path)
+    refused("make them with `cbam-jax embed --data PHOTOS --out", files.shard_count, tmp_path)
     refused("nothing to embed: give --data", embedding.main, [f"--out={tmp_path}"])
     (tmp_path / "00000-of-00001.json").write_text('{"shard": 0}')
     assert files.findings(tmp_path, 1) == {0: "00000-of-00001.json is damaged"}

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -38,10 +39,7 @@ class MilvusCatalogue(Catalogue):
     ):
         about = collection.about()
         if about is None:
-            raise InputError(
-                f"{collection.address.text} is not there: make it with "
-                f"`cbam-jax catalogue sync CATALOGUE {collection.address.text}`"
-            )
+            raise _missing(collection.address)
         super().__init__(_Copy(collection.address, about), embedder, source)
         self._collection = collection
         self.index = about["index"]
@@ -56,7 +54,10 @@ class MilvusCatalogue(Catalogue):
     ) -> Self:
         """Open a collection; ``create`` means nothing here: see `Catalogue.open`."""
         del create
-        collection = Collection(address(str(path)))
+        where = address(str(path))
+        if where.file and not where.file.exists():  # Lite would make it.
+            raise _missing(where)
+        collection = Collection(where)
         try:
             if embedder is None or isinstance(embedder, str | os.PathLike):
                 source = None if embedder is None else os.fspath(embedder)
@@ -215,6 +216,13 @@ class _Copy(Store):
         )
 
     rows = stream = run = tell = transaction = snapshot = check_pages = _refused
+
+
+def _missing(where: Address) -> InputError:
+    return InputError(
+        f"{where.text} is not there: make it with `cbam-jax catalogue sync CATALOGUE "
+        f"{shlex.quote(where.text)}`"
+    )
 
 
 def _item(row: dict[str, Any]) -> Item:

@@ -12,6 +12,7 @@ from cbam_jax.catalogue import embedders, sources
 from cbam_jax.catalogue.shards.files import (
     MOST_SHARDS,
     About,
+    check_count,
     findings,
     list_digest,
     shard_about,
@@ -38,6 +39,7 @@ def embed(options: argparse.Namespace) -> int:
     """Embed this process's shards, one after another."""
     shards, mine = wanted(options.shards, options.shard, os.environ)
     sources.check(options.data)
+    check_count(options.out, shards)
     _check_folder(options.out)
     photos, _ = sources.listed(options.data)
     if not photos:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -146,10 +147,12 @@ def shard_count(folder: Path) -> int:
     Raises:
         InputError: it has none, or of different numbers of them.
     """
-    names = os.listdir(folder) if folder.is_dir() else []
-    counts = sorted({int(found[2]) for name in names if (found := _NAME.fullmatch(name))})
+    counts = _counts(folder)
     if not counts:
-        raise InputError(f"{folder} has no shards: make them with `cbam-jax embed --out {folder}`")
+        raise InputError(
+            f"{folder} has no shards: make them with `cbam-jax embed --data PHOTOS "
+            f"--out {shlex.quote(str(folder))}`"
+        )
     if counts[-1] > MOST_SHARDS:
         raise InputError(
             f"{folder} has shards of {counts[-1]}, more than {MOST_SHARDS}: remove them"
@@ -158,6 +161,27 @@ def shard_count(folder: Path) -> int:
         those = " and of ".join(map(str, counts))
         raise InputError(f"{folder} has shards of {those}: remove those that are not meant")
     return counts[0]
+
+
+def check_count(folder: Path, shards: int) -> None:
+    """Refuse a folder that has shards of another number of them: together they are nothing.
+
+    Raises:
+        InputError: names the files to remove.
+    """
+    others = [count for count in _counts(folder) if count != shards]
+    if others:
+        those = " and of ".join(map(str, others))
+        files = " ".join(f"{shlex.quote(str(folder))}/*-of-{count:05}.*" for count in others)
+        raise InputError(
+            f"{folder} has shards of {those}, and these are of {shards}: give another --out, or "
+            f"first `rm {files}`"
+        )
+
+
+def _counts(folder: Path) -> list[int]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted({int(found[2]) for name in names if (found := _NAME.fullmatch(name))})
 
 
 def findings(folder: Path, shards: int) -> dict[int, str]:
