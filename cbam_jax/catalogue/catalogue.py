@@ -243,9 +243,9 @@ class Catalogue:
     ) -> list[Neighbour]:
         """The k photos most like one query, nearest first, exactly; equal distances by id.
 
-        Photos with the same content are one, whose first has the others as ``copies``. A photo with
-        the content of a query's file is told as the ``same``, beside the k; what is asked for by
-        its id is not told again.
+        Photos with the same content are one: the first, or that whose path was asked for, has the
+        others as ``copies``. A photo with the content of a query's file is told as the ``same``,
+        beside the k; what is asked for by its id is not told again.
 
         Args:
             query: a photo's path or bytes, an id, an embedding [d]; or several of them, which
@@ -255,7 +255,7 @@ class Catalogue:
             box: ``x1, y1, x2, y2``, the part of the query's photo that is meant, in pixels.
             unlike: photos, ids or embeddings that the answer is to be unlike.
             max_distance: leave out what is farther.
-            copies: tell each copy as a photo of its own, and count all among the k.
+            copies: tell each copy as a photo of its own; those of the query are beside the k.
 
         Raises:
             InputError: a query that cannot be read, an id that is not there, ...
@@ -300,7 +300,23 @@ class Catalogue:
                 if not whole and len(pair[0]) == most:  # Copies have taken the places.
                     again.append(query)
             most, left = 2 * most, again
-        return [answers[query] for query in range(len(own))]
+        found = [answers[query] for query in range(len(own))]
+        return found if copies else [*map(self._by_path, found, asked)]
+
+    def _by_path(self, found: Sequence[Neighbour], parts: Sequence[Part]) -> list[Neighbour]:
+        """A photo that was asked for by its path is told by that, not by a copy's."""
+        asked = [part for part in parts if isinstance(part, str | os.PathLike)]
+        paths = {os.path.abspath(Path(part).expanduser()) for part in asked}
+        return [self._of_copies(n, paths) if n.same else n for n in found]
+
+    def _of_copies(self, n: Neighbour, paths: set[str]) -> Neighbour:
+        """Of a photo and its copies the one at these paths, else the first."""
+        copy = next((copy for copy in n.copies if copy.path in paths), None)
+        item = self._item(copy.id) if copy and n.path not in paths else None
+        if item is None:  # None is asked for, or it was removed meanwhile.
+            return n
+        others = {Copy(n.id, n.path), *n.copies} - {copy}
+        return Neighbour(*item[:3], n.distance, tuple(sorted(others)), same=True)
 
     def why(
         self,

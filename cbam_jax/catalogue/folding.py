@@ -68,7 +68,7 @@ def folded(
             continue
         seen.add(content)
         found.append(known.neighbour(number, distance, own))
-        counted += copies or not found[-1].same
+        counted += not found[-1].same
         if counted == k:
             return found, True
     return found, False

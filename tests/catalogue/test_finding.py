@@ -47,10 +47,10 @@ def expected(query, embeddings, k, left=range(12)):
 
 
 def test_by_file_bytes_and_embedding(shop, photos, embeddings):
-    wanted = expected(embeddings[3], embeddings, 5)
+    wanted = expected(embeddings[3], embeddings, 6)  # The own photo is beside the 5.
     assert pairs(shop.find(str(photos[3]), k=5, copies=True)) == wanted
     assert pairs(shop.find(photos[3].read_bytes(), k=5, copies=True)) == wanted
-    assert pairs(shop.find(embeddings[3], k=5)) == wanted
+    assert pairs(shop.find(embeddings[3], k=6)) == wanted
     assert len(shop.find(photos[3], k=99)) == 12
 
 
@@ -91,9 +91,11 @@ def test_several_photos_as_one_query_and_what_it_is_to_be_unlike(shop, photos, e
     for unlike, away in (([], 0.0), ([9, photos[10]], 0.5 * (units[8] + units[10]) / 2)):
         direction = (units[1] + units[4]) / 2 - away
         query = (direction * length / np.linalg.norm(direction)).astype(np.float32)
-        left = [i for i in range(12) if i != 1 and (i != 8 or not unlike)]
+        left = [i for i in range(12) if i not in (1, 4) and (i != 8 or not unlike)]
         found = shop.find([2, photos[4]], k=6, unlike=unlike, copies=True)
-        assert [n.id for n in found] == [i for i, _ in expected(query, embeddings, 6, left)]
+        others = [n.id for n in found if not n.same]
+        assert others == [i for i, _ in expected(query, embeddings, 6, left)]
+        assert {n.id for n in found if n.same} <= {5}
 
 
 def test_several_queries_at_once_are_each_alone(shop, photos):
@@ -113,7 +115,27 @@ def test_ties_come_by_id(shop, photos, tmp_path):
     shutil.copytree(photos[0].parent, tmp_path / "copies")
     shop.add([tmp_path / "copies"], progress=False)
     found = shop.find(photos[2], k=2, copies=True)
-    assert [(n.id, n.distance, n.same) for n in found] == [(3, 0, True), (15, 0, True)]
+    assert [(n.id, n.distance, n.same) for n in found[:2]] == [(3, 0, True), (15, 0, True)]
+    assert [n.same for n in found[2:]] == [False, False]  # Both are beside the two.
+
+
+def test_of_copies_the_path_that_is_asked_for_is_told(shop, photos, tmp_path, monkeypatch):
+    for name in "abc":
+        shutil.copy(photos[2], tmp_path / f"{name}.png")
+        shop.add([tmp_path / f"{name}.png"], {"name": name}, progress=False)
+    first = shop.find(photos[2], k=1)
+    assert first[0][:4] == (3, str(photos[2]), {"category": "dress"}, 0.0)
+    monkeypatch.chdir(tmp_path)
+    for query in ("b.png", "../" + tmp_path.name + "/b.png", Path("b.png")):
+        found = shop.find(query, k=1)
+        assert found[0][:4] == (14, str(tmp_path / "b.png"), {"name": "b"}, 0.0)
+        assert found[0].same
+        assert [copy.id for copy in found[0].copies] == [3, 13, 15]
+        assert found[1:] == first[1:]
+    # One that a filter leaves out is not told, and bytes have no path.
+    assert shop.find("b.png", k=1, where="category=dress")[0].id == 3
+    assert shop.find(Path("b.png").read_bytes(), k=1) == first
+    assert [n.id for n in shop.find("b.png", k=1, copies=True)[:4]] == [3, 13, 14, 15]
 
 
 def folded(rows, embeddings, query, own, k, shown):
