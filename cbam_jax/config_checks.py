@@ -122,6 +122,8 @@ def check_choices(config: Config) -> None:
     check_classifier(config)
     try:
         model = nnx.eval_shape(lambda: experiment.build_model(config))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"model: {error}") from error
     check_blocks(config, model)

@@ -319,16 +319,16 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Calla
     options = dict(config.optimizer)
     accumulate = options["accumulate_steps"]
     kind = options.pop("schedule")
-    own = named_parts.is_named(kind)
-    make = named_parts.load(kind, "optimizer.schedule") if own else steps.learning_rate_schedule
+    make = functools.partial(steps.learning_rate_schedule, kind=kind)
+    if named_parts.is_named(kind):
+        make = functools.partial(named_parts.call, kind, "optimizer.schedule")
     schedule = make(
         options.pop("learning_rate"),
-        **({} if own else {"kind": kind}),
         warmup_steps=options.pop("warmup_steps") // accumulate,
         total_steps=max(config.train.steps // accumulate, 1),
     )
     name = options.pop("name")
     if named_parts.is_named(name):
-        name = named_parts.load(name, "optimizer.name")
+        name = functools.partial(named_parts.call, name, "optimizer.name")
     optimizer = steps.create_optimizer(name, schedule, **options)
     return optimizer, lambda step: schedule(step // accumulate)

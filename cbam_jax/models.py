@@ -300,7 +300,7 @@ def create_model(
     attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
     auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
     if named_parts.is_named(name):
-        backbone = named_parts.load(name, "model.name")(dtype=dtype, rngs=rngs)
+        backbone = named_parts.call(name, "model.name", dtype=dtype, rngs=rngs)
     else:
         build = BACKBONES[backbone_name]
         backbone = build(attention=attention, dtype=dtype, rngs=rngs, **auxiliary)

@@ -5,7 +5,9 @@ once it is trusted: a training trusts those in its own config, `trust` does in a
 any command ``CBAM_JAX_TRUST``, names with commas between them, does.
 """
 
+import functools
 import importlib
+import inspect
 import os
 from typing import Any
 
@@ -60,3 +62,30 @@ def load(name: str, field: str) -> Any:
     if not callable(part):
         raise InputError(f"{field}={name!r}: {module} has no function {attribute!r}")
     return part
+
+
+def call(name: str, field: str, *arguments: Any, **options: Any) -> Any:
+    """Load a trusted part and call it.
+
+    Raises:
+        InputError: as `load` does, or the part does not take these arguments.
+
+    >>> trust("math:sqrt")
+    >>> call("math:sqrt", "model.name", 4)
+    2.0
+    """
+    part = load(name, field)
+    try:
+        _signature(part).bind(*arguments, **options)
+    except TypeError as error:
+        taken = ", ".join(["..."] * len(arguments) + [f"{option}=..." for option in options])
+        raise InputError(
+            f"{field}={name!r}: {error}; it is called as {name.partition(':')[2]}({taken})"
+        ) from None
+    return part(*arguments, **options)
+
+
+def _signature(part: Any) -> inspect.Signature:
+    # Of a module of Flax, whose metaclass takes anything, it is that of __init__.
+    is_class = inspect.isclass(part) and inspect.isfunction(part.__init__)
+    return inspect.signature(functools.partial(part.__init__, None) if is_class else part)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cbam_jax import evaluation, experiment, runs
+from cbam_jax import evaluation, experiment, named_parts, runs
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import is_path
@@ -53,10 +53,11 @@ def tell(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_commands(workdir: str, data: str) -> str:
+def next_commands(workdir: str, data: str, model: str = "") -> str:
     """Return what to type next: to measure a run, and to find similar photos by it.
 
-    Among the photos that it was trained on, or drawn ones; for other datasets none are named.
+    Among the photos that it was trained on, or drawn ones; for other datasets none are named. Where
+    ``model`` is one's own, the commands that build it say that it is trusted.
 
     >>> print(next_commands("runs/my run", "./photos/"))
     measure it: cbam-jax evaluate --workdir='runs/my run' --split=test --html
@@ -69,14 +70,15 @@ def next_commands(workdir: str, data: str) -> str:
         else ("cbam-jax evaluate", "cbam-jax")
     )
     workdir = shlex.quote(workdir)
-    lines = [f"measure it: {evaluate} --workdir={workdir} --split=test --html"]
-    add = f"{command} catalogue add shop.db"
+    trust = f"CBAM_JAX_TRUST={shlex.quote(model)} " if named_parts.is_named(model) else ""
+    lines = [f"measure it: {trust}{evaluate} --workdir={workdir} --split=test --html"]
+    add = f"{trust}{command} catalogue add shop.db"
     if is_path(data):
         lines.append(f"find similar photos: {add} {shlex.quote(data)} --model={workdir}")
     elif data.startswith("synthetic_garments"):
         lines.append(
             f"find similar photos: {command} datasets draw drawn && {add} drawn --model={workdir} "
-            f"&& {command} catalogue find shop.db drawn/sweater/0000_0.jpg --html=found.html"
+            f"&& {trust}{command} catalogue find shop.db drawn/sweater/0000_0.jpg --html=found.html"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import argparse
 import configparser
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -42,12 +43,12 @@ def commands(page):
 
 
 def cut(text):
-    """The commands of some lines, joined and cut as a shell does."""
+    """The commands of some lines, joined and cut as a shell does, without their environment."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words:
             end = words.index("&&") if "&&" in words else len(words)
-            yield words[:end]
+            yield list(itertools.dropwhile(re.compile("[A-Z_]+=").match, words[:end]))
             words = words[end + 1 :]
 
 
@@ -152,6 +153,15 @@ def test_what_a_run_says_to_type_next_can_be_typed(data, program, monkeypatch):
     for words in told:
         with monkeypatch.context() as patch:
             check_own(*own_module(words), patch)
+
+
+def test_what_a_run_with_ones_own_model_says_to_type_next_trusts_it():
+    drawn = "synthetic_garments/quickstart"
+    plain, own = (run_summary.next_commands("w", drawn, m) for m in ("resnet18", "mine:Patches"))
+    assert own.replace("CBAM_JAX_TRUST=mine:Patches ", "") == plain
+    told = re.split(": | && ", own.replace("\n", " && "))
+    trusting = [line for line in told if line.startswith("CBAM_JAX_TRUST=mine:Patches cbam-jax ")]
+    assert [line.split()[2] for line in trusting] == ["evaluate", "catalogue", "catalogue"]
 
 
 PROGRAMS = [

@@ -143,6 +143,7 @@ MAY_IMPORT = {
         "datasets",
         "evaluation",
         "experiment",
+        "named_parts",
         "runlog",
         "runs",
     },

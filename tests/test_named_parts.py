@@ -1,5 +1,6 @@
 """Parts of one's own by name: a backbone with LayerNorm and dropout, trained by its name."""
 
+import functools
 import json
 import sys
 
@@ -68,6 +69,22 @@ def test_a_strangers_config_imports_nothing(untrusted, monkeypatch):
     named_parts.trust("my_parts:nothing")
     with pytest.raises(InputError, match="my_parts has no function 'nothing'"):
         create_model("my_parts:nothing", rngs=nnx.Rngs(0))
+
+
+def test_a_part_that_takes_other_arguments_is_told_which_are_given(untrusted):
+    names = {"Backbone", "optimizer", "schedule", "loss"}
+    named_parts.trust(*(f"my_parts:{name}" for name in names))
+    with pytest.raises(InputError) as caught:
+        create_model("my_parts:loss", rngs=nnx.Rngs(0))
+    assert str(caught.value) == (
+        "model.name='my_parts:loss': missing a required argument: 'embeddings'; "
+        "it is called as loss(dtype=..., rngs=...)"
+    )
+    with pytest.raises(InputError, match=r"positional.*called as Backbone\(\.\.\., key=\.\.\.\)"):
+        named_parts.call("my_parts:Backbone", "model.name", 1, key=2)
+    make = functools.partial(named_parts.call, "my_parts:Backbone", "", dtype=jnp.float32)
+    built = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    assert isinstance(built, Backbone)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
