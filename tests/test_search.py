@@ -298,6 +298,30 @@ def test_bounds_are_below_every_distance(rng, metric, dtype):
         assert (exact - lowest < 4 * last_bit * (lengths[:, None] + lengths)).all()
 
 
+def test_another_number_of_queries_compiles_nothing_new(rng, caplog):
+    """Nor another number of those that a pass leaves unproven: half of the queries have ties."""
+    gallery = rng.normal(size=(1500, 24)).astype(np.float32)
+    queries = rng.normal(size=(40, 24)).astype(np.float32)
+    gallery[:800] = queries[::2].repeat(40, axis=0) + rng.normal(0, 1e-3, (800, 24))
+    gallery[:60] = gallery[0]
+    on_device = jnp.asarray(gallery)
+    expected = brute_force(queries, gallery, 3)
+
+    def compiled(q, block=None):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            found = search(queries[:q], on_device, 3, first_pass="bfloat16", query_block=block)
+        assert_same(found, [part[:q] for part in expected])
+        return [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
+
+    assert compiled(16)
+    assert not any(compiled(q) for q in (1, 2, 3, 5, 7, 15))
+    assert compiled(32)
+    assert not any(compiled(q) for q in (17, 31))
+    assert compiled(40, block=16)  # Two whole tiles, and 8 queries in a third.
+    assert not any(compiled(q, block=16) for q in (33, 39))
+
+
 def test_what_bfloat16_cannot_prove_is_searched_by_float32(rng, monkeypatch):
     """Near ties that bfloat16 cannot tell apart, around every second query."""
     done = []

@@ -1,10 +1,9 @@
 """The second step of a pass: the distances of those whose bounds are lowest."""
 
-import jax
 import numpy as np
 
 from cbam_jax.search.order import packed
-from cbam_jax.search.pairs import pair_distances
+from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import block_rows
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
@@ -27,7 +26,7 @@ def candidate_keys(
     First of those with the k lowest bounds, then a few at a time of the others that may be as near
     as the k-th so far: with a lower bound, or in a group whose second lowest bound is.
     """
-    x = jax.device_put(queries.rows, shard.device)
+    x = on_device(queries.rows, shard.device)
     distances = np.full(found.index.shape, np.inf, np.float32)
     there = found.bound < np.inf
     row = np.arange(len(distances), dtype=np.int32)

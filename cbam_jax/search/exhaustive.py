@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cbam_jax.search.order import packed, unpacked
-from cbam_jax.search.pairs import pair_distances
+from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import blocks_of
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
@@ -20,6 +20,7 @@ def exhaustive_search(
     nothing = np.full((len(x), k), np.inf, np.float32)
     keys = packed(nothing, np.full(nothing.shape, -1, np.int32))
     for shard in shards:
+        there = on_device(x, shard.device)
         for first, fresh, rows, _ in blocks_of(shard, _DOUBLE_BLOCK[1]):
             y = np.asarray(rows).astype(np.float32)
             labels = items.taken(slice(first, first + len(y))).row()
@@ -37,7 +38,7 @@ def exhaustive_search(
                 if not len(near):
                     continue
                 row, found = (near + i).astype(np.int32), (at + first).astype(np.int32)[:, None]
-                new = packed(pair_distances(x, shard, row, found, metric), found)[:, 0]
+                new = packed(pair_distances(there, shard, row, found, metric), found)[:, 0]
                 for row in np.unique(near):
                     merged = np.concatenate([keys[i + row], new[near == row]])
                     keys[i + row] = np.sort(merged)[:k]

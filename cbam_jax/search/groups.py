@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from cbam_jax.compiler_options import compiler_options
 from cbam_jax.search.bounds import Preparation, prepared, rounded_down
 from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
-from cbam_jax.search.shards import block_rows, blocks_of
+from cbam_jax.search.shards import blocks_of, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
 _KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
@@ -35,15 +35,14 @@ def lowest_bounds(
     And the queries' own share of them.
     """
     q = len(queries.rows)
-    tile = block_rows(q, blocks[0])  # Multiples of 16: rows of products begin cache lines.
-    starts = [min(i, q - tile) for i in range(0, q, tile)]
-    tiles, shares = _tiles([queries.taken(slice(t, t + tile)) for t in starts], preparation)
+    parts = query_tiles(q, blocks[0])
+    tiles, shares = _tiles([queries.taken(rows) for rows in parts], preparation)
     sides = [jax.device_put(tiles, s.device) for s in shards]
-    nothing = _nothing(tile, count)
-    best = [[jax.device_put(nothing, s.device) for _ in starts] for s in shards]
-    kept = [[[] for _ in starts] for _ in shards]
+    nothing = [_nothing(len(rows), count) for rows in parts]
+    best = [jax.device_put(nothing, s.device) for s in shards]
+    kept = [[[] for _ in parts] for _ in shards]
     minima = _minima_program(preparation.dtype)
-    most = max(1, min(_KEPT * size // (tile * blocks[1]), 64 // len(starts)))
+    most = max(1, min(_KEPT * size // (len(parts[0]) * blocks[1]), 64 // len(parts)))
     # Devices run at the same time: each is given its next block before any result is waited for.
     waiting = []
     for number, step in enumerate(zip_longest(*(blocks_of(s, blocks[1]) for s in shards)), 1):
@@ -58,12 +57,12 @@ def lowest_bounds(
                 kept[i][t].append((first, *minima(*side, *block, size=size)))
         if number % most == 0:
             best = _selected(best, kept, size)
-            kept = [[[] for _ in starts] for _ in shards]
+            kept = [[[] for _ in parts] for _ in shards]
     best = _selected(best, kept, size)
-    lowest = [Lowest(*(_untiled(part, starts, q) for part in zip(*s, strict=True))) for s in best]
+    lowest = [Lowest(*(_untiled(part, parts, q) for part in zip(*s, strict=True))) for s in best]
     if preparation.dtype == "float64":
-        shares = [np.zeros(tile) for _ in starts]  # They are in the bounds.
-    return lowest, _untiled(shares, starts, q)
+        shares = [np.zeros(len(rows)) for rows in parts]  # They are in the bounds.
+    return lowest, _untiled(shares, parts, q)
 
 
 def _tiles(parts: list[Queries], preparation: Preparation) -> tuple[list, list]:
@@ -89,12 +88,12 @@ def _nothing(q: int, count: int) -> Lowest:
     return Lowest(none, np.full((q, count), -1, np.int32), none.copy())
 
 
-def _untiled(parts: Sequence[ArrayLike], starts: list[int], q: int) -> np.ndarray:
+def _untiled(parts: Sequence[ArrayLike], rows: list[np.ndarray], q: int) -> np.ndarray:
     """What all tiles have, as one array of all queries; the last overlaps the one before."""
     parts = [np.asarray(part) for part in parts]
     whole = np.empty((q, *parts[0].shape[1:]), parts[0].dtype)
-    for start, part in zip(starts, parts, strict=True):
-        whole[start : start + len(part)] = part
+    for of_tile, part in zip(rows, parts, strict=True):
+        whole[of_tile] = part
     return whole
 
 

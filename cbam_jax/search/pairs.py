@@ -1,35 +1,41 @@
 """Distances of chosen pairs, computed in float64 from x - y and rounded to float32."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbam_jax.search.shards import gathered_rows
+from cbam_jax.search.shards import gathered_rows, padded_size
 from cbam_jax.search.sums import halved, lane_sum
 from cbam_jax.search.types import Shard
 
 _CHUNK, _STEPS = 2**20, 16  # Numbers in a step of the second pass, 4 MiB; steps in a call.
 
 
+def on_device(rows: np.ndarray, device: Any) -> jax.Array:
+    """Queries on a device, as `pair_distances` takes them; padded, so as not to compile anew."""
+    padding = padded_size(len(rows)) - len(rows)
+    return jax.device_put(np.pad(rows, ((0, padding), (0, 0))) if padding else rows, device)
+
+
 def pair_distances(
-    queries: np.ndarray | jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+    x: jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
 ) -> np.ndarray:
-    """Distances of queries[rows[i]] and the gallery items found[i, :], [r, c] float32."""
+    """Distances of x[rows[i]] and the gallery items found[i, :], [r, c] float32."""
     if not found.size:
         return np.zeros(found.shape, np.float32)
-    wide = max(1, _CHUNK // queries.shape[1])
+    wide = max(1, _CHUNK // x.shape[1])
     if found.shape[1] > wide:
         halves = np.array_split(found, 2, axis=1)
-        parts = [pair_distances(queries, shard, rows, half, metric) for half in halves]
+        parts = [pair_distances(x, shard, rows, half, metric) for half in halves]
         return np.concatenate(parts, axis=1)
     # Always in calls of one shape, [calls, steps, rows, c]: the last one is padded.
     shape = (-1, _STEPS, min(max(16, 1024 // found.shape[1]), wide // found.shape[1]))
     padding = -len(rows) % (shape[1] * shape[2])
     items = np.pad(np.maximum(found - shard.first, 0), ((0, padding), (0, 0)))
     items = items.reshape(*shape, found.shape[1])
-    x = jax.device_put(queries, shard.device)
     results = []
     with jax.enable_x64(True):
         for i, j in zip(np.pad(rows, (0, padding)).reshape(shape), items, strict=True):

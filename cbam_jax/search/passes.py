@@ -15,7 +15,7 @@ from cbam_jax.search.candidates import candidate_keys
 from cbam_jax.search.exhaustive import exhaustive_search
 from cbam_jax.search.groups import lowest_bounds
 from cbam_jax.search.order import INFINITE, unpacked
-from cbam_jax.search.shards import GROUP, split_gallery, squared_norms
+from cbam_jax.search.shards import GROUP, padded_size, split_gallery, squared_norms
 from cbam_jax.search.spread import first_useful
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard
 
@@ -47,6 +47,8 @@ def search(
     fit the device, or the memory, is given as a NumPy array or ``np.memmap``: arrays of at most
     1 GiB are copied to the device, others read block by block, twice, the first time to check them.
     A ``jax.Array`` is searched where it is, on all devices that hold a part of it.
+    Programs are compiled for each size of gallery, and for few numbers of queries, to which others
+    are padded: 16, 32, 64, then four up to each next power of two.
 
     Args:
       queries: ``[q, d]``, any float dtype; rounded to float32 first.
@@ -189,7 +191,7 @@ def _block_sizes(
     products, most_queries, most_items = _ON_ACCELERATOR
     if device.platform == "cpu":
         products, most_queries, most_items = 2**22, 512 if shape[1] < 1024 else 1024, 2**15
-    query_block = query_block or min(most_queries, shape[0])
+    query_block = query_block or min(most_queries, padded_size(shape[0]))
     return query_block, gallery_block or min(products // query_block, most_items)
 
 

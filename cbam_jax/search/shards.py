@@ -74,6 +74,33 @@ def block_rows(n: int, size: int) -> int:
     return rows if rows == n else min(n, -(-rows // GROUP) * GROUP)
 
 
+def padded_size(q: int) -> int:
+    """The number of rows that ``q`` queries are padded to, so that few programs are compiled.
+
+    A power of two from 16 to 64; then 4 sizes up to each next one, at most a quarter more.
+
+    >>> [padded_size(q) for q in (1, 17, 64, 65, 100, 257)]
+    [16, 32, 64, 80, 112, 320]
+    """
+    power = max(16, 1 << (q - 1).bit_length())
+    step = power if power <= 64 else power // 8
+    return -(-q // step) * step
+
+
+def query_tiles(q: int, size: int) -> list[np.ndarray]:
+    """Rows of queries to be searched at a time: ``size``, the last of a padded size.
+
+    A last tile begins before its first new row where there are rows enough, else it repeats one.
+    """
+    tiles = [np.arange(i, i + size) for i in range(0, q - size + 1, size)]
+    rest = q % size
+    if rest:
+        last = min(size, padded_size(rest))
+        start = max(0, q - last)
+        tiles.append(np.minimum(np.arange(start, start + last), q - 1))
+    return tiles
+
+
 def gathered_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """x[rows] as float32; of a file a few at a time, since each brings its neighbours along."""
     result = np.empty((len(rows), x.shape[1]), np.float32)
