@@ -245,7 +245,7 @@ def center_crop(image: np.ndarray, *, image_size: int, crop_fraction: float) -> 
     return _squared(resize(image, *_fit(preprocessing, *image.shape[:2])), preprocessing)
 
 
-def _fit(preprocessing: Preprocessing, height: int, width: int) -> tuple[int, ...]:
+def _fit(preprocessing: Preprocessing, height: int, width: int) -> tuple[int, int]:
     """Height and width to which an image is resized before it is made a square."""
     size = preprocessing.image_size
     if preprocessing.resize == "squash":
@@ -253,7 +253,7 @@ def _fit(preprocessing: Preprocessing, height: int, width: int) -> tuple[int, ..
     short, long = sorted((height, width))
     if preprocessing.floors:
         # As integers: no float may end just below a whole pixel.
-        return tuple(preprocessing.short_side * side // short for side in (height, width))
+        return preprocessing.short_side * height // short, preprocessing.short_side * width // short
     letterbox = preprocessing.resize == "letterbox"
     scale = size / long if letterbox else preprocessing.short_side / short
     return max(1, round(height * scale)), max(1, round(width * scale))
