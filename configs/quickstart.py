@@ -2,7 +2,7 @@
 
 python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes minutes on two CPU cores, installation apart; validation map@5 went from 0.212 to 0.561.
+Takes minutes on two CPU cores, installation apart; validation map@5 went from 0.212 to 0.574.
 """
 
 import ml_collections
