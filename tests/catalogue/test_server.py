@@ -19,7 +19,7 @@ pytest.importorskip("httpx2", reason="HTTPX is not installed: pip install 'cbam_
 from starlette.testclient import TestClient
 
 from cbam_jax.catalogue import server
-from cbam_jax.catalogue.server import explaining, finding, uploads
+from cbam_jax.catalogue.server import asking, explaining, finding, uploads
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_when_too_many_wait_they_are_told(folder, photos, monkeypatch):
     first = finder.find(search)
     begun.wait(30)
     second = finder.find(search)
-    with pytest.raises(finding.Busy):
+    with pytest.raises(asking.Busy):
         finder.find(search)
     go.set()
     assert first.result(30)[0].id == second.result(30)[0].id == 1
@@ -331,7 +331,7 @@ def test_when_too_many_ask_why_they_are_told(folder, monkeypatch):
     first = explainer.explain(explaining.Pair(1, None, 2))
     begun.wait(30)
     second = explainer.explain(explaining.Pair(1, None, 99))
-    with pytest.raises(finding.Busy):
+    with pytest.raises(asking.Busy):
         explainer.explain(explaining.Pair(1, None, 3))
     go.set()
     assert first.result(30)["empty"]

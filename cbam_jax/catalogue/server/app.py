@@ -15,8 +15,9 @@ from cbam_jax import InputError, __version__
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.items import Item, Neighbour
 from cbam_jax.catalogue.reading import LARGEST
+from cbam_jax.catalogue.server.asking import Busy
 from cbam_jax.catalogue.server.explaining import Explainer, Pair
-from cbam_jax.catalogue.server.finding import Busy, Finder, Search
+from cbam_jax.catalogue.server.finding import Finder, Search
 from cbam_jax.catalogue.server.uploads import Guard, check_photo
 from cbam_jax.catalogue.sources import parse_box
 from cbam_jax.datasets.looks import shrunk, small_image

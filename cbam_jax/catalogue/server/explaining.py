@@ -6,14 +6,13 @@ It computes gradients, and compiles them when it is first asked: searches do not
 import base64
 import os
 import queue
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cbam_jax.catalogue.alike import Alike, overlaid
 from cbam_jax.catalogue.catalogue import Catalogue
-from cbam_jax.catalogue.server.finding import Busy, answer
+from cbam_jax.catalogue.server.asking import Answerer, answer
 from cbam_jax.pages import encode_jpeg
 
 if TYPE_CHECKING:
@@ -40,26 +39,18 @@ class Explainer:
 
     def __init__(self, path: str | os.PathLike, embedder: "Embedder"):
         self._path, self._embedder = path, embedder
-        self._waiting: queue.Queue[tuple[Pair, Future] | None] = queue.Queue(_WAITING)
-        self._thread = threading.Thread(target=self._run, name="explainer", daemon=True)
-        self._thread.start()
+        self._answerer = Answerer(self._run, "explainer", _WAITING)
 
     def explain(self, pair: Pair) -> "Future[dict[str, Any]]":
         """Ask; the answer comes later. Raises `Busy` where too many wait."""
-        future: Future[dict[str, Any]] = Future()
-        try:
-            self._waiting.put_nowait((pair, future))
-        except queue.Full:
-            raise Busy from None
-        return future
+        return self._answerer.ask(pair)
 
     def close(self) -> None:
         """End the thread."""
-        self._waiting.put(None)
-        self._thread.join()
+        self._answerer.close()
 
-    def _run(self) -> None:
-        while (asked := self._waiting.get()) is not None:
+    def _run(self, waiting: queue.Queue) -> None:
+        while (asked := waiting.get()) is not None:
             pair, future = asked
             answer(future, lambda p=pair: told(self._why(p)))
 

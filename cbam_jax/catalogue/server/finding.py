@@ -7,9 +7,8 @@ open, and sees what another process has added since the last search.
 import hashlib
 import os
 import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,7 @@ from cbam_jax import InputError
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.items import Neighbour
 from cbam_jax.catalogue.queries import Ready, embed_photos
+from cbam_jax.catalogue.server.asking import Answerer, answer
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 TOGETHER = 8  # Photos embedded together, at most: the batch size of the model.
 _PATIENCE = 0.003  # Seconds that the first of them waits for others.
 _WAITING = 256  # Searches that may wait.
-
-
-class Busy(Exception):
-    """More searches wait than are taken."""
 
 
 class Search(NamedTuple):
@@ -51,46 +47,25 @@ class Finder:
 
     def __init__(self, path: str | os.PathLike, embedder: "Embedder"):
         self._path, self._embedder = path, embedder
-        self._waiting: queue.Queue[tuple[Search, Future] | None] = queue.Queue(_WAITING)
-        self._thread = threading.Thread(target=self._run, name="finder", daemon=True)
-        self._thread.start()
+        self._answerer = Answerer(self._run, "finder", _WAITING)
 
     def find(self, search: Search) -> "Future[list[Neighbour]]":
         """Ask; the answer comes later. Raises `Busy` where too many wait."""
-        future: Future[list[Neighbour]] = Future()
-        try:
-            self._waiting.put_nowait((search, future))
-        except queue.Full:
-            raise Busy from None
-        return future
+        return self._answerer.ask(search)
 
     def close(self) -> None:
         """End the thread."""
-        self._waiting.put(None)
-        self._thread.join()
+        self._answerer.close()
 
-    def _run(self) -> None:
+    def _run(self, waiting: queue.Queue) -> None:
         with Catalogue.open(self._path, self._embedder, create=False) as catalogue:
-            while (first := self._waiting.get()) is not None:
-                batch, end = self._batch(first)
+            while (first := waiting.get()) is not None:
+                batch, end = _batch(waiting, first)
                 embeddings = self._embedded(batch)
                 for (search, future), embedding in zip(batch, embeddings, strict=True):
                     answer(future, lambda s=search, e=embedding: _found(catalogue, s, e))
                 if end:
                     return
-
-    def _batch(self, first: tuple[Search, Future]) -> tuple[list[tuple[Search, Future]], bool]:
-        """What came within a few milliseconds, and whether the end did."""
-        batch, until = [first], time.monotonic() + _PATIENCE
-        while len(batch) < TOGETHER:
-            try:
-                following = self._waiting.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if following is None:
-                return batch, True
-            batch.append(following)
-        return batch, False
 
     def _embedded(self, batch: Sequence[tuple[Search, Future]]) -> list:
         """Of each search its embedding, what is wrong with its photo, or None where it has none."""
@@ -107,6 +82,22 @@ class Finder:
         return found
 
 
+def _batch(
+    waiting: queue.Queue, first: tuple[Search, Future]
+) -> tuple[list[tuple[Search, Future]], bool]:
+    """What came within a few milliseconds, and whether the end did."""
+    batch, until = [first], time.monotonic() + _PATIENCE
+    while len(batch) < TOGETHER:
+        try:
+            following = waiting.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            break
+        if following is None:
+            return batch, True
+        batch.append(following)
+    return batch, False
+
+
 def _found(catalogue: Catalogue, search: Search, embedding) -> list[Neighbour]:
     if isinstance(embedding, Exception):
         raise embedding
@@ -118,12 +109,3 @@ def _found(catalogue: Catalogue, search: Search, embedding) -> list[Neighbour]:
 
 def _hash(photo: bytes | None) -> bytes:
     return hashlib.sha256(photo or b"").digest()
-
-
-def answer(future: Future, function: Callable[[], Any]) -> None:
-    """Do what a future is of, unless nobody waits for it any more."""
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
