@@ -1,6 +1,6 @@
 """Optimizers and their learning rates: optax's, by name, as torch defines them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,16 @@ import optax
 OPTIMIZERS = ("sgd", "adamw", "lion")
 SCHEDULES = ("cosine", "linear", "constant", "step")
 # Parameters under these names are never in a pretrained backbone.
-NEW_LAYERS = ("attention", "projection", "pool", "class_head", "aux1", "aux2")
+NEW_LAYERS = (
+    "attention",
+    "stem_attention",
+    "last_attention",
+    "projection",
+    "pool",
+    "class_head",
+    "aux1",
+    "aux2",
+)
 
 # What stands after the blocks of a transformer, or of an EfficientNet.
 _AFTER_BLOCKS = ("norm", "map_head", "proj", "conv_head", "bn1", "last_attention")
@@ -59,6 +68,7 @@ def create_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     new_layer_multiple: float = 1.0,
+    is_new: Collection[str] | Callable[[tuple[str, ...]], bool] = NEW_LAYERS,
     clip_norm: float | None = None,
     accumulate_steps: int = 1,
     layer_decay: float = 1.0,
@@ -80,6 +90,9 @@ def create_optimizer(
         new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
             pooling, classes) is multiplied by, since they start from nothing beside a pretrained
             backbone.
+        is_new: which layers those are: names, of which one is a whole part of a parameter's path
+            (``("backbone", "cbam", "kernel")`` is under ``"cbam"``, not under ``"bam"``), or a
+            function of that path.
         clip_norm: largest global norm of the gradient; None: unlimited.
         accumulate_steps: batches whose mean gradient makes one update.
         layer_decay: of a backbone with ``blocks``, what the learning rate is multiplied by once
@@ -105,7 +118,7 @@ def create_optimizer(
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     # Both updates are proportional to the learning rate, so scaling them is scaling the rate.
-    multiple = optax.masked(optax.scale(new_layer_multiple), _is_new)
+    multiple = optax.masked(optax.scale(new_layer_multiple), partial(_new_layers, is_new))
     chain = optax.chain(clip, update, multiple)
     if layer_decay != 1.0 or frozen_blocks:
         # Also of the decay of weights, which is part of the update.
@@ -137,18 +150,15 @@ def block_rates(params: Any, *, layer_decay: float, frozen_blocks: int) -> Any:
     {'backbone': {'blocks': {0: 0.0, 1: 1.0}, 'norm': 1.0, 'pos': 0.0}}
     """
 
-    def names(path: Any) -> list[str]:
-        return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-
-    leaves = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    depth = len({name[2] for name in leaves if name[:2] == ["backbone", "blocks"]})
+    leaves = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    depth = len({name[2] for name in leaves if name[:2] == ("backbone", "blocks")})
     if not depth or not 0 <= frozen_blocks <= depth:
         raise ValueError(
             f"frozen_blocks={frozen_blocks}, layer_decay={layer_decay}: {depth} blocks"
         )
 
     def rate(path: Any, _: Any) -> float:
-        name = names(path)
+        name = _names(path)
         if name[0] != "backbone" or name[1] in _AFTER_BLOCKS:
             return 1.0
         block = int(name[2]) if name[1] == "blocks" else -1
@@ -167,8 +177,13 @@ def _is_matrix(params: Any) -> Any:
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
-def _is_new(params: Any) -> Any:
+def _new_layers(is_new: Collection[str] | Callable, params: Any) -> Any:
     def new(path: Any, _: Any) -> bool:
-        return any(name in jax.tree_util.keystr(path) for name in NEW_LAYERS)
+        names = _names(path)
+        return bool(is_new(names)) if callable(is_new) else not set(names).isdisjoint(is_new)
 
     return jax.tree_util.tree_map_with_path(new, params)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -96,7 +96,7 @@ def test_one_device_and_eight_give_the_same(rng):
 
 # --- optimizers against torch's definitions, in float64 ---
 
-SHAPES = {"backbone.kernel": (3, 4), "backbone.bias": (4,), "projection.kernel": (4, 2)}
+SHAPES = {"kernel": (3, 4), "bias": (4,), "projection": (4, 2)}
 
 
 def schedule_by_hand(peak, warmup, total, step):
@@ -160,6 +160,23 @@ def test_optimizer_is_torchs(rng, name, update, clip_norm):
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="unknown optimizer 'lamb': choose one of sgd, adamw"):
         steps.create_optimizer("lamb", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"pool"}),
+        ({"is_new": ("head", "cbam")}, {"head", "cbam"}),
+        ({"is_new": lambda path: path[-1] == "scale"}, {"cbam"}),
+    ],
+)
+def test_new_layers_are_those_of_whole_names_or_of_a_function(options, expected):
+    kernels = ("pool", "spooler", "self_attention_backbone", "head")
+    params = {name: {"kernel": jnp.ones(2)} for name in kernels} | {"cbam": {"scale": jnp.ones(2)}}
+    optimizer = steps.create_optimizer("sgd", 1.0, momentum=0.0, new_layer_multiple=3.0, **options)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    found = {name for name, part in updates.items() if jax.tree.leaves(part)[0][0] == -3.0}
+    assert found == expected
 
 
 @pytest.mark.slow
