@@ -16,7 +16,7 @@ from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, shar
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.gallery import open_gallery
 from cbam_jax.catalogue.indexing import KINDS, Added
-from cbam_jax.catalogue.milvus import FORMS, INDEXES, is_address
+from cbam_jax.catalogue.milvus import FORMS, INDEXES, did_you_mean, is_address
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
 from cbam_jax.datasets.image_files import SUFFIXES
@@ -44,12 +44,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_copy(options: argparse.Namespace) -> None:
-    """Refuse to change or check a copy in Milvus."""
-    if is_address(options.catalogue) and options.run not in (find, list_, serve):
-        address = options.catalogue
+    """Refuse to change or check a copy in Milvus, and to ask it what it does not hold."""
+    address = options.catalogue
+    if is_address(address) and options.run not in (find, list_, serve):
         raise InputError(
             f"{shown(address)} is a copy, for find, list and serve alone: give the catalogue's "
             f"file, then `cbam-jax catalogue sync CATALOGUE {shlex.quote(address)}`"
+        )
+    if options.run is list_ and (options.problems or options.duplicates):
+        flag = "--problems" if options.problems else f"--duplicates={options.duplicates}"
+        raise InputError(
+            f"{shown(address)} is a copy, which holds the photos that can be found, and neither "
+            "the others nor how photos look: ask the catalogue's file, by `cbam-jax catalogue "
+            f"list CATALOGUE {flag}`"
         )
 
 
@@ -207,6 +214,8 @@ def sync(options: argparse.Namespace) -> int:
     """Bring a copy in Milvus up to a catalogue, or a catalogue up to the shards of a folder."""
     other = options.other
     if isinstance(other, Path):
+        if not other.is_dir():
+            raise InputError(f"{other} is no folder of shards{did_you_mean(other)}")
         if options.index:
             raise InputError(f"--index={options.index} is of a copy in Milvus, {other} is a folder")
         options.from_, options.photos, options.set = other, [], []

@@ -162,6 +162,28 @@ def test_a_copy_is_not_changed_but_by_sync():
         )
 
 
+@pytest.mark.parametrize("flag", ["--problems", "--duplicates=near", "--duplicates=exact"])
+def test_what_a_copy_does_not_hold_is_asked_of_the_file(flag):
+    said = refused(
+        "holds the photos that can be found", commands.main, ["list", "milvus:a.db", flag]
+    )
+    assert f"`cbam-jax catalogue list CATALOGUE {flag}`" in said
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("other.db", "other.db is no folder of shards; did you mean milvus:other.db?"),
+        ("10.0.0.1:19530/shop", "; did you mean milvus://10.0.0.1:19530/shop?"),
+        ("parts/7", "parts/7 is no folder of shards: name one, or a copy, milvus://HOST"),
+    ],
+)
+@pytest.mark.parametrize("index", [[], ["--index=hnsw"]])
+def test_a_copy_without_its_scheme_is_asked_for(tmp_path, monkeypatch, other, told, index):
+    monkeypatch.chdir(tmp_path)
+    refused(re.escape(told), commands.main, ["sync", "shop.db", other, *index])
+
+
 @pytest.mark.parametrize("command", [["find", "3"], ["list"]])
 def test_a_copy_that_is_not_there_is_not_made(tmp_path, command):
     name, *rest = command

@@ -12,7 +12,7 @@ the same photos at the same distances. Read
 All needs ``pymilvus``: ``pip install 'cbam_jax[milvus]'``.
 """
 
-from cbam_jax.catalogue.milvus.addresses import FORMS, address, is_address
+from cbam_jax.catalogue.milvus.addresses import FORMS, address, did_you_mean, is_address
 from cbam_jax.catalogue.milvus.collection import INDEXES
 
-__all__ = ["FORMS", "INDEXES", "address", "is_address"]
+__all__ = ["FORMS", "INDEXES", "address", "did_you_mean", "is_address"]

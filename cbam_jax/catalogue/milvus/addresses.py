@@ -62,3 +62,17 @@ def address(text: str) -> Address:
             path = Path(text.removeprefix("milvus:")).expanduser()
             return Address(text, str(path), _FILE, path)
     raise InputError(f"{shown(text)} names no collection: give {FORMS}")
+
+
+def did_you_mean(path: str | os.PathLike) -> str:
+    """What is proposed where a copy was to be named and what was typed is a path.
+
+    >>> did_you_mean("copy.db"), did_you_mean("10.0.0.1:19530/shop")
+    ('; did you mean milvus:copy.db?', '; did you mean milvus://10.0.0.1:19530/shop?')
+    """
+    text = os.fspath(path)
+    meant = f"milvus://{text}"
+    found = _SERVER.fullmatch(meant)
+    if not (found and found[3]):  # Without a port it is rather a folder's path.
+        meant = f"milvus:{text}" if text.endswith(".db") else ""
+    return f"; did you mean {meant}?" if meant else f": name one, or a copy, {FORMS}"

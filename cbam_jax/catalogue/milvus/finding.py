@@ -210,9 +210,8 @@ class _Copy(Store):
 
     def _refused(self, *_, **__) -> NoReturn:
         raise InputError(
-            f"{self.path} is a copy that is found in and listed: change and check the catalogue's "
-            "file, then `cbam-jax catalogue sync CATALOGUE "
-            f"{self.path}`"
+            f"{self.path} is a copy that is found in and listed: for all else take the "
+            f"catalogue's file, then `cbam-jax catalogue sync CATALOGUE {self.path}`"
         )
 
     rows = stream = run = tell = transaction = snapshot = check_pages = _refused
