@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,8 @@ from cbam_jax import InputError, hub, named_parts, optimizers, runs, training
 from cbam_jax.losses import triplet_loss
 from cbam_jax.models import create_model
 from cbam_jax.search import search
+
+TESTS = Path(__file__).parent
 
 
 class Backbone(nnx.Module):
@@ -51,9 +57,8 @@ def schedule(learning_rate, *, warmup_steps, total_steps):
 
 @pytest.fixture
 def untrusted(monkeypatch):
-    """A process that has trusted nothing yet; this file is a module that can be imported."""
+    """A process that has trusted nothing yet."""
     monkeypatch.setattr(named_parts, "_trusted", set())
-    monkeypatch.setitem(sys.modules, "my_parts", sys.modules[__name__])
 
 
 def test_a_strangers_config_imports_nothing(untrusted, monkeypatch):
@@ -66,23 +71,23 @@ def test_a_strangers_config_imports_nothing(untrusted, monkeypatch):
         InputError, match="put PYTHONPATH=FOLDER, where it lies, before the command"
     ):
         create_model("no_such_module:fly", rngs=nnx.Rngs(0))
-    named_parts.trust("my_parts:nothing")
-    with pytest.raises(InputError, match="my_parts has no function 'nothing'"):
-        create_model("my_parts:nothing", rngs=nnx.Rngs(0))
+    named_parts.trust("test_named_parts:nothing")
+    with pytest.raises(InputError, match="test_named_parts has no function 'nothing'"):
+        create_model("test_named_parts:nothing", rngs=nnx.Rngs(0))
 
 
 def test_a_part_that_takes_other_arguments_is_told_which_are_given(untrusted):
     names = {"Backbone", "optimizer", "schedule", "loss"}
-    named_parts.trust(*(f"my_parts:{name}" for name in names))
+    named_parts.trust(*(f"test_named_parts:{name}" for name in names))
     with pytest.raises(InputError) as caught:
-        create_model("my_parts:loss", rngs=nnx.Rngs(0))
+        create_model("test_named_parts:loss", rngs=nnx.Rngs(0))
     assert str(caught.value) == (
-        "model.name='my_parts:loss': missing a required argument: 'embeddings'; "
+        "model.name='test_named_parts:loss': missing a required argument: 'embeddings'; "
         "it is called as loss(dtype=..., rngs=...)"
     )
     with pytest.raises(InputError, match=r"positional.*called as Backbone\(\.\.\., key=\.\.\.\)"):
-        named_parts.call("my_parts:Backbone", "model.name", 1, key=2)
-    make = functools.partial(named_parts.call, "my_parts:Backbone", "", dtype=jnp.float32)
+        named_parts.call("test_named_parts:Backbone", "model.name", 1, key=2)
+    make = functools.partial(named_parts.call, "test_named_parts:Backbone", "", dtype=jnp.float32)
     built = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     assert isinstance(built, Backbone)
 
@@ -98,54 +103,58 @@ def test_schedules(kind, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def small(folder, steps):
+def small_fields(folder):
     photos = write_photos(folder, splits=("train", "validation", "test"), count=6)
-    return make_config(
-        photos,
-        **{
-            "model.name": "my_parts:Backbone",
-            "model.embedding_dim": 8,
-            "loss.name": "my_parts:loss",
-            "optimizer.name": "my_parts:optimizer",
-            "optimizer.schedule": "my_parts:schedule",
-            "optimizer.warmup_steps": 0,
-            "data.classes_per_batch": 2,
-            "data.images_per_class": 4,
-            "data.workers": 0,
-            "train.steps": steps,
-            "train.log_every": 1,
-            "train.eval_every": 4,
-            "train.checkpoint_every": 1,
-            "eval.ks": (2,),
-        },
-    )
+    return {
+        "data.name": str(photos),
+        "data.image_size": 16,
+        "model.name": "test_named_parts:Backbone",
+        "model.embedding_dim": 8,
+        "loss.name": "test_named_parts:loss",
+        "optimizer.name": "test_named_parts:optimizer",
+        "optimizer.schedule": "test_named_parts:schedule",
+        "optimizer.warmup_steps": 0,
+        "data.classes_per_batch": 2,
+        "data.images_per_class": 4,
+        "data.workers": 0,
+        "train.steps": 4,
+        "train.log_every": 1,
+        "train.eval_every": 4,
+        "train.checkpoint_every": 1,
+        "eval.ks": (2,),
+        "eval.batch_size": 8,
+    }
+
+
+def run_script(script, *arguments):
+    """Run a script in a process of its own, to which this file is a module on its path."""
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 def test_a_backbone_of_ones_own_trains_resumes_is_exported_and_searched(
     untrusted, monkeypatch, tmp_path
 ):
-    config = small(tmp_path, 4)
-    whole = training.train_and_evaluate(config, tmp_path / "whole")
+    fields = small_fields(tmp_path)
+    whole = training.train_and_evaluate(
+        make_config(fields["data.name"], **fields), tmp_path / "whole"
+    )
     assert whole["finished"]
 
-    # Killed in the second step, once the first is saved.
-    step_done = training.StepMonitor.step_done
-
-    def dies(monitor, step, *rest):
-        step_done(monitor, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.StepMonitor, "step_done", dies)
-        with pytest.raises(KeyboardInterrupt):
-            training.train_and_evaluate(config, tmp_path / "killed")
-    training.train_and_evaluate(config, tmp_path / "killed")
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = ["--config=default", *flags, f"--workdir={tmp_path / 'killed'}"]
+    done = run_script(TESTS / "train_driver.py", json.dumps({"kill": 2}), *command)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = run_script(TESTS.parent / "train.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "steps 1 to 4" in done.stdout  # Not from the start.
     states = []
     for name in ("whole", "killed"):
         saved = runs.read_config(tmp_path / name)
-        assert saved.model.name == "my_parts:Backbone"
+        assert saved.model.name == "test_named_parts:Backbone"
         with runs.open_checkpoints(saved, tmp_path / name, read_only=True) as checkpoints:
             read = checkpoints.restore("last")
         assert any("rngs" in array for array in read.optimizer)
@@ -156,14 +165,14 @@ def test_a_backbone_of_ones_own_trains_resumes_is_exported_and_searched(
 
     # In a process of its own nothing is trusted; then it is, once.
     monkeypatch.setattr(named_parts, "_trusted", set())
-    with pytest.raises(InputError, match="CBAM_JAX_TRUST=my_parts:Backbone"):
+    with pytest.raises(InputError, match="CBAM_JAX_TRUST=test_named_parts:Backbone"):
         cbam_jax.load(tmp_path / "killed")
-    monkeypatch.setenv("CBAM_JAX_TRUST", "my_parts:Backbone")
+    monkeypatch.setenv("CBAM_JAX_TRUST", "test_named_parts:Backbone")
     report = runs.evaluate(tmp_path / "killed", split="test", figures=False, html=False)
     assert 0 <= report["metrics"]["map@2"] <= 1
     hub.export(tmp_path / "killed", tmp_path / "exported")
     document = json.loads((tmp_path / "exported" / "config.json").read_text())
-    assert document["model"]["name"] == "my_parts:Backbone"
+    assert document["model"]["name"] == "test_named_parts:Backbone"
     embedder = cbam_jax.load(tmp_path / "exported")
     files = sorted(tmp_path.glob("test_*"))
     embeddings = embedder.embed_files(files, progress=False).embeddings
