@@ -15,7 +15,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.catalogue import checks, embedders, indexing, queries, shards, sources
 from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
-from cbam_jax.catalogue.filters import Where, categories, check, selected
+from cbam_jax.catalogue.filters import Where, categories, check, photos_of, selected
 from cbam_jax.catalogue.folding import Content, Known, Own, Row, folded
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
@@ -353,7 +353,7 @@ class Catalogue:
     def items(self, where: Where = None) -> Iterator[Item]:
         """The photos, by id, also those that could not be read."""
         condition, values = selected(where)
-        check(self.store, where)
+        check(photos_of(self.store), where)
         sql = f"SELECT id, path, payload, problem FROM item WHERE {condition} ORDER BY id"
         for number, path, payload, problem in self.store.stream(sql, values):
             yield Item(number, path, self._payload(number, payload), problem)
@@ -423,7 +423,7 @@ class Catalogue:
         if where is None:
             return None
         condition, values = selected(where)
-        check(self.store, where)
+        check(photos_of(self.store), where)
         sql = f"SELECT id FROM item WHERE embedding IS NOT NULL AND {condition}"
         return gallery.rows([number for (number,) in self.store.rows(sql, values)])
 

@@ -3,8 +3,8 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from cbam_jax import InputError
 from cbam_jax.catalogue.store import Store
@@ -12,48 +12,80 @@ from cbam_jax.foreign_files import shown, shown_names
 
 _CONDITION = re.compile(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _MOST_VALUES = 10_000  # That are compared with one that is not there.
+_EQUAL = ("=", "!=")
+_KNOWN = "FROM item, json_each(payload)"
 Where = str | Mapping[str, Any] | Iterable[str] | None
 
 
-def check(store: Store, where: Where) -> None:
+class Photos(NamedTuple):
+    """What `check` asks of a catalogue's photos, whoever keeps them.
+
+    Attributes:
+        some: whether any photo passes.
+        named: whether any has a value of this name.
+        names: all names, or many.
+        values: of a name, as texts, or many.
+    """
+
+    some: Callable[[Where], bool]
+    named: Callable[[str], bool]
+    names: Callable[[], Iterable[str]]
+    values: Callable[[str], Iterable[str]]
+
+
+def check(photos: Photos, where: Where) -> None:
     """Raise an InputError for a name or a value that no photo has: a typing error finds nothing.
 
-    A value is looked for where nothing passes, and wherever ``!=`` would pass all.
+    A value is looked for where nothing passes, and wherever ``!=`` would pass all. Of what passes,
+    that is asked and nothing else: a server's answer takes its time.
     """
-    some = conditions(where)
-    for name, _, _ in some:
-        named = "SELECT 1 FROM item, json_each(payload) WHERE key = ? LIMIT 1"
-        if not store.rows(named, [name]):
-            names = store.rows("SELECT DISTINCT key FROM item, json_each(payload) ORDER BY key")
-            raise InputError(f"--where: no photo has {shown(name)!r}; {_instead(name, names)}")
-    passing = bool(some) and _any(store, where)
-    for name, sign, value in some:
-        if sign == "!=" or (sign == "=" and not passing):
-            _check_value(store, name, sign, value)
+    asked = conditions(where)
+    passing = bool(asked) and photos.some(where)
+    doubtful = [
+        (name, sign, value)
+        for name, sign, value in asked
+        if (sign == "!=" or not passing) and not (sign in _EQUAL and photos.some({name: value}))
+    ]
+    for name, _, _ in doubtful:
+        if not photos.named(name):
+            told = _instead(name, photos.names())
+            raise InputError(f"--where: no photo has {shown(name)!r}; {told}")
+    for name, sign, value in doubtful:
+        if sign in _EQUAL:
+            text = text_of(value)
+            told = _instead(text, photos.values(name))
+            raise InputError(f"--where={shown(name)}{sign}{shown(text)}: no photo has that; {told}")
 
 
-def _check_value(store: Store, name: str, sign: str, value: Any) -> None:
-    if _any(store, {name: value}):
-        return
-    values = store.rows(
-        "SELECT DISTINCT CAST(value AS TEXT) FROM item, json_each(payload) WHERE key = ? "
-        f"ORDER BY 1 LIMIT {_MOST_VALUES}",
-        [name],
-    )
-    raise InputError(
-        f"--where={shown(name)}{sign}{shown(text_of(value))}: no photo has that; "
-        f"{_instead(text_of(value), values)}"
-    )
+def photos_of(store: Store) -> Photos:
+    """The photos of a catalogue's file."""
+
+    def some(where: Where) -> bool:
+        condition, values = selected(where)
+        return bool(store.rows(f"SELECT 1 FROM item WHERE {condition} LIMIT 1", values))
+
+    def named(name: str) -> bool:
+        return bool(store.rows(f"SELECT 1 {_KNOWN} WHERE key = ? LIMIT 1", [name]))
+
+    def names() -> list[str]:
+        return [name for (name,) in store.rows(f"SELECT DISTINCT key {_KNOWN} ORDER BY key")]
+
+    def values(name: str) -> list[str]:
+        sql = f"SELECT DISTINCT value, type {_KNOWN} WHERE key = ? ORDER BY 1 LIMIT {_MOST_VALUES}"
+        return [_text(*row) for row in store.rows(sql, [name]) if row[0] is not None]
+
+    return Photos(some, named, names, values)
 
 
-def _any(store: Store, where: Where) -> bool:
-    condition, values = selected(where)
-    return bool(store.rows(f"SELECT 1 FROM item WHERE {condition} LIMIT 1", values))
+def _text(value: Any, type_: str) -> str:
+    """A value as it is compared, of how SQLite tells it: lists as text, true as 1."""
+    told = {"true": True, "false": False}.get(type_, value)
+    return text_of(json.loads(told) if type_ in ("array", "object") else told)
 
 
-def _instead(text: str, rows: Sequence[tuple]) -> str:
+def _instead(text: str, those: Iterable[str]) -> str:
     """The nearest of what there is, or the first ten."""
-    there = {str(known).lower(): str(known) for (known,) in rows if known is not None}
+    there = {known.lower(): known for known in sorted(set(those))}
     near = difflib.get_close_matches(text.lower(), there, n=3)
     if near:
         return f"did you mean {shown_names([there[name] for name in near])}?"
@@ -109,7 +141,7 @@ def _parsed(text: str) -> tuple[str, str, Any]:
 
 def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:
     number = number_of(name, sign, value)
-    if sign in ("=", "!="):
+    if sign in _EQUAL:
         # 12 and 12.0 are one number; true and false are what JSON calls them.
         holds = "CAST(value AS TEXT) = ?" + (" OR value = ?" if number is not None else "")
         values = [text_of(value), *([number] if number is not None else [])]
@@ -126,8 +158,12 @@ def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:
 
 
 def text_of(value: Any) -> str:
-    """A value as ``=`` and ``!=`` compare it with texts."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value as ``=`` and ``!=`` compare it with texts; a list as SQLite writes it.
+
+    >>> text_of("hat"), text_of(2.5), text_of(["S", "M"])
+    ('hat', '2.5', '["S","M"]')
+    """
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def number_of(name: str, sign: str, value: Any) -> int | float | None:
@@ -137,7 +173,7 @@ def number_of(name: str, sign: str, value: Any) -> int | float | None:
         InputError: it is none, and the sign compares numbers alone.
     """
     number = _number(value)
-    if number is None and sign not in ("=", "!="):
+    if number is None and sign not in _EQUAL:
         raise InputError(f"--where={name}{sign}{value}: {sign} compares numbers, {value!r} is none")
     return number
 

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from cbam_jax import InputError
-from cbam_jax.catalogue.filters import check, selected
+from cbam_jax.catalogue.filters import check, photos_of, selected
 from cbam_jax.catalogue.store import Store
 
 PAYLOADS = [
-    {"category": "dress", "price": 20},
+    {"category": "dress", "price": 20, "sizes": ["S", "é"]},
     {"category": "hat", "price": 9.5, "sold": True},
     {"category": "Dress", "price": "9.5", "sold": None},
     {"category": 'it\'s "new"', "a.b": "x=1", "price": 100},
@@ -43,6 +43,9 @@ def store(tmp_path_factory):
         ({"sold": True}, [1]),
         ({"price": 9.5, "category": "hat"}, [1]),
         ("a.b=x=1", [3]),
+        ({"sizes": ["S", "é"]}, [0]),
+        ('sizes=["S","é"]', []),
+        ('sizes=["S","\\u00e9"]', [0]),
         ('category=it\'s "new"', [3]),
         ("category=' OR 1=1 --", []),
         ("') OR 1=1 --=x", []),
@@ -69,13 +72,15 @@ def test_what_is_no_condition_is_told(where):
         ("category=sock", r"no photo has that; there are \['dress', 'hat', .*new"),
         ({"price": 21}, r"--where=price=21: no photo has that; there are \['100', '20', '9.5'\]"),
         (["price<50", "categry=hat"], r"no photo has 'categry'; did you mean \['category'\]\?"),
-        ("zzz=1", r"no photo has 'zzz'; there are \['a.b', 'category', 'price', 'sold'\]"),
+        ("zzz=1", r"no photo has 'zzz'; there are \['a.b', 'category', 'price', 'sizes', 'sold'\]"),
+        ("sold=maybe", r"sold=maybe: no photo has that; there are \['true'\]"),
+        ({"sizes": ["S"]}, r'sizes=\["S"\]: no photo has that; there are .*"S","'),
         ("category=' OR 1=1 --", "no photo has that; there are"),
     ],
 )
 def test_a_name_or_a_value_that_no_photo_has_is_told_with_the_nearest(store, where, message):
     with pytest.raises(InputError, match=message):
-        check(store, where)
+        check(photos_of(store), where)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +88,4 @@ def test_a_name_or_a_value_that_no_photo_has_is_told_with_the_nearest(store, whe
               "category!=hat", {"sold": True}],
 )  # fmt: skip
 def test_what_photos_have_passes_though_none_has_all_of_it(store, where):
-    check(store, where)
+    check(photos_of(store), where)

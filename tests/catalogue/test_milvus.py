@@ -292,13 +292,26 @@ def test_only_its_own_catalogue_and_model(shop, copy, tmp_path):
     refused("has the index flat, not hnsw: name another", sync, shop, copy, "hnsw")
     refused("embeddings of another model", Catalogue.open, copy, FakeEmbedder("e" * 64))
     with Catalogue.open(copy, Embedder()) as other:
-        refused("--where: no photo has 'colour'", other.find, 3, 5, where="colour=red")
-        refused("--where: category=coat: no photo has that", other.find, 3, where="category=coat")
-        refused("category=coat: no photo has", other.find, 3, where=["price<9", "category=coat"])
         assert other.find(3, where=["category=hat", "category=dress"]) == []
         refused("no photo 999 with an embedding", other.find, 999)
         refused("is a copy that is found in and listed", other.remove, [3])
         refused("is a copy that is found in", other.add, [tmp_path])
+
+
+@of_lite
+def test_what_no_photo_has_is_told_as_of_the_file(shop, copy):
+    sync(shop, copy)
+    wheres = [
+        "category=hut", "category!=zebra", "categry=hat", "categry<3", "size=10", "new=maybe",
+        ["category=hut", "colour=red"], ["price<0", "category=bags"], {"price": 77},
+    ]  # fmt: skip
+    with Catalogue.open(shop, Embedder()) as file, Catalogue.open(copy, Embedder()) as other:
+        for where in wheres:
+            told = refused("no photo has", file.find, 3, 5, where=where)
+            assert refused("no photo has", other.find, 3, 5, where=where) == told
+            refused("no photo has", lambda where=where: list(other.items(where)))
+        for where in ("price<0", "category!=hat", ["category=hat", "size=9", "price<0"]):
+            assert other.find(3, 5, where=where) == file.find(3, 5, where=where)
 
 
 def test_another_index_is_measured_and_said(shop, copy, capsys):

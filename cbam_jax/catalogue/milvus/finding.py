@@ -12,7 +12,7 @@ import numpy as np
 from cbam_jax import InputError
 from cbam_jax.catalogue import embedders
 from cbam_jax.catalogue.catalogue import Catalogue
-from cbam_jax.catalogue.filters import Where, conditions
+from cbam_jax.catalogue.filters import Photos, Where, check, text_of
 from cbam_jax.catalogue.folding import Content, Known, Row
 from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
@@ -21,7 +21,6 @@ from cbam_jax.catalogue.milvus.collection import PHOTO, Collection
 from cbam_jax.catalogue.milvus.conditions import expression, named
 from cbam_jax.catalogue.milvus.searching import neighbours
 from cbam_jax.catalogue.store import Store
-from cbam_jax.foreign_files import shown
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -96,20 +95,11 @@ class MilvusCatalogue(Catalogue):
         return sorted({str(row["payload"]["category"]) for row in rows})[:most]
 
     def find_all(self, *asked: Any, **options: Any) -> list[list[Neighbour]]:
-        """As that of a file; a value that no photo has is told where nothing is found."""
+        """As that of a file."""
         try:
-            found = super().find_all(*asked, **options)
+            return super().find_all(*asked, **options)
         finally:
             self.gallery.forget()
-        if not any(found):
-            self._check_values(options.get("where"))
-        return found
-
-    def _check_values(self, where: Where) -> None:
-        for name, sign, value in conditions(where):
-            among = expression({name: value})
-            if sign == "=" and not self._collection.query(among, ["id"], limit=1):
-                raise InputError(f"--where: {shown(f'{name}={value}')}: no photo has that")
 
     def _item(self, number: int) -> Item | None:
         known = self.gallery.found.get(number)
@@ -133,9 +123,7 @@ class MilvusCatalogue(Catalogue):
         return Known(known, copies, lambda _, payload: dict(payload))
 
     def _rows(self, gallery: Gallery, where: Where) -> Any:
-        for name, _, _ in conditions(where):
-            if not self._collection.query(named(name), ["id"], limit=1):
-                raise InputError(f"--where: no photo has {shown(name)!r}")
+        check(_photos_of(self._collection), where)
         return expression(where)
 
 
@@ -215,6 +203,23 @@ class _Copy(Store):
         )
 
     rows = stream = run = tell = transaction = snapshot = check_pages = _refused
+
+
+def _photos_of(collection: Collection) -> Photos:
+    """The photos of a copy, as many of them as Milvus tells at once where names are listed."""
+
+    def some(filter_: str) -> bool:
+        return bool(collection.query(filter_, ["id"], limit=1))
+
+    def payloads(filter_: str) -> list[dict[str, Any]]:
+        return [row["payload"] for row in collection.query(filter_, ["payload"])]
+
+    return Photos(
+        lambda where: some(expression(where)),
+        lambda name: some(named(name)),
+        lambda: {name for payload in payloads("id > 0") for name in payload},
+        lambda name: {text_of(payload[name]) for payload in payloads(named(name))},
+    )
 
 
 def _missing(where: Address) -> InputError:
