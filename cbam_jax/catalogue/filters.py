@@ -79,8 +79,9 @@ def photos_of(store: Store) -> Photos:
 
 def _text(value: Any, type_: str) -> str:
     """A value as it is compared, of how SQLite tells it: lists as text, true as 1."""
-    told = {"true": True, "false": False}.get(type_, value)
-    return text_of(json.loads(told) if type_ in ("array", "object") else told)
+    if type_ in ("array", "object"):
+        return text_of(json.loads(value))
+    return text_of({"true": True, "false": False}.get(type_, value))
 
 
 def _instead(text: str, those: Iterable[str]) -> str:
