@@ -291,13 +291,13 @@ class Catalogue:
 
         answers: dict[int, list[Neighbour]] = {}
         options: dict[str, Any] = {"k": k, "max_distance": max_distance, "copies": copies}
-        most, left = k + max((len(one.ids) for one in own), default=0), list(range(len(own)))
+        most, left = k + max(map(self._beside, own), default=0), list(range(len(own)))
         while left:
             pairs = gallery.nearest(embeddings[left], most, rows)
             known, again = self._known(gallery, [numbers for _, numbers in pairs], where), []
             for query, pair in zip(left, pairs, strict=True):
                 answers[query], whole = folded(*pair, known, own[query], **options)
-                if not whole and len(pair[0]) == most:  # Copies have taken the places.
+                if not whole and len(pair[0]) == most:  # Copies of others have taken the places.
                     again.append(query)
             most, left = 2 * most, again
         found = [answers[query] for query in range(len(own))]
@@ -449,6 +449,11 @@ class Catalogue:
         ids = {part for part in (*parts, *unlike) if isinstance(part, int)}
         hashes = [*(self._content(i)[0] for i in ids), *map(queries.hash_of, parts)]
         return Own(ids, {digest for digest in hashes if digest is not None})
+
+    def _beside(self, own: Own) -> int:
+        """How many photos of the catalogue a query may be itself: they are found beside the k."""
+        sql = "SELECT id FROM item WHERE embedding IS NOT NULL AND hash"
+        return len({*own.ids, *(number for (number,) in self.store.among(sql, own.hashes))})
 
     def _known(self, gallery: Gallery, found: Sequence[np.ndarray], where: Where) -> Known:
         """What is known of photos that were found, those that were removed meanwhile left out."""

@@ -12,7 +12,7 @@ from fakes import FakeEmbedder, write_photo, write_photos
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue
-from cbam_jax.catalogue.gallery import cache_path, open_gallery
+from cbam_jax.catalogue.gallery import Gallery, cache_path, open_gallery
 from cbam_jax.data.images import Preprocessing, cut_file
 
 
@@ -204,6 +204,26 @@ def test_what_is_told_of_all_results_is_asked_at_once(shop, embeddings, monkeypa
         assert all(len(found) == 5 for found in shop.find_all([[one] for one in queries], k=5))
         counts.append(sum("FROM item" in sql for sql in asked))
     assert counts == [2, 2]  # The rows and their copies.
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+def test_one_search_is_enough_where_the_querys_own_photo_is_there(
+    shop, photos, tmp_path, monkeypatch, copies
+):
+    for i in range(copies):
+        shutil.copy(photos[2], tmp_path / f"{i}.png")
+        shop.add(tmp_path / f"{i}.png", progress=False)
+    asked, nearest = [], Gallery.nearest
+    monkeypatch.setattr(Gallery, "nearest", lambda *a: asked.append(a[2]) or nearest(*a))
+    for query in (str(photos[2]), photos[2].read_bytes(), 3):
+        for told_apart in (False, True):
+            asked.clear()
+            found = shop.find(query, k=4, copies=told_apart)
+            assert asked == [5 + copies]
+            assert sum(not n.same for n in found) == 4
+    asked.clear()
+    shop.find_all([[str(photos[2])], [photos[5]], [7, 9]], k=4)
+    assert len(asked) == 1
 
 
 def test_a_part_of_the_querys_photo_is_the_same_photo(shop, photos, tmp_path):

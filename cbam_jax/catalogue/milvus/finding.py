@@ -13,7 +13,7 @@ from cbam_jax import InputError
 from cbam_jax.catalogue import embedders
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.filters import Photos, Where, check, text_of
-from cbam_jax.catalogue.folding import Content, Known, Row
+from cbam_jax.catalogue.folding import Content, Known, Own, Row
 from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
 from cbam_jax.catalogue.milvus.addresses import Address, address
@@ -110,6 +110,9 @@ class MilvusCatalogue(Catalogue):
         known = self.gallery.found.get(number)
         rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)
         return _content(rows[0]) if rows else (None, "")
+
+    def _beside(self, own: Own) -> int:
+        return len(own.ids) + len(own.hashes)  # One of each, likely: to count them would take long.
 
     def _known(self, gallery: Gallery, found: Sequence[np.ndarray], where: Where) -> Known:
         del gallery, where  # What was found is kept, and is of it.
