@@ -39,8 +39,8 @@ def _squeezing_layers(
     features: int, reduction: int, *, use_bias: bool, init: str, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[nnx.Linear, nnx.Linear]:
     """W_0 and W_1, from c channels to c // r and back."""
-    if reduction < 1:
-        raise ValueError(f"reduction must be at least 1, got {reduction}")
+    if reduction < 1 or reduction % 1:
+        raise ValueError(f"reduction must be a whole number of at least 1, got {reduction}")
     hidden = max(features // reduction, 1)
     last_init = _zeros if init == "identity" else _he_normal
     options = {"use_bias": use_bias, "dtype": dtype, "rngs": rngs}
@@ -121,7 +121,7 @@ class SpatialGate(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if kernel_size < 1 or kernel_size % 2 != 1:
             raise ValueError(f"kernel_size must be odd to keep the map's size, got {kernel_size}")
         self.scale = _gate_scale(init)
         self.original = original

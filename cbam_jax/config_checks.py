@@ -17,7 +17,7 @@ from cbam_jax import InputError, experiment, losses, named_parts, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.foreign_files import read_json
-from cbam_jax.models import MODELS, EmbeddingModel, parts_of
+from cbam_jax.models import FORM, MODELS, EmbeddingModel, parts_of
 from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
 LOSSES = ("triplet", "cross_entropy")
@@ -195,13 +195,15 @@ def check_source(config: Config, source: str) -> None:
     if source.startswith(HUB):
         fetch_repository(source)
     saved = saved_model(Path(source) / "config.json")
-    has_attention = MODELS.get(str(saved.get("name")), ("", ""))[1] != ""
-    theirs = saved.get("attention_init", "paper")
-    if has_attention and theirs != config.model.attention_init:
-        raise InputError(
-            f"model.attention_init={config.model.attention_init!r}, but the gates in {source} were "
-            f"trained in the form {theirs!r}: set it to that"
-        )
+    if MODELS.get(str(saved.get("name")), ("", ""))[1] == "":
+        return
+    for field, before in {"attention_init": "paper", **FORM}.items():
+        theirs = saved.get(field, before)
+        if theirs != config.model[field]:
+            raise InputError(
+                f"model.{field}={config.model[field]!r}, but the gates in {source} were trained in "
+                f"the form {theirs!r}: set it to that"
+            )
 
 
 def saved_model(path: Path) -> dict[str, Any]:

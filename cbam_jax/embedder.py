@@ -111,8 +111,9 @@ class Embedder:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         arguments = defaults | self.arguments
         del arguments["num_classes"], arguments["drop_path"]  # No embedding depends on these.
-        for name in ("activation", "transformer"):  # As before there were these.
-            if arguments[name] is None:
+        later = ("activation", "transformer", "reduction", "kernel_size", "original")
+        for name in later:  # As before there were these.
+            if arguments[name] == defaults[name]:
                 del arguments[name]
         return {
             "model": arguments | {"dtype": jnp.dtype(arguments["dtype"]).name},

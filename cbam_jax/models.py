@@ -6,7 +6,7 @@
 import dataclasses
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,9 @@ TRANSFORMERS = {name: published.variant for name, published in PUBLISHED.items()
 MODELS |= {name: (name, "") for name in TRANSFORMERS}
 ANY_TRANSFORMER = "vit"
 POOLINGS = ("average", "gem")
+# What says how attention is built, and which attention takes it.
+FORM = {"reduction": 16, "kernel_size": 7, "original": False}
+_TAKEN = {"": (), "_se": ("reduction",), "_cbam": tuple(FORM)}
 
 
 def parts_of(name: str) -> tuple[str, str]:
@@ -140,6 +143,21 @@ def _pooled_already(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
+def _pool(
+    pooling: str | Callable[[jax.Array], jax.Array], backbone: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """The pooling that is asked for, of what a backbone gives."""
+    if not callable(pooling) and pooling not in POOLINGS:
+        raise ValueError(f"unknown pooling {pooling!r}: choose one of {list(POOLINGS)}")
+    if getattr(backbone, "pools_itself", False):
+        if pooling != "average":
+            raise ValueError(f"pooling={pooling!r}: a transformer pools itself; leave it out")
+        return _pooled_already
+    if callable(pooling):
+        return pooling
+    return GeM() if pooling == "gem" else average_pool
+
+
 class EmbeddingModel(nnx.Module):
     """Backbone, pooling, optional linear projection and L2 norm: images to embeddings.
 
@@ -148,7 +166,8 @@ class EmbeddingModel(nnx.Module):
             ``pools_itself`` that is true, as a transformer's is, to [b, backbone.num_features].
         embedding_dim: d of the projection; None: no projection, d = ``num_features``.
         normalize: divide each embedding by its Euclidean norm.
-        pooling: ``"average"`` or ``"gem"``.
+        pooling: ``"average"`` or ``"gem"``, or a function or module that maps [b, h', w', c] to
+            [b, c]; a module's parameters are trained.
         num_classes: n of a linear layer from embeddings to logits, for training by cross-entropy;
             None: no such layer.
         scaling: mean and deviation, by channel, of the pixels in [0, 1] that the backbone expects.
@@ -161,20 +180,13 @@ class EmbeddingModel(nnx.Module):
         *,
         embedding_dim: int | None = None,
         normalize: bool = True,
-        pooling: str = "average",
+        pooling: str | Callable[[jax.Array], jax.Array] = "average",
         num_classes: int | None = None,
         scaling: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
         rngs: nnx.Rngs,
     ):
-        if pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {pooling!r}: choose one of {list(POOLINGS)}")
         self.backbone = backbone
-        if getattr(backbone, "pools_itself", False):
-            if pooling != "average":
-                raise ValueError(f"pooling={pooling!r}: a transformer pools itself; leave it out")
-            self.pool = _pooled_already
-        else:
-            self.pool = GeM() if pooling == "gem" else average_pool
+        self.pool = _pool(pooling, backbone)
         width = backbone.num_features
         self.projection = (
             None if embedding_dim is None else nnx.Linear(width, embedding_dim, rngs=rngs)
@@ -199,8 +211,19 @@ class EmbeddingModel(nnx.Module):
         return self.backbone(images)
 
     def embed(self, features: jax.Array) -> jax.Array:
-        """Turn what ``features`` gives into embeddings [b, d], float32."""
+        """Turn what ``features`` gives into embeddings [b, d], float32.
+
+        Raises:
+            ValueError: a pooling of one's own gave something else than [b, c].
+        """
         x = self.pool(features)
+        expected = features.shape[0], self.backbone.num_features
+        if x.shape != expected:
+            raise ValueError(
+                f"pooling gave an array of shape {x.shape} for features of shape {features.shape}, "
+                f"expected {expected}"
+            )
+        x = x.astype(jnp.float32)
         x = x if self.projection is None else self.projection(x)
         return l2_normalize(x) if self.normalize else x
 
@@ -237,8 +260,11 @@ def create_model(
     *,
     embedding_dim: int | None = None,
     normalize: bool = True,
-    pooling: str = "average",
+    pooling: str | Callable[[jax.Array], jax.Array] = "average",
     attention_init: str = "paper",
+    reduction: int = 16,
+    kernel_size: int = 7,
+    original: bool = False,
     num_classes: int | None = None,
     drop_path: float = 0.0,
     activation: str | None = None,
@@ -254,9 +280,13 @@ def create_model(
             rngs=...)`` returns what maps [b, h, w, 3] to [b, h', w', num_features].
         embedding_dim: d; None: the pooled features themselves, as in the paper.
         normalize: L2-normalise the embeddings.
-        pooling: ``"average"`` or ``"gem"``.
+        pooling: ``"average"`` or ``"gem"``; or a function or module, see ``EmbeddingModel``, which
+            is code, so that no config can hold it.
         attention_init: ``"paper"`` (gates start near one half) or ``"identity"`` (the model starts
             as exactly the plain backbone, so that pretrained statistics fit).
+        reduction: r of the channel gate, of ``_se`` and ``_cbam``: its hidden width is c // r.
+        kernel_size: of the spatial gate, of ``_cbam``; odd.
+        original: CBAM as its authors' code has it, of ``_cbam``; see ``attention.CBAM``.
         num_classes: n of the layer that ``classify`` applies to embeddings, and of GoogLeNet's two
             auxiliary classifiers; None: no such layers.
         drop_path: of a transformer, see ``VisionTransformer``.
@@ -270,7 +300,8 @@ def create_model(
 
     Raises:
         ValueError: on an unknown name, pooling or init; the message lists the choices. For fewer
-            than one class or dimension.
+            than one class or dimension, and for what the model's attention, or its lack of it, does
+            not take.
 
     >>> build = lambda: create_model("resnet18_cbam", embedding_dim=128, rngs=nnx.Rngs(0))
     >>> model = nnx.eval_shape(build)  # Or build(), which draws the parameters.
@@ -286,18 +317,17 @@ def create_model(
     for field, number in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
         if number is not None and number < 1:
             raise ValueError(f"{field}={number}: give at least 1, or None for no such layer")
+    form = {"reduction": reduction, "kernel_size": kernel_size, "original": original}
     if name in TRANSFORMERS or name == ANY_TRANSFORMER:
+        _check_form(name, "", form)
         variant, scaling = _variant(name, activation, transformer)
         backbone = VisionTransformer(variant, drop_path=drop_path, dtype=dtype, rngs=rngs)
         return EmbeddingModel(backbone, scaling=scaling, rngs=rngs, **options)
     backbone_name, suffix = parts_of(name)
     if drop_path or activation is not None or transformer is not None:
         raise ValueError(f"{name} has no drop_path, activation or transformer: leave them out")
-    if attention_init not in GATE_INITS:
-        choices = ", ".join(GATE_INITS)
-        raise ValueError(f"unknown attention_init {attention_init!r}: choose one of {choices}")
-    block = ATTENTIONS[suffix]
-    attention = partial(block, init=attention_init, dtype=dtype) if block is not None else None
+    _check_form(name, suffix, form)
+    attention = _attention(suffix, form, init=attention_init, dtype=dtype)
     auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
     if named_parts.is_named(name):
         backbone = named_parts.call(name, "model.name", dtype=dtype, rngs=rngs)
@@ -305,6 +335,26 @@ def create_model(
         build = BACKBONES[backbone_name]
         backbone = build(attention=attention, dtype=dtype, rngs=rngs, **auxiliary)
     return EmbeddingModel(backbone, scaling=pixel_scaling(backbone_name), rngs=rngs, **options)
+
+
+def _check_form(name: str, suffix: str, form: Mapping[str, Any]) -> None:
+    for field, value in form.items():
+        if field not in _TAKEN[suffix] and value != FORM[field]:
+            raise ValueError(
+                f"{field}={value!r}: {name} has no attention that takes it; leave it out"
+            )
+
+
+def _attention(
+    suffix: str, form: Mapping[str, Any], *, init: str, dtype: DTypeLike
+) -> Callable[..., nnx.Module] | None:
+    """What makes the attention of a name's suffix, given its features and rngs."""
+    if init not in GATE_INITS:
+        choices = ", ".join(GATE_INITS)
+        raise ValueError(f"unknown attention_init {init!r}: choose one of {choices}")
+    block = ATTENTIONS[suffix]
+    taken = {field: form[field] for field in _TAKEN[suffix]}
+    return None if block is None else partial(block, init=init, dtype=dtype, **taken)
 
 
 def _variant(

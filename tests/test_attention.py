@@ -137,7 +137,7 @@ def test_a_map_of_other_axes_or_channels_is_told_so(block):
         ):
             attention(jnp.zeros(shape))
     for reduction in (0, -1):
-        with pytest.raises(ValueError, match=f"reduction must be at least 1, got {reduction}"):
+        with pytest.raises(ValueError, match=f"whole number of at least 1, got {reduction}"):
             block(16, reduction, rngs=nnx.Rngs(0))
 
 

@@ -310,6 +310,7 @@ def test_the_fingerprint_changes_when_the_embeddings_may(run, embedder, tmp_path
     fingerprint = embedder.fingerprint
     assert cbam_jax.load(run, batch_size=3, devices=jax.devices()[:1]).fingerprint == fingerprint
     assert changed(embedder, tmp_path / "same") == fingerprint
+    assert not {"reduction", "kernel_size", "original"} & embedder._description()["model"].keys()
     others = [
         changed(embedder, tmp_path / "a", normalize=True),
         changed(embedder, tmp_path / "b", attention_init="identity"),

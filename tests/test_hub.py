@@ -19,6 +19,7 @@ from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import load_pretrained
 
 CONFIG = {"name": "tiny_cbam", "embedding_dim": 5, "attention_init": "identity"}
+CONFIG |= {"reduction": 4, "kernel_size": 3, "original": True}
 PREPROCESSING = {"image_size": 64, "crop_fraction": 0.875}
 
 
@@ -154,7 +155,7 @@ def test_a_config_of_another_model_is_refused(saved, tmp_path):
         (lambda d: d.pop("model"), "config.json is damaged"),
         (lambda d: d["model"].update(depth=3), "no model can be built.*depth"),
         (lambda d: d["model"].update(name="resnet34_cbam"), "does not fit the model"),
-        (lambda d: d["model"].update(name="tiny"), "unexpected: last_attention"),
+        (lambda d: d["model"].update(name="tiny"), "reduction=4: tiny has no attention that takes"),
         (lambda d: d["model"].update(pooling="gem"), "1 tensors .* not in .*pool.power"),
     ],
 )
@@ -198,3 +199,9 @@ def test_hub_id(saved, monkeypatch):
         from_pretrained("someone/model")
     with pytest.raises(InputError, match="no folder ./nowhere, and no id of the hub"):
         from_pretrained("./nowhere")
+
+
+def test_code_is_told_to_be_none_of_a_config(saved, tmp_path):
+    config = CONFIG | {"pooling": jnp.max}
+    with pytest.raises(InputError, match=r"config\['pooling'\] is .*, which JSON has no form for"):
+        save_pretrained(saved[0], tmp_path, config=config, preprocessing=PREPROCESSING)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from seeded import SmallBackbone
-from tiny_run import drawn_model
+from tiny_run import drawn_model, patch_tiny_models
 
 from cbam_jax.models import EmbeddingModel, GeM, create_model, normalize_images
 
@@ -132,8 +132,47 @@ def test_normalize_images_is_torchvisions_transform(rng):
         ({"name": "resnet18", "num_classes": 0}, "num_classes=0: give at least 1, or None"),
         ({"name": "googlenet", "num_classes": -1}, "num_classes=-1: give at least 1, or None"),
         ({"name": "resnet18", "embedding_dim": 0}, "embedding_dim=0: give at least 1, or None"),
+        ({"name": "resnet18", "reduction": 8}, "reduction=8: resnet18 has no attention that takes"),
+        ({"name": "resnet18_se", "kernel_size": 3}, "kernel_size=3: resnet18_se has no attention"),
+        ({"name": "dinov2_s14", "original": True}, "original=True: dinov2_s14 has no att"),
+        ({"name": "resnet18_cbam", "kernel_size": 4}, "kernel_size must be odd .* got 4"),
+        ({"name": "resnet18_cbam", "reduction": 2.5}, "whole number of at least 1, got 2.5"),
     ],
 )
 def test_bad_arguments_name_the_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
+
+
+class Scaled(nnx.Module):
+    """A pooling with a parameter: one place of a map, times a number."""
+
+    def __init__(self):
+        self.factor = nnx.Param(jnp.ones(1))
+
+    def __call__(self, x):
+        return x[:, 1, 2] * self.factor[...]
+
+
+def test_a_pooling_of_ones_own(small):
+    features = np.random.default_rng(3).normal(size=(2, 3, 5, 16)).astype(np.float32)
+    model, _ = small(pooling=lambda x: x[:, 1, 2], normalize=False)
+    np.testing.assert_array_equal(model.embed(features), features[:, 1, 2])
+    model, _ = small(pooling=Scaled(), normalize=False)
+    factor = float(model.pool.factor[0])
+    assert factor != 1
+    np.testing.assert_allclose(model.embed(features), features[:, 1, 2] * factor, rtol=1e-6)
+    model, _ = small(pooling=lambda x: x[:, 0])
+    with pytest.raises(ValueError, match=r"pooling gave .* shape \(2, 5, 16\) for .* \(2, 16\)"):
+        model.embed(features)
+
+
+def test_the_form_of_attention_is_that_asked_for(monkeypatch):
+    patch_tiny_models(monkeypatch)
+    form = {"reduction": 4, "kernel_size": 3, "original": True}
+    model = nnx.eval_shape(lambda: create_model("tiny_cbam", **form, rngs=nnx.Rngs(0)))
+    cbam = model.backbone.last_attention
+    assert cbam.channel.fc1.kernel.shape == (16, 4)
+    assert cbam.channel.fc1.bias.shape == (4,)
+    assert cbam.spatial.conv.kernel.shape == (3, 3, 2, 1)
+    assert cbam.spatial.bn.scale.shape == (1,)
