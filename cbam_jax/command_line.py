@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import escaped
+from cbam_jax.foreign_files import escaped, expanded
 from cbam_jax.whole_files import written_whole
 
 _READER_LEFT = 141  # As of a command that SIGPIPE ends.
@@ -59,10 +59,7 @@ def path(text: str) -> Path:
     >>> path("~") == Path.home()
     True
     """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{text}: there is no such home folder; give the whole path") from error
+    return expanded(text)
 
 
 def listed(each: Sequence[str], together: str) -> list[str]:

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import expanded, shown
 
 # An ml_collections.ConfigDict. Its fields, which configs/default.py lists, no type checker knows.
 Config = Any
@@ -56,7 +56,7 @@ def find_config(config: str) -> Path:
     >>> find_config("quickstart").name
     'quickstart.py'
     """
-    path = Path(config).expanduser()
+    path = expanded(config)
     if path.suffix == ".py" and path.is_file():
         return path
     own = CONFIGS / f"{path.stem}.py"

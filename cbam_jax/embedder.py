@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -23,7 +22,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from cbam_jax import InputError, data, hub, model_state, runs, steps
-from cbam_jax.foreign_files import read_file, shown
+from cbam_jax.foreign_files import expanded, read_file, shown
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import IMAGENET
@@ -310,7 +309,7 @@ def load(
         >>> found.embeddings.shape, found.failed  # doctest: +SKIP
         ((2, 128), [])
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if os.path.isfile(folder):
         raise InputError(f"{folder} is a file: give its folder")
     if runs.is_run(folder):
@@ -359,7 +358,7 @@ def _read(file: str | bytes, row: int) -> tuple[bytes, str]:
     """A file's bytes, and what messages call it."""
     if isinstance(file, bytes):
         return file, _name(file, row)
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not os.path.isfile(path):
         raise InputError("not a file" if os.path.lexists(path) else "no such file")
     return read_file(path), shown(path.name)

@@ -73,7 +73,7 @@ def is_published(source: str) -> bool:
 
 def _whole(path: str) -> str:
     expanded = os.path.expanduser(path)
-    if path.startswith("~") and expanded == path:
+    if path.startswith("~") and expanded == path and not os.path.lexists(path):
         raise InputError(f"{path}: there is no such home folder; give the whole path")
     # A closing slash is what tells a folder of class folders from a dataset's name.
     return os.path.abspath(expanded) + "/" * path.endswith("/")

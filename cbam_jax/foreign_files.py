@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from cbam_jax import InputError
@@ -27,6 +28,25 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """A path with ``~`` as the home folder that it names; ``~photo.jpg`` may be a file's name.
+
+    Raises:
+        InputError: there is neither such a home folder nor a file of that name.
+
+    >>> expanded("~") == Path.home()
+    True
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        if os.path.lexists(path):
+            return Path(path)
+        raise InputError(
+            f"{shown(path)}: there is no such home folder; give the whole path"
+        ) from None
 
 
 def open_regular(path: str | os.PathLike, most: int) -> BinaryIO:

@@ -35,7 +35,7 @@ from cbam_jax import (
     runs,
     steps,
 )
-from cbam_jax.foreign_files import read_json, shown
+from cbam_jax.foreign_files import expanded, read_json, shown
 from cbam_jax.metrics import METRIC_DEFINITIONS
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
@@ -123,7 +123,7 @@ def save_pretrained(
     """
     import safetensors.numpy
 
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if runs.is_run(folder):
         raise InputError(
             f"{folder} is the workdir of a run, which would be lost: give another folder"
@@ -229,7 +229,7 @@ def from_pretrained(
         InputError: there is no such folder or id, it is of a newer format, or its weights do not
             fit its config.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if runs.is_run(folder):
         model, document = from_run(runs.read_config(folder), folder)
     else:
@@ -350,7 +350,7 @@ def export(run: str | os.PathLike, folder: str | os.PathLike, checkpoint: str | 
     Raises:
         InputError: as ``from_run`` and ``save_pretrained``.
     """
-    run = Path(run).expanduser()
+    run = expanded(run)
     config = runs.read_config(run)
     model, document = from_run(config, run, checkpoint)
     data, loss = experiment.dataset_name(config), config.loss.name

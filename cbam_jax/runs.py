@@ -38,6 +38,7 @@ from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset, is_ours, is_path
 from cbam_jax.figures import HIT_COLORS
+from cbam_jax.foreign_files import expanded
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.run_figures import Measured
@@ -245,13 +246,13 @@ def evaluate(
     Raises:
         InputError: for a mistake, before anything is embedded; for too little memory or room.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir)
     config = evaluation_config(workdir, overrides)
     others = any(argument.startswith("--config.data.name=") for argument in overrides)
     name = experiment.dataset_name(config)
     part = f"{Path(name).stem}-{split}" if others else split
     part += "-untrained" if which == "untrained" else ""
-    folder = workdir / "eval" / part if out is None else Path(out).expanduser()
+    folder = workdir / "eval" / part if out is None else expanded(out)
     workdirs.make_writable(folder)
     with workdirs.told_in_one_line(config, folder):
         mesh = steps.data_mesh()

@@ -31,6 +31,7 @@ from cbam_jax import (
 from cbam_jax.checkpoint import Checkpoints, unflatten
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
+from cbam_jax.foreign_files import expanded
 from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.runlog import RunLog, StepMonitor
@@ -96,7 +97,7 @@ def train_and_evaluate(
     experiment.trust_named_parts(config)
     config = experiment.with_transformer(config)
     config_checks.check_config(config)
-    workdir = Path(workdir).expanduser()
+    workdir = expanded(workdir)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(take_signals())
         stack.enter_context(workdirs.locked(workdir))

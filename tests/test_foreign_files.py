@@ -1,11 +1,12 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import open_regular, read_file, read_json, read_text, shown
+from cbam_jax.foreign_files import expanded, open_regular, read_file, read_json, read_text, shown
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
@@ -75,3 +76,14 @@ def test_what_is_shown_moves_no_cursor():
     assert shown("a\x1b]0;x\x07\r\n\u202eb\udcff") == r"a\x1b]0;x\x07\r\n\u202eb\udcff"
     assert shown("y" * 10_000).isprintable()
     assert len(shown("\0" * 10_000)) <= 300
+
+
+def test_a_tilde_is_a_home_folder_or_the_beginning_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert expanded("~/a.jpg") == expanded(Path("~/a.jpg")) == tmp_path / "me" / "a.jpg"
+    assert expanded("photos/~a.jpg") == Path("photos/~a.jpg")
+    with pytest.raises(InputError, match="~a.jpg: there is no such home folder; give the whole"):
+        expanded("~a.jpg")
+    Path("~a.jpg").touch()
+    assert expanded("~a.jpg") == Path("~a.jpg")

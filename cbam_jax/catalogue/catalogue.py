@@ -7,7 +7,6 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -27,7 +26,7 @@ from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.rebuilding import rebuild
 from cbam_jax.catalogue.store import Store, damaged
-from cbam_jax.foreign_files import read_file
+from cbam_jax.foreign_files import expanded, read_file
 
 if TYPE_CHECKING:
     from cbam_jax.catalogue.milvus.syncing import Synced
@@ -83,7 +82,7 @@ class Catalogue:
         source = os.fspath(embedder) if isinstance(embedder, str | os.PathLike) else None
         if isinstance(embedder, str | os.PathLike):
             # A model that is none leaves no file behind.
-            new = create and not Path(path).expanduser().exists()
+            new = create and not expanded(path).exists()
             embedder = embedders.load_named(embedder) if new else None
         store = Store(path, create=create)
         try:
@@ -208,7 +207,7 @@ class Catalogue:
             InputError: a shard is missing, damaged or of another model.
         """
         started = time.monotonic()
-        path = Path(folder).expanduser()
+        path = expanded(folder)
         counts = shards.add_shards(self.store, path, progress=progress)
         return Added(counts, [], time.monotonic() - started)
 
@@ -306,7 +305,7 @@ class Catalogue:
     def _by_path(self, found: Sequence[Neighbour], parts: Sequence[Part]) -> list[Neighbour]:
         """A photo that was asked for by its path is told by that, not by a copy's."""
         asked = [part for part in parts if isinstance(part, str | os.PathLike)]
-        paths = {os.path.abspath(Path(part).expanduser()) for part in asked}
+        paths = {os.path.abspath(expanded(part)) for part in asked}
         return [self._of_copies(n, paths) if n.same else n for n in found]
 
     def _of_copies(self, n: Neighbour, paths: set[str]) -> Neighbour:
@@ -346,7 +345,7 @@ class Catalogue:
             text = self._content(part)[1]
             part, box = path, sources.parse_box(text) if text else None
         try:
-            return Photo(read_file(part, LARGEST), box, name)
+            return Photo(read_file(expanded(part), LARGEST), box, name)
         except (InputError, OSError):
             raise InputError(f"{name}: its file cannot be read") from None
 

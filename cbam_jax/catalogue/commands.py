@@ -20,7 +20,7 @@ from cbam_jax.catalogue.milvus import FORMS, INDEXES, did_you_mean, is_address
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
 from cbam_jax.datasets.image_files import SUFFIXES
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import expanded, shown
 from cbam_jax.whole_files import written_whole
 
 _SHOWN = 10  # Lines of what may be many.
@@ -140,7 +140,7 @@ def find(options: argparse.Namespace) -> int:
 def _photos(catalogue: Catalogue, parts: Sequence[Part]) -> list[str]:
     """The paths of a query's photos."""
     known = [catalogue.item(part).path if isinstance(part, int) else part for part in parts]
-    return [part for part in known if isinstance(part, str)]
+    return [str(expanded(part)) for part in known if isinstance(part, str)]
 
 
 def _draw(options: argparse.Namespace, answers: Sequence[contact_sheets.Shown]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import cbam_jax
 from cbam_jax import InputError
 from cbam_jax.catalogue.store import Store
+from cbam_jax.foreign_files import expanded
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -110,5 +111,5 @@ def lasting(source: str | os.PathLike) -> str:
     >>> lasting("user/model-of-the-hub")
     'user/model-of-the-hub'
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     return str(path.resolve()) if path.exists() else str(source)

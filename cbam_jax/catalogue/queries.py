@@ -15,7 +15,7 @@ from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.indexing import reason
 from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 from cbam_jax.catalogue.reading import LARGEST
-from cbam_jax.foreign_files import read_file
+from cbam_jax.foreign_files import expanded, read_file
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -148,7 +148,7 @@ def hash_of(part: Part) -> bytes | None:
         return part.hash
     if isinstance(part, str | os.PathLike):
         with contextlib.suppress(InputError, OSError):
-            part = read_file(Path(part).expanduser(), LARGEST)
+            part = read_file(expanded(part), LARGEST)
     return hashlib.sha256(part).digest() if isinstance(part, bytes) else None
 
 

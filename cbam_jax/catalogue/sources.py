@@ -18,7 +18,8 @@ from cbam_jax import InputError
 from cbam_jax.command_line import to_json
 from cbam_jax.datasets import is_manifest
 from cbam_jax.datasets.image_files import is_image_file, passed_over
-from cbam_jax.datasets.tables import BOX, read_lines
+from cbam_jax.datasets.tables import BOX, at_home, read_lines
+from cbam_jax.foreign_files import expanded
 
 
 class Photo(NamedTuple):
@@ -66,7 +67,7 @@ def listed(
     folders, sources = [], list(sources)
     check(sources)
     for source in sources:
-        path = Path(os.path.abspath(Path(source).expanduser()))
+        path = Path(os.path.abspath(expanded(source)))
         if path.is_dir():
             folders.append(str(path))
         for photo in _of(path):
@@ -109,7 +110,7 @@ def check(sources: Iterable[str | os.PathLike]) -> None:
     cbam_jax.InputError: /nowhere/photos is not there: give photos, folders or manifests, x.csv
     """
     for source in sources:
-        if not Path(source).expanduser().exists():
+        if not expanded(source).exists():
             raise InputError(f"{source} is not there: give photos, folders or manifests, x.csv")
 
 
@@ -150,7 +151,7 @@ def _in_manifest(path: Path) -> Iterator[Photo]:
         if not row["path"]:
             raise InputError(f"{path} row {number} has no path: fill it in or remove the row")
         box = _box(path, number, [row.pop(name, "") for name in BOX])
-        file = os.path.abspath(path.parent / Path(row.pop("path")).expanduser())
+        file = os.path.abspath(path.parent / at_home(path.parent, row.pop("path")))
         yield Photo(file, {name: _value(text) for name, text in row.items()}, box)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import checksums
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import expanded, shown
 
 _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
@@ -66,7 +66,7 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike, *, create: bool = False):
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         there = os.path.lexists(self.path)
         if not os.path.isfile(self.path) and (there or not create):  # SQLite waits for a pipe.
             what = "is no file" if there else "is not there"

@@ -32,7 +32,7 @@ from cbam_jax.datasets.image_files import (
 from cbam_jax.datasets.manifest import ALL, assign_splits
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.datasets.tables import SPLITS, VALIDATION
-from cbam_jax.foreign_files import shown_names
+from cbam_jax.foreign_files import expanded, shown_names
 from cbam_jax.progress import tell
 
 
@@ -56,7 +56,7 @@ def open_class_folders(
     Raises:
         InputError: not a folder, no images, one class only, an unknown split, a bad image.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if label != "label":
         raise InputError(f"label='{label}': {folder} has classes only; set it to 'label'")
     found = _listing(root, split)
@@ -116,7 +116,7 @@ def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> in
     Raises:
         InputError: as :func:`open_class_folders`.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     total = 0
     for listed in _folders(root) if _has_splits(root) else [root]:
         files, others = _files(listed, ".")
@@ -133,7 +133,7 @@ def photos(folder: str | os.PathLike) -> Iterator[tuple[str, str, str, str]]:
     Raises:
         InputError: as :func:`open_class_folders`.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     found = _listing(root, ALL)
     _check(found)
     if _has_splits(root):
@@ -150,7 +150,7 @@ def split_names(folder: str | os.PathLike) -> list[str]:
     Raises:
         InputError: as :func:`open_class_folders`.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     return [path.name for path in _folders(root)] if _has_splits(root) else list(SPLITS)
 
 

@@ -30,7 +30,7 @@ from cbam_jax import InputError
 from cbam_jax.datasets.image_files import ImageFiles, good_boxes, good_images, tell_copies
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.datasets.tables import read_table
-from cbam_jax.foreign_files import shown_names
+from cbam_jax.foreign_files import expanded, shown_names
 from cbam_jax.progress import tell
 
 LABELS = ("label", "item_id", "series")
@@ -68,7 +68,7 @@ def open_manifest(
         InputError: names the file, the row (as a spreadsheet numbers it: the header is row 1) and
             the remedy.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     split = unicodedata.normalize("NFC", split)
     table = read_table(path)
     if label not in LABELS or label not in table:
@@ -134,7 +134,7 @@ def check_images(path: str | os.PathLike, *, on_bad_image: str = "fail") -> dict
     Raises:
         InputError: as :func:`good_images`.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     table = read_table(path)
     good = good_images(path, table["path"], on_bad_image=on_bad_image, decode=True)
     splits = np.array(table.get("split") or assign_splits(table))

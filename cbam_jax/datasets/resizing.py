@@ -21,7 +21,7 @@ from cbam_jax.datasets import class_folders, is_folder, is_manifest, manifest, o
 from cbam_jax.datasets.decoding import decode_image, jpeg_size
 from cbam_jax.datasets.image_files import ImageFiles, good_images
 from cbam_jax.datasets.retrieval import RetrievalDataset
-from cbam_jax.foreign_files import read_file, read_json
+from cbam_jax.foreign_files import expanded, read_file, read_json
 from cbam_jax.progress import progress
 from cbam_jax.whole_files import written_whole
 
@@ -70,7 +70,7 @@ def resize_dataset(
     if folder.exists():
         raise InputError(f"{folder} exists already: give a new folder, or remove it")
     if is_manifest(name):
-        rows = _rows_of_manifest(Path(name).expanduser(), on_bad_image)
+        rows = _rows_of_manifest(expanded(name), on_bad_image)
     else:
         options = {"manual_dir": manual_dir, "on_bad_image": on_bad_image}
         rows = _rows_of_splits(name, data_dir=data_dir, **options)

@@ -60,7 +60,7 @@ def read_table(path: Path) -> dict[str, list]:
     if BOX[0] in columns:
         boxes = zip(*(columns[side] for side in BOX), strict=True)
         table["bbox"] = [_box(cells, mistakes) for cells in boxes]
-    table["id"] = _spelled(path, [_at_home(path.parent, name) for name in table["path"]])
+    table["id"] = _spelled(path, [at_home(path.parent, name) for name in table["path"]])
     table["path"] = [os.path.join(path.parent, name) for name in table["id"]]
     _check_unique([number for number, _ in rows], table, mistakes)
     _refuse(path, mistakes)
@@ -234,7 +234,7 @@ def _one_letter_off(one: str, other: str) -> bool:
     return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
 
 
-def _at_home(root: Path, name: str) -> str:
+def at_home(root: Path, name: str) -> str:
     """A path with ``~`` expanded, unless the CSV's folder holds one that is spelled so."""
     if not name.startswith("~/") or "\0" in name or os.path.lexists(root / name):
         return name

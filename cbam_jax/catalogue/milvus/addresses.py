@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import expanded, shown
 
 _SERVER = re.compile(r"milvus(\+tls)?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::(\d{1,5}))?/(\w+)")
 _NAME = re.compile(r"[A-Za-z_]\w{0,254}", re.ASCII)
@@ -59,7 +59,7 @@ def address(text: str) -> Address:
             scheme = "https" if found[1] else "http"
             return Address(text, f"{scheme}://{found[2]}:{found[3] or 19530}", found[4], None)
         if not found and "://" not in text and text.endswith(".db"):
-            path = Path(text.removeprefix("milvus:")).expanduser()
+            path = expanded(text.removeprefix("milvus:"))
             return Address(text, str(path), _FILE, path)
     raise InputError(f"{shown(text)} names no collection: give {FORMS}")
 

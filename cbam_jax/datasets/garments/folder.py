@@ -7,7 +7,7 @@ from pathlib import Path
 from cbam_jax import InputError
 from cbam_jax.datasets.garments.builder import SyntheticGarmentsConfig, make_example
 from cbam_jax.datasets.garments.drawing import CATEGORIES
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import expanded, shown
 from cbam_jax.progress import progress
 from cbam_jax.whole_files import written_whole
 
@@ -35,8 +35,8 @@ def draw_folder(
     if number < 1:
         raise InputError(f"--number={number}: give at least 1")
     config = SyntheticGarmentsConfig(name="folder", image_size=image_size, seed=seed)
-    _refuse_others(Path(folder).expanduser())
-    paths = [Path(folder).expanduser() / _name(row) for row in range(number)]
+    _refuse_others(expanded(folder))
+    paths = [expanded(folder) / _name(row) for row in range(number)]
     left = [row for row in range(number) if not paths[row].exists()]
     try:
         for row in progress(left, "drawing", total=len(left)):
