@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_what_is_there_and_whole_is_not_made_again(photos, tmp_path, capsys, mon
         "shard 2 of 4: 00002-of-00004.npy is not as it was written",
         "shard 3 of 4: 00003-of-00004.jsonl is not as it was written",
         "1 of 4 shards are whole, 3 photos",
-        "to make anew, as SLURM takes it: --array=1,2,3",
+        "to make anew, as SLURM takes it: --array=1-3",
     ]
     made = []
     monkeypatch.setattr(making, "write_shard", noted(making.write_shard, made))
@@ -105,6 +106,32 @@ def test_what_is_there_and_whole_is_not_made_again(photos, tmp_path, capsys, mon
     assert made == [1, 2, 3]
     assert sorted(os.listdir(tmp_path / "out")) == names
     assert embedding.main([f"--out={tmp_path}/out", "--verify"]) == 0
+
+
+def test_shards_that_are_missing_are_told_as_ranges(photos, tmp_path, capsys):
+    for shard in (0, 1, 4):
+        embed(photos, "--shards=12", f"--shard={shard}")
+    capsys.readouterr()
+    assert embedding.main([f"--out={tmp_path}/out", "--verify"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "shards 2-3,5-11 of 12: missing",
+        "3 of 12 shards are whole, 3 photos",
+        "to make anew, as SLURM takes it: --array=2-3,5-11",
+    ]
+
+
+def test_where_the_reasons_are_is_told(photos, tmp_path, capsys):
+    embed(photos, "--shards=3")
+    told = [line for line in capsys.readouterr().err.splitlines() if " embedded, " in line]
+    assert "; " not in told[0]
+    assert "3 of 5 photos embedded, " in told[2]
+    command = told[2].partition("; which not, and why: ")[2]
+    lines = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert rows[0]["problem"].startswith("cannot be decoded")
+    assert [rows[1][name] for name in ("path", "problem")] == [
+        f"{tmp_path}/nowhere.jpg", "no such file",
+    ]  # fmt: skip
 
 
 def damage(path, place):

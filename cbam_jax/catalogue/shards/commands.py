@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cbam_jax import InputError, command_line
@@ -60,14 +60,29 @@ def verify(options: argparse.Namespace) -> int:
     """Say which shards of a folder are missing or damaged; 1 where some are."""
     shards = options.shards or shard_count(options.out)
     wrong = findings(options.out, shards)
+    alike: dict[str, list[int]] = {}
     for shard, text in wrong.items():
-        print(f"shard {shard} of {shards}: {text}")
+        alike.setdefault(text, []).append(shard)
+    for text, some in alike.items():
+        print(f"shard{'s' * (len(some) > 1)} {ranges(some)} of {shards}: {text}")
     abouts = [shard_about(options.out, i, shards) for i in range(shards) if i not in wrong]
     photos = sum(about.count for about in abouts if about)
     print(f"{len(abouts)} of {shards} shards are whole, {photos} photos")
     if wrong:
-        print(f"to make anew, as SLURM takes it: --array={','.join(map(str, wrong))}")
+        print(f"to make anew, as SLURM takes it: --array={ranges(list(wrong))}")
     return int(bool(wrong))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as SLURM takes them.
+
+    >>> ranges([3, 7, 8, 9, 11, 12])
+    '3,7-9,11-12'
+    """
+    there = set(numbers)
+    firsts = [i for i in numbers if i - 1 not in there]
+    lasts = [i for i in numbers if i + 1 not in there]
+    return ",".join(f"{i}-{j}" if i < j else f"{i}" for i, j in zip(firsts, lasts, strict=True))
 
 
 def wanted(

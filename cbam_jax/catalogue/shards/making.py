@@ -1,6 +1,7 @@
 """One part of a list of photos, read and embedded into a shard's files."""
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from cbam_jax import InputError
 from cbam_jax.catalogue.indexing import embedded, read_ahead
 from cbam_jax.catalogue.reading import Read
-from cbam_jax.catalogue.shards.files import About, Row, shard_about, write_shard, wrong_with
+from cbam_jax.catalogue.shards.files import About, Row, shard_about, stem, write_shard, wrong_with
 from cbam_jax.catalogue.sources import Photo
 from cbam_jax.progress import progress as telling
 
@@ -68,7 +69,11 @@ def make_shard(
             f"cannot write to {folder}: {error.strerror}; mend that and give the same command "
             "again: the shards that are there are kept"
         ) from error
-    return f"{found} of {len(mine)} photos embedded, {time.monotonic() - started:.1f} s"
+    text = f"{found} of {len(mine)} photos embedded, {time.monotonic() - started:.1f} s"
+    if found == len(mine):
+        return text
+    lines = shlex.quote(str(folder / f"{stem(about.shard, about.shards)}.jsonl"))
+    return f"{text}; which not, and why: grep '\"problem\":' {lines}"
 
 
 def _check_same(folder: Path, before: About, about: About) -> None:
