@@ -25,7 +25,7 @@ from cbam_jax.catalogue.near import duplicates
 from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.rebuilding import rebuild
-from cbam_jax.catalogue.store import Store, damaged
+from cbam_jax.catalogue.store import Kept, Store, damaged
 from cbam_jax.foreign_files import expanded, read_file
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class Catalogue:
                 self.store, self.embedder, left, skip_near=skip_near, progress=progress
             )
         gone = indexing.vanished(self.store, folders)
+        self.store.complete()
         return Added(counts, gone, time.monotonic() - started)
 
     def add_embeddings(
@@ -353,9 +354,7 @@ class Catalogue:
         """The photos, by id, also those that could not be read."""
         condition, values = selected(where)
         check(photos_of(self.store), where)
-        sql = f"SELECT id, path, payload, problem FROM item WHERE {condition} ORDER BY id"
-        for number, path, payload, problem in self.store.stream(sql, values):
-            yield Item(number, path, self._payload(number, payload), problem)
+        yield from map(self._listed, self.store.kept(condition, values))
 
     def categories(self, most: int) -> list[str]:
         """Values of ``category`` that photos have, in order, at most so many of them."""
@@ -369,15 +368,17 @@ class Catalogue:
         """
         found = self._item(number)
         if found is None:
-            raise InputError(f"no photo {number} is in {self.store.path}")
+            raise self._no(number)
         return found
 
+    def _no(self, number: int) -> InputError:
+        return InputError(f"no photo {number} is in {self.store.path}")
+
     def _item(self, number: int) -> Item | None:
-        rows = self.store.rows("SELECT path, payload, problem FROM item WHERE id = ?", [number])
-        if not rows:
-            return None
-        path, payload, problem = rows[0]
-        return Item(number, path, self._payload(number, payload), problem)
+        return next(map(self._listed, self.store.kept("id = ?", [number])), None)
+
+    def _listed(self, row: Kept) -> Item:
+        return Item(row.id, row.path, self._payload(row.id, row.payload), row.problem)
 
     def _payload(self, number: int, text: str) -> dict[str, Any]:
         try:
@@ -395,7 +396,8 @@ class Catalogue:
         numbers = sorted(set(ids))
         with self.store.transaction():
             for number in numbers:
-                self.item(number)
+                if not self.store.rows("SELECT 1 FROM item WHERE id = ?", [number]):
+                    raise self._no(number)
                 self.store.run("DELETE FROM item WHERE id = ?", [number])
         return len(numbers)
 
@@ -457,9 +459,8 @@ class Catalogue:
     def _known(self, gallery: Gallery, found: Sequence[np.ndarray], where: Where) -> Known:
         """What is known of photos that were found, those that were removed meanwhile left out."""
         numbers = set(np.concatenate(found).tolist()) if found else set()
-        sql = "SELECT id, path, payload, hash, box FROM item WHERE id"
-        selected_rows = self.store.among(sql, numbers)
-        rows = {i: Row(path, payload, tuple(rest)) for i, path, payload, *rest in selected_rows}
+        kept = self.store.kept(among=("id", numbers))
+        rows = {row.id: Row(row.path, row.payload, (row.hash, row.box)) for row in kept}
         for number in numbers - rows.keys():
             self._check_removed(gallery, number)
         return Known(rows, self._copies({row.content[0] for row in rows.values()}, where),
@@ -478,13 +479,8 @@ class Catalogue:
     def _copies(self, hashes: set, where: Where) -> dict[Content, list[Copy]]:
         """All photos with these files, by their content, of those that may be found."""
         condition, values = selected(where)
-        sql = (
-            "SELECT hash, box, id, path FROM item "
-            f"WHERE embedding IS NOT NULL AND {condition} AND hash"
-        )
+        condition = f"embedding IS NOT NULL AND {condition}"
         copies: dict[Content, list[Copy]] = {}
-        for digest, box, *one in sorted(
-            self.store.among(sql, hashes - {None}, values), key=lambda row: row[2]
-        ):
-            copies.setdefault((digest, box), []).append(Copy(*one))
+        for row in sorted(self.store.kept(condition, values, among=("hash", hashes - {None}))):
+            copies.setdefault((row.hash, row.box), []).append(Copy(row.id, row.path))
         return copies

@@ -25,8 +25,9 @@ _CLOSE = 1e-4  # Of the length of an embedding: another device may round otherwi
 def verify(store: Store, embedder: Callable[[], "Embedder"], sample: int) -> list[str]:
     """What is wrong, a line each; nothing where all is well. Nothing is changed.
 
-    The database's own check; embeddings that are none; the copy of them beside the file; every
-    photo's file, read and hashed; and some photos, evenly chosen, embedded again.
+    The database's own check; rows that are not as they were written; embeddings that are none; the
+    copy of them beside the file; every photo's file, read and hashed; and some photos, evenly
+    chosen, embedded again.
 
     Args:
         store: the catalogue.
@@ -36,7 +37,13 @@ def verify(store: Store, embedder: Callable[[], "Embedder"], sample: int) -> lis
     found = [f"the file: {line}" for (line,) in store.rows("PRAGMA integrity_check")]
     if found != ["the file: ok"]:
         return found  # What it holds cannot be relied on.
-    return [*_rows(store), *_copy(store), *_files(store), *_sample(store, embedder, sample)]
+    return [
+        *_rows(store),
+        *_texts(store),
+        *_copy(store),
+        *_files(store),
+        *_sample(store, embedder, sample),
+    ]
 
 
 def _rows(store: Store) -> Iterator[str]:
@@ -48,6 +55,20 @@ def _rows(store: Store) -> Iterator[str]:
     both = "SELECT id FROM item WHERE (embedding IS NULL) = (problem IS NULL)"
     for (number,) in store.stream(both):
         yield f"photo {number}: neither an embedding nor a reason, or both"
+
+
+def _texts(store: Store) -> Iterator[str]:
+    """Rows whose texts are not as they were written, and how many have no sum by which to tell."""
+    unknown = 0
+    for number, whole in store.wholes():
+        unknown += whole is None
+        if whole is False:
+            yield f"photo {number}: what is known of it is not as it was written"
+    if unknown:
+        yield (
+            f"{unknown} photos have no checksum of what is known of them, from before there were "
+            "any: the next `cbam-jax catalogue add` writes it"
+        )
 
 
 def _problem(embedding: object, dimension: int, known: int | None) -> str | None:

@@ -12,7 +12,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import checksums
@@ -44,6 +44,21 @@ _SCHEMA = (
     # Embeddings of another model, until all are there: see rebuild.
     "CREATE TABLE rebuilt (id INTEGER PRIMARY KEY, hash BLOB, problem TEXT, embedding BLOB)",
 )
+
+
+class Kept(NamedTuple):
+    """What the file says of a photo, but for its embedding; the schema above says what each is."""
+
+    id: int
+    path: str
+    hash: bytes | None
+    size: int | None
+    modified: int | None
+    seen: int | None
+    box: str
+    payload: str
+    look: int | None
+    problem: str | None
 
 
 class Store:
@@ -118,12 +133,65 @@ class Store:
     def embeddings(self) -> Iterator[tuple]:
         """Yield each photo's id, embedding and the embedding's sum, by id; a sum may be None."""
         with self._told():
-            kept = checksums.are_kept(self._connection)
+            kept = checksums.are_kept(self._connection, "checksum")
         value, join = ("value", "LEFT JOIN checksum USING (id)") if kept else ("NULL", "")
         yield from self.stream(
             f"SELECT id, embedding, {value} FROM item {join} "
             "WHERE embedding IS NOT NULL ORDER BY id"
         )
+
+    def kept(
+        self,
+        condition: str = "1",
+        values: Iterable[Any] = (),
+        *,
+        among: tuple[str, Iterable[Any]] | None = None,
+    ) -> Iterator[Kept]:
+        """Yield what is kept of photos, by id.
+
+        Args:
+            condition: of SQL, on the table of photos, with its values.
+            among: a column, and values of which it has one; then in whatever order.
+
+        Raises:
+            InputError: names the first that is not as it was written.
+        """
+        for row, whole in self._with_sums(condition, values, among):
+            if whole is False:
+                raise InputError(
+                    f"{self.path}: what is known of photo {row.id} is not as it was written: "
+                    f"forget it by `cbam-jax catalogue remove {shlex.quote(str(self.path))} "
+                    f"{row.id}` and add it again, or put a copy of the catalogue in its place"
+                )
+            yield row
+
+    def wholes(self) -> Iterator[tuple[int, bool | None]]:
+        """Yield whether what is kept of each photo is as it was written; None: it has no sum."""
+        return ((row.id, whole) for row, whole in self._with_sums("1", (), None))
+
+    def _with_sums(
+        self, condition: str, values: Iterable[Any], among: tuple[str, Iterable[Any]] | None
+    ) -> Iterator[tuple[Kept, bool | None]]:
+        with self._told():
+            kept = checksums.are_kept(self._connection, "text_checksum")
+        known = "text_checksum.id, value" if kept else "id, NULL"
+        join = "LEFT JOIN text_checksum USING (id)" if kept else ""
+        sql = f"SELECT {', '.join(Kept._fields)}, {known} FROM item {join} WHERE {condition}"
+        if among is None:
+            rows = self.stream(f"{sql} ORDER BY id", values)
+        else:
+            rows = self.among(f"{sql} AND {among[0]}", among[1], values)
+        for *row, noted, sum_ in rows:  # A row that nobody noted has been another's.
+            unknown = noted is not None and sum_ is None
+            yield Kept(*row), None if unknown else sum_ == checksums.text_sum(*row[1:])
+
+    def complete(self) -> None:
+        """Compute the sums that are due, also where there were none."""
+        with self._told():
+            due = checksums.are_due(self._connection)
+        if due:
+            with self.transaction(revised=False):
+                pass
 
     def run(self, sql: str, values: Iterable[Any] = ()) -> int:
         """Change rows, inside a transaction; return the id of the row that was inserted."""
@@ -149,8 +217,8 @@ class Store:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                checksums.complete(self._connection)
                 if revised:
-                    checksums.complete(self._connection)
                     self.run("UPDATE about SET value = value + 1 WHERE key = 'revision'")
                 self._connection.execute("COMMIT")
             except BaseException:
@@ -260,9 +328,7 @@ def _told(path: Path, error: Exception) -> str:
         return f"{path} may only be read: make the file and its folder writable, or copy it"
     if "unable to open" in text:
         return f"cannot open {path}: it needs a folder that is there and may be written to"
-    if isinstance(error, UnicodeDecodeError) or (
-        isinstance(error, sqlite3.DatabaseError)
-        and ("malformed" in text or "not a database" in text)
-    ):
+    signs = ("malformed", "not a database", "user-defined function", "decode to UTF-8")
+    if isinstance(error, UnicodeDecodeError) or any(sign in text for sign in signs):
         return str(damaged(path, text))
     return f"{path}: {text}"

@@ -1,6 +1,7 @@
 """Catalogues that someone damaged, or made to do harm: SQLite files with other contents."""
 
 import os
+import re
 import sqlite3
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
-from cbam_jax.catalogue import gallery
+from cbam_jax.catalogue import Catalogue, gallery
 from cbam_jax.catalogue.milvus import address
 from cbam_jax.catalogue.store import Store
 
@@ -158,9 +159,74 @@ def test_each_changed_byte_of_kept_embeddings_makes_them_anew(shop, rng):
 
 
 SUMLESS = (
-    *(f"DROP TRIGGER checksum_{when}" for when in ("added", "changed", "removed")),
-    "DROP TABLE checksum",
-)
+    *(f"DROP TRIGGER {table}_{when}"
+      for table in ("checksum", "text_checksum") for when in ("added", "changed", "removed")),
+    "DROP TABLE checksum", "DROP TABLE text_checksum",
+)  # fmt: skip
+
+
+PAYLOAD = b'{"price": 471}'
+
+
+@pytest.fixture
+def priced(shop):
+    with Store(shop) as store, store.transaction():
+        store.run(
+            "UPDATE item SET payload = ?, hash = x'c0ffee17' WHERE id = 2", [PAYLOAD.decode()]
+        )
+    return shop
+
+
+def told(path):
+    """What is said of all photos, listed and found."""
+    with Catalogue.open(path) as catalogue:
+        return [*catalogue.items(), *catalogue.find(np.float32([1, 2, 3]), copies=True)]
+
+
+def test_each_flipped_bit_of_a_text_is_told(priced):
+    expected, whole = told(priced), priced.read_bytes()
+    starts = {PAYLOAD: 1, b"/1.jpg": 2, bytes.fromhex("c0ffee17"): 2}  # Twice: in an index, too.
+    for text, times in starts.items():
+        places = [m.start() for m in re.finditer(re.escape(text), whole)]
+        assert len(places) == times
+        refused = []
+        for place in (start + i for start in places for i in range(len(text))):
+            for bit in (1, 16):
+                flipped(priced, place, bit)
+                try:
+                    assert told(priced) == expected
+                except InputError as error:
+                    refused.append(str(error))
+                flipped(priced, place, bit)
+        assert len(refused) >= 2 * len(text)
+        known = "photo 2 is not as it was written: forget it by `cbam-jax catalogue remove"
+        assert all(known in line or "is damaged" in line for line in refused)
+        assert any(known in line for line in refused)
+    assert told(priced) == expected
+
+
+def test_a_row_that_is_not_as_it_was_written_is_named_and_can_be_removed(priced):
+    flipped(priced, priced.read_bytes().index(PAYLOAD) + 3)
+    with Catalogue.open(priced) as catalogue:
+        assert "photo 2: what is known of it is not as it was written" in catalogue.verify(0)
+        for read in (lambda: catalogue.item(2), lambda: catalogue.find(1), lambda: told(priced)):
+            with pytest.raises(InputError, match="photo 2 is not as it was"):
+                read()
+        assert catalogue.item(3).path == "/2.jpg"
+        catalogue.remove([2])
+        assert catalogue.verify(0) == []
+        assert [item.id for item in catalogue.items()] == [1, 3, 4]
+
+
+def test_a_catalogue_without_sums_of_texts_is_told_and_given_them(priced):
+    run(priced, *SUMLESS)
+    with Catalogue.open(priced) as catalogue:
+        assert len(told(priced)) == 8
+        told_of_sums, gone = catalogue.verify(0)
+        assert told_of_sums.startswith("4 photos have no checksum of what is known of them")
+        catalogue.add([], progress=False)
+        assert catalogue.verify(0) == [gone] == ["photo 2: no such file: /1.jpg"]
+        assert [whole for _, whole in catalogue.store.wholes()] == [True] * 4
 
 
 def test_a_catalogue_from_before_there_were_sums_is_read_and_given_them(shop):

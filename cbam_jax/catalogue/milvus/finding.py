@@ -205,7 +205,7 @@ class _Copy(Store):
             f"catalogue's file, then `cbam-jax catalogue sync CATALOGUE {self.path}`"
         )
 
-    rows = stream = run = tell = transaction = snapshot = check_pages = _refused
+    rows = stream = kept = wholes = run = tell = transaction = snapshot = check_pages = _refused
 
 
 def _photos_of(collection: Collection) -> Photos:
