@@ -109,17 +109,27 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
         raise InputError("a zip archive without data.pkl: torch.save did not write it")
     if "byteorder" in members and _content(file, members["byteorder"]) != b"little":
         raise InputError("saved on a big-endian machine: save it again on a common one")
+    # One piece of memory for all storages: the system hands it out in large pages, where filling
+    # small ones would cost more than reading does. Of what is never filled nothing is taken.
+    names = [name for name in members if name.startswith("data/")]
+    room = np.empty(sum(_aligned(members[name].file_size) for name in names), np.uint8)
+    used = 0
 
-    def content(key: str, length: int) -> bytes:
-        data = _content(file, members[f"data/{key}"])
-        if len(data) < length:
-            raise InputError(f"a storage of {length} bytes has {len(data)}: the file is damaged")
-        return data
+    def content(key: str, length: int) -> np.ndarray:
+        nonlocal used
+        member = members[f"data/{key}"]
+        place = room[used : used + member.file_size]
+        used += _aligned(member.file_size)
+        _read_member(file, member, place)
+        if len(place) < length:
+            raise InputError(f"a storage of {length} bytes has {len(place)}: the file is damaged")
+        return place
 
     pickled = _content(file, members["data.pkl"])
     reader = PickleReader(io.BytesIO(pickled), len(pickled), content)
     saved = reader.load()
     _check_booleans(reader.storages.values())
+    room.setflags(write=False)
     return saved
 
 
@@ -158,18 +168,31 @@ def _members(file: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]:
 
 
 def _content(file: BinaryIO, member: zipfile.ZipInfo) -> bytes:
-    """A member's bytes: zipfile itself would copy them once more."""
+    data = np.empty(member.file_size, np.uint8)
+    _read_member(file, member, data)
+    return data.tobytes()
+
+
+def _read_member(file: BinaryIO, member: zipfile.ZipInfo, place: np.ndarray) -> None:
+    """Fill ``place`` with a member's bytes: zipfile itself would copy them once more."""
     file.seek(member.header_offset)
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     if signature != b"PK\x03\x04":
         raise zipfile.BadZipFile("no member where the archive lists one")
     file.seek(name_length + extra_length, os.SEEK_CUR)
-    data = file.read(member.file_size)
-    if len(data) < member.file_size:
-        raise EOFError("the archive ends within a member")
-    if zlib.crc32(data) != member.CRC:
+    _read_into(file, place, "the archive ends within a member")
+    if zlib.crc32(place.data) != member.CRC:
         raise zipfile.BadZipFile(f"bad CRC-32 of {member.filename[:80]!a}")
-    return data
+
+
+def _read_into(file: BinaryIO, place: Any, ended: str) -> None:
+    if file.readinto(place) < len(place):  # pyright: ignore[reportAttributeAccessIssue]
+        raise EOFError(ended)
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 16, as NumPy aligns memory: no dtype of torch's asks for more."""
+    return -(-size // 16) * 16
 
 
 def _read_legacy(file: BinaryIO, size: int) -> Any:
@@ -207,8 +230,7 @@ def _fill(storage: Storage, file: BinaryIO) -> None:
     (size,) = struct.unpack("<q", file.read(8))
     if size != storage.size:
         raise InputError(f"a storage of {storage.size} has {size} entries: the file is damaged")
-    if file.readinto(content) < len(content):  # pyright: ignore[reportAttributeAccessIssue]
-        raise EOFError("the file ends within a storage")
+    _read_into(file, content, "the file ends within a storage")
     content.setflags(write=False)
 
 

@@ -48,7 +48,7 @@ _LARGEST_KEY = 2**60
 class Storage:
     """What tensors are views of; only ``PickleReader`` makes one."""
 
-    content: bytes | np.ndarray  # bytes of an archive, or uint8 still to be filled
+    content: np.ndarray  # uint8, filled or still to be
     dtype: np.dtype
     start: int  # in elements, as is the size
     size: int
@@ -92,7 +92,7 @@ class _Parameter:
     tensor: np.ndarray | None = None
 
 
-def _no_content(key: str, length: int) -> bytes:
+def _no_content(key: str, length: int) -> np.ndarray:
     raise InputError("a storage where the format has none: the file is damaged")
 
 
@@ -117,7 +117,7 @@ class PickleReader:
         file: at the pickle's beginning; it is left behind its end.
         size: of the file in bytes; no length in it can be larger.
         content: called once with each storage's key and length in bytes; returns its bytes, or
-            room for them.
+            room for them, uint8.
 
     Attributes:
         storages: those that were asked for, by key.
@@ -127,7 +127,7 @@ class PickleReader:
         self,
         file: BinaryIO,
         size: int,
-        content: Callable[[str, int], bytes | np.ndarray] = _no_content,
+        content: Callable[[str, int], np.ndarray] = _no_content,
     ):
         self.storages: dict[str, Storage] = {}
         self._read = file.read

@@ -26,6 +26,7 @@ from torch_writing import (
     shared_dicts,
     shared_lists,
     shared_tuples,
+    storage,
     tensor,
     zipped,
 )
@@ -158,6 +159,23 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path, view):
         archive.writestr("x/data/0", np.zeros(21, np.float32).tobytes())
     with pytest.raises(InputError, match="reaches beyond its storage of 21"):
         read_torch(tmp_path / "x.pth")
+
+
+def test_storages_of_any_length_lie_apart_and_aligned(tmp_path):
+    kinds = {1: "ByteStorage", 8: "DoubleStorage", 16: "ComplexDoubleStorage"}
+    lengths = (1, 8, 3, 16, 17, 24, 5, 32)
+    itemsizes = [max(size for size in kinds if length % size == 0) for length in lengths]
+    rng = np.random.default_rng(3)
+    contents = {str(n): rng.bytes(length) for n, length in enumerate(lengths)}
+    tensors = [
+        tensor(storage(length // size, kinds[size], str(n)), 0, (length // size,), (1,))
+        for n, (length, size) in enumerate(zip(lengths, itemsizes, strict=True))
+    ]
+    path = tmp_path / "x.pth"
+    path.write_bytes(zipped(push(tensors), contents))
+    for array, content in zip(read_torch(path), contents.values(), strict=True):
+        assert array.tobytes() == content
+        assert array.flags.aligned
 
 
 @pytest.mark.parametrize("file", ["torch_zip.pth", "torch_legacy.pth"])
