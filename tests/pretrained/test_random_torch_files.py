@@ -7,8 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 from golden.make_backbones import FOLDER
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_cases import cases
 from torch_writing import (
     BASE,
     ORDERED,
@@ -57,13 +58,11 @@ def check_array(array):
     array.copy()  # Reads all of it.
 
 
-# The same cases each time, and none kept in a folder.
-quickly = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 WRITERS = st.sampled_from([zipped, legacy])
 PLACES = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**61, 2**62, 2**63, 2**64 + 1]))
 
 
-@quickly
+@cases(200)
 @given(data=st.data(), write=WRITERS, offset=PLACES, size=st.integers(0, 12))
 def test_views_are_taken_exactly_where_they_lie_inside(data, write, offset, size, tmp_path_factory):
     axes = data.draw(st.integers(0, 3))
@@ -72,7 +71,7 @@ def test_views_are_taken_exactly_where_they_lie_inside(data, write, offset, size
     )
     contents = np.arange(size, dtype=np.float32)
     code = tensor(storage(size), offset, shape, strides)
-    path = tmp_path_factory.mktemp("views") / "x.pth"
+    path = tmp_path_factory.getbasetemp() / "views.pth"
     path.write_bytes(write(code, {"0": contents.tobytes()}))
     expected = gathered(contents, offset, shape, strides)
     if expected is None:
@@ -113,14 +112,14 @@ SNIPPETS = [
 ]
 
 
-@quickly
+@cases(200)
 @given(code=st.lists(st.sampled_from(SNIPPETS) | st.binary(max_size=2), max_size=40), write=WRITERS)
 def test_random_instructions(code, write, tmp_path_factory):
     read_or_refuse(write(b"".join(code)), tmp_path_factory)
 
 
 def read_or_refuse(data, folders):
-    path = folders.mktemp("random") / "x.pth"
+    path = folders.getbasetemp() / "random.pth"
     path.write_bytes(data)
     try:
         check_inside(read_torch(path))
@@ -139,7 +138,7 @@ def golden_pickle():
 EDITS = st.tuples(st.integers(0, 2**16), st.integers(0, 3), st.binary(min_size=1, max_size=4))
 
 
-@quickly
+@cases(200)
 @given(
     edits=st.lists(EDITS, min_size=1, max_size=4), kind=st.sampled_from(["pickle", "zip", "old"])
 )

@@ -5,8 +5,9 @@ import zipfile
 import numpy as np
 import pytest
 from golden.make_backbones import FOLDER
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_cases import cases
 from torch_writing import zipped
 
 from cbam_jax import InputError
@@ -16,7 +17,6 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
-quickly = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 
 
 @st.composite
@@ -66,16 +66,16 @@ def assert_same(ours, theirs):
         assert ours == theirs or ours != ours
 
 
-@quickly
+@cases(100)
 @given(tree=TREES, zipped=st.booleans())
 def test_what_torch_saves(tree, zipped, tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "x.pth"
+    path = tmp_path_factory.getbasetemp() / "saved.pth"
     torch.save(tree, path, _use_new_zipfile_serialization=zipped)
     assert_same(read_torch(path), torch.load(path, weights_only=True))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@quickly
+@cases(100)
 @given(edits=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=3))
 def test_damaged_pickles_that_both_read(edits, tmp_path_factory):
     with zipfile.ZipFile(FOLDER / "torch_zip.pth") as archive:
@@ -84,7 +84,7 @@ def test_damaged_pickles_that_both_read(edits, tmp_path_factory):
     for place, byte in edits:
         pickled[place % len(pickled)] = byte
     contents = {path[5:]: data for path, data in inside.items() if path.startswith("data/")}
-    path = tmp_path_factory.mktemp("damaged") / "x.pth"
+    path = tmp_path_factory.getbasetemp() / "damaged.pth"
     path.write_bytes(zipped(bytes(pickled), contents, **{"x/version": b"3\n"}))
     try:
         ours, theirs = read_torch(path), torch.load(path, "cpu", weights_only=True)
