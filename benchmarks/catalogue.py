@@ -4,9 +4,11 @@ Needs ``pip install faiss-cpu``. A catalogue of that many embeddings is written 
 from the database, and from the copy of its embeddings beside it. Then a ready embedding, and 64 at
 once, are searched by the catalogue and by IndexFlatL2, which take turns in one process with one
 thread a core each, after a warm-up; and a photo, by the catalogue and by the embedder followed by
-IndexFlatL2, where EfficientNet-Lite0's weights are installed and ``--dim`` is its 1,280. A process
-of its own says what opening and searching take of memory. The last line on stdout is JSON, in which
-``bars`` has each figure that is promised, its most, and whether it holds.
+IndexFlatL2, where EfficientNet-Lite0's weights are installed and ``--dim`` is its 1,280. Then
+photos are added to an empty catalogue, by turns with what that cannot do without: as many read,
+decoded and cut by threads, and the step of ``cbam_jax.benchmark embed`` on as many images. A
+process of its own says what opening and searching take of memory. The last line on stdout is JSON,
+in which ``bars`` has each figure that is promised, its most, and whether it holds.
 """
 
 import argparse
@@ -18,14 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import faiss
 import numpy as np
 
-from cbam_jax.benchmark import embeddings, machine, seconds
+from cbam_jax.benchmark import embed_step, embeddings, machine, photos, random_batch, seconds
 from cbam_jax.catalogue import Catalogue
+from cbam_jax.data import cut_file
+
+BATCH = 64  # Photos embedded at a time, as by `cbam-jax catalogue add`.
 
 
 def fill(path: Path, rows: np.ndarray, fingerprint: str) -> None:
@@ -51,7 +57,7 @@ def lite(dim: int):
         return None
     import cbam_jax
 
-    return cbam_jax.load("efficientnet_lite0", batch_size=8)
+    return cbam_jax.load("efficientnet_lite0", batch_size=BATCH)
 
 
 def resident(key: str) -> int:
@@ -85,7 +91,39 @@ def photo_turns(shop: Catalogue, index, k: int, repeats: int) -> dict:
     return {**times, "find_photo_to_bare": medians[0] / medians[1]}
 
 
+def add_turns(embedder, folder: Path, count: int, repeats: int) -> dict:
+    """Seconds of photos added, and of the same decoded and embedded with nothing else done."""
+    step = embed_step(embedder.model, random_batch(BATCH, embedder.preprocessing.image_size))
+
+    def add() -> None:
+        empty = tempfile.TemporaryDirectory()
+        with empty as name, Catalogue.open(Path(name) / "shop.db", embedder) as shop:
+            assert shop.add(folder, progress=False).counts == {"new": count}
+
+    def cut(path: Path) -> np.ndarray:
+        return cut_file(path.read_bytes(), embedder.preprocessing, name=path.name)
+
+    def decode() -> None:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            assert sum(1 for _ in pool.map(cut, files)) == count
+
+    files = sorted(folder.iterdir())
+    functions = {"add": add, "decode": decode, "embed": lambda: step.run(-(-count // BATCH))}
+    times = seconds(functions, repeats)
+    bare = times["decode"]["median"] + times["embed"]["median"]
+    return {**times, "added": count, "add_to_bare": times["add"]["median"] / bare}
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """As many photos as are to be added, drawn, in a folder."""
+    folder.mkdir()
+    for number, content in enumerate(photos(count)):
+        (folder / f"{number:05}.jpg").write_bytes(content)
+    return folder
+
+
 BARS = {  # The most of each figure.
+    "add_to_bare": 1 / 0.9,
     "open": 2.0,
     "find_to_faiss_1": 1.0,
     "find_to_faiss_64": 1.0,
@@ -103,7 +141,7 @@ def judged(result: dict) -> dict:
     }
 
 
-def compare(items: int, dim: int, k: int, repeats: int) -> dict:
+def compare(items: int, dim: int, k: int, repeats: int, added: int) -> dict:
     rows = embeddings(items, dim, seed=2)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     queries = embeddings(64, dim, seed=1)
@@ -123,6 +161,10 @@ def compare(items: int, dim: int, k: int, repeats: int) -> dict:
             result |= turns(shop, index, queries, k, repeats)
             if embedder:
                 result |= photo_turns(shop, index, k, repeats)
+        del index
+        if embedder:
+            drawn = write_photos(Path(folder) / "photos", added)
+            result |= add_turns(embedder, drawn, added, repeats)
     return {"benchmark": "catalogue", "items": items, "dim": dim, "k": k, "repeats": repeats,
             **result, "bars": judged(result), **machine(),
             "faiss_version": faiss.__version__}  # fmt: skip
@@ -152,9 +194,11 @@ if __name__ == "__main__":
     parser.add_argument("--dim", type=int, default=1280)
     parser.add_argument("--k", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--added", type=int, default=4 * BATCH, help="photos added in a turn")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(most_memory(options.memory_of, options.k))
         sys.exit()
-    print(json.dumps(compare(options.items, options.dim, options.k, options.repeats)))
+    sizes = options.items, options.dim, options.k
+    print(json.dumps(compare(*sizes, options.repeats, options.added)))

@@ -5,7 +5,10 @@ with one connection, and once with 50, photos are sent to be searched; the embed
 process with the server idle, embeds the same photos one by one and in batches. Then 10,000 searches
 by id go over 50 connections: none is lost, and the server's memory is read at the start, after
 1,000 and at the end. Last, up to 10,000 connections are opened and left idle, as many as this
-process may have files, while 50 others search. The last line on stdout is JSON.
+process may have files, while 50 others search. The last line on stdout is JSON: ``many_to_one``
+has the latencies of 50 connections over those of one, ``served_to_embedder`` the photos a second
+over those of the embedder at its best, and ``bars`` what is promised: nothing lost, and no memory
+that goes on growing.
 """
 
 import argparse
@@ -23,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from cbam_jax.benchmark import machine
+
+GROWTH = 1.02  # Of the server's memory from the thousandth search to the last, at most.
 
 
 async def post(reader, writer, address: str, body: bytes) -> dict:
@@ -129,19 +134,30 @@ def measure(options: argparse.Namespace) -> dict:
         result["one"] = asyncio.run(load(port, 1, sent))
         result["many"] = asyncio.run(load(port, 50, sent))
         result["memory_start"] = memory(server.pid)
-        early = asyncio.run(load(port, 50, by_id[:1000]))
+        result["early"] = asyncio.run(load(port, 50, by_id[:1000]))
         result["memory_1000"] = memory(server.pid)
-        late = asyncio.run(load(port, 50, by_id[1000:]))
+        result["by_id"] = asyncio.run(load(port, 50, by_id[1000:]))
         result["memory_end"] = memory(server.pid)
-        result |= {"by_id": late, "lost": early["lost"] + late["lost"]}
         result["idle"] = asyncio.run(idle(port, 10_000, by_id[:1000]))
-        result["served_to_embedder"] = result["many"]["per_second"] / max(
-            result["embedder"].values()
-        )
     finally:
         server.terminate()
         server.wait(30)
-    return {**result, **machine()}
+    return {**result, **compared(result), **machine()}
+
+
+def compared(result: dict) -> dict:
+    """The figures against each other, and whether what is promised holds."""
+    one, many = result["one"], result["many"]
+    lost = sum(result[name]["lost"] for name in ("one", "many", "early", "by_id"))
+    growth = result["memory_end"] / result["memory_1000"]
+    return {
+        "many_to_one": {name: many[name] / one[name] for name in ("p50", "p99", "per_second")},
+        "served_to_embedder": many["per_second"] / max(result["embedder"].values()),
+        "bars": {
+            "lost": {"value": lost, "most": 0, "holds": not lost},
+            "memory_growth": {"value": growth, "most": GROWTH, "holds": growth <= GROWTH},
+        },
+    }
 
 
 if __name__ == "__main__":
