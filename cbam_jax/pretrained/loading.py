@@ -241,7 +241,10 @@ def _named_arrays(
         flat = {name.removeprefix("ema."): array for name, array in flat.items()}
     in_our_layout = any(name.endswith(".kernel") for name in flat)
     if variant is not None and not in_our_layout:
-        return vit_arrays(flat, variant), in_our_layout
+        try:
+            return vit_arrays(flat, variant), in_our_layout
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from error
     arrays = {}
     for name, array in flat.items():
         name = family_name(name)

@@ -8,8 +8,10 @@ of them knows keeps its name, so that it is told.
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
+from cbam_jax import InputError
 from cbam_jax.backbones.vit import Variant
 
 # The image tower of a model that has another for text, whose names are the same below; and what
@@ -87,15 +89,33 @@ def vit_arrays(arrays: Mapping[str, np.ndarray], variant: Variant) -> dict[str, 
     Args:
         arrays: by the source's names.
         variant: of the model; timm names a projection as a classifier, and a gate as a layer.
+
+    Raises:
+        InputError: two are of one name, or have shapes that can be neither joined nor cut.
     """
+    try:
+        return _joined(_by_our_names(arrays), variant)
+    except (ValueError, TypeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"tensors of shapes that no transformer has ({error})") from error
+
+
+def _by_our_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     towers = any(_TOWER.match(name) for name in arrays)
-    named = {
-        _renamed(name) if _TOWER.match(name) or not towers else name: array
-        for name, array in arrays.items()
-    }
+    named: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        name = _renamed(name) if _TOWER.match(name) or not towers else name
+        if name in named:
+            raise InputError(f"two of its tensors are {name}; save one model alone")
+        named[name] = array
+    return named
+
+
+def _joined(named: dict[str, np.ndarray], variant: Variant) -> dict[str, np.ndarray]:
     if variant.projection and "head.weight" in named and "proj.weight" not in named:
         named["proj.weight"] = named.pop("head.weight")
-    if "proj.transposed" in named:
+    if "proj.transposed" in named and "proj.weight" not in named:
         named["proj.weight"] = named.pop("proj.transposed").T
     for block in sorted({m[0] for m in map(re.compile(r"blocks\.\d+\.").match, named) if m}):
         _join_block(named, block)
@@ -116,43 +136,37 @@ def _renamed(name: str) -> str:
 
 
 def _join_block(named: dict[str, np.ndarray], block: str) -> None:
-    """Make one tensor of queries, keys and values, in place."""
+    """Make one tensor of queries, keys and values, in place; what is there already stays."""
     parts = [f"{block}attn.{part}" for part in "qkv"]
-    if all(f"{part}.weight" in named for part in parts):
-        named[f"{block}attn.qkv.weight"] = np.concatenate(
-            [named.pop(f"{part}.weight") for part in parts]
-        )
-    if f"{parts[0]}.bias" in named and f"{parts[2]}.bias" in named:
+    weight, bias = f"{block}attn.qkv.weight", f"{block}attn.qkv.bias"
+    if all(f"{part}.weight" in named for part in parts) and weight not in named:
+        named[weight] = np.concatenate([named.pop(f"{part}.weight") for part in parts])
+    if f"{parts[0]}.bias" in named and f"{parts[2]}.bias" in named and bias not in named:
         biases = [named.pop(f"{part}.bias", None) for part in parts]
         zeros = np.zeros_like(biases[0])
-        named[f"{block}attn.qkv.bias"] = np.concatenate(
-            [zeros if bias is None else bias for bias in biases]
-        )
+        named[bias] = np.concatenate([zeros if part is None else part for part in biases])
     mask = named.get(f"{block}attn.qkv.bias_mask")
-    if mask is not None and f"{block}attn.qkv.bias" in named:
+    if mask is not None and bias in named and named[bias].shape == mask.shape:
         # Not a product: its zeros stand where the bias may be anything.
-        bias = named[f"{block}attn.qkv.bias"]
-        if bias.shape == mask.shape:
-            named[f"{block}attn.qkv.bias"] = np.where(mask == 1, bias, np.zeros_like(bias))
+        named[bias] = np.where(mask == 1, named[bias], np.zeros_like(named[bias]))
 
 
 def _split_gate(named: dict[str, np.ndarray], block: str) -> None:
     """Cut what DINOv2's giant packs, gate first, in place: timm calls it as a plain layer."""
     for leaf in ("weight", "bias"):
-        for packed in (f"{block}mlp.w12.{leaf}", f"{block}mlp.fc1.{leaf}"):
-            if packed in named and f"{block}mlp.fc1_g.{leaf}" not in named:
-                gate, up = np.array_split(named.pop(packed), 2)
-                named[f"{block}mlp.fc1_g.{leaf}"], named[f"{block}mlp.fc1.{leaf}"] = gate, up
+        gate, up, both = (f"{block}mlp.{part}.{leaf}" for part in ("fc1_g", "fc1", "w12"))
+        packed = both if both in named and up not in named else up
+        if packed in named and gate not in named:
+            named[gate], named[up] = np.array_split(named.pop(packed), 2)
 
 
 def _cut_pooling(named: dict[str, np.ndarray]) -> None:
     """Cut what torch packs for the pooling's attention, in place."""
     for leaf in ("weight", "bias"):
-        packed = named.pop(f"map_head.in_proj.{leaf}", None)
-        if packed is not None:
-            third = len(packed) // 3
-            named[f"map_head.q.{leaf}"] = packed[:third]
-            named[f"map_head.kv.{leaf}"] = packed[third:]
+        packed, query, rest = (f"map_head.{part}.{leaf}" for part in ("in_proj", "q", "kv"))
+        if packed in named and query not in named and rest not in named:
+            third = len(named[packed]) // 3
+            named[query], named[rest] = np.split(named.pop(packed), [third])
 
 
 def _place_tokens(named: dict[str, np.ndarray], variant: Variant) -> None:
@@ -162,6 +176,8 @@ def _place_tokens(named: dict[str, np.ndarray], variant: Variant) -> None:
             named[name] = named[name].reshape(1, -1, named[name].shape[-1])
     token, places = named.get("cls_token"), named.get("pos_embed")
     if token is None or places is None or token.ndim != 3 or places.ndim != 3:
+        return
+    if not all(jnp.issubdtype(array.dtype, jnp.floating) for array in (token, places)):
         return
     if token.shape[-1] == places.shape[-1] and places.shape[1] == variant.grid**2 + 1:
         named["cls_token"] = token.astype(np.float32) + places[:, :1].astype(np.float32)

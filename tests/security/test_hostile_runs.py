@@ -7,7 +7,7 @@ import sys
 import pytest
 from cost import cheap  # noqa: F401, all is measured
 
-from cbam_jax import InputError, runs, saved_config
+from cbam_jax import InputError, experiment, runs, saved_config
 from cbam_jax.configs import default
 
 WHOLE = json.loads(json.dumps(default.get_config().to_dict()))
@@ -116,6 +116,33 @@ def test_a_saved_config_imports_nothing(what, tmp_path, monkeypatch):
         evaluation_config(tmp_path, data__name=CODE[what])
     assert str(caught.value).isprintable()
     assert not {"evil_module", "this"} & (set(sys.modules) - before)
+
+
+BUILDERS = {
+    "model": experiment.build_model,
+    "loss": experiment.build_loss,
+    "optimizer": experiment.build_optimizer,
+}
+PARTS = {
+    "a model of a module": ("model__name", "evil_module:build"),
+    "a model of Python's own module": ("model__name", "antigravity:fly"),
+    "a model that clears the screen": ("model__name", "a\x1b[2J:b"),
+    "a loss of a module": ("loss__name", "evil_module:loss"),
+    "an optimizer of a module": ("optimizer__name", "evil_module:adam"),
+    "a schedule of a module": ("optimizer__schedule", "evil_module:rate"),
+}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_a_saved_config_builds_nothing_of_a_module(what, tmp_path, monkeypatch):
+    field, name = PARTS[what]
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = evaluation_config(tmp_path, **{field: name})
+    with pytest.raises(InputError, match="would import code: .*CBAM_JAX_TRUST=") as caught:
+        BUILDERS[field.partition("__")[0]](config)
+    assert str(caught.value).isprintable()
+    assert not {"evil_module", "antigravity"} & sys.modules.keys()
 
 
 def test_who_gives_the_name_may_import(tmp_path):

@@ -1,6 +1,5 @@
 """The table of docs/security.md is that of the inputs that these tests make."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -11,21 +10,14 @@ import test_hostile_folders
 import test_hostile_models
 import test_hostile_runs
 import test_hostile_shards
+import test_hostile_tensors
+import test_hostile_uploads
+from beside import beside
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "security.md"
 START, END = "<!-- table -->\n", "<!-- end of the table -->\n"
-
-
-def beside(path):
-    """A module of tests in another folder, which is not on the path of this one."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TORCH = beside(HERE.parent / "pretrained" / "test_hostile_torch_files.py")
+TORCH = beside("pretrained/test_hostile_torch_files.py")
 
 
 def plain(pattern):
@@ -40,11 +32,15 @@ KINDS = (
     ("`.safetensors`", test_hostile_models.SAFETENSORS, plain),
     ("in the place of weights", test_hostile_models.NO_FILES, plain),
     ("numbers of a model", test_hostile_models.NUMBERS, plain),
+    ("EfficientNet's weights", test_hostile_tensors.EFFICIENTNET, plain),
+    ("a transformer's weights", test_hostile_tensors.TRANSFORMERS, plain),
+    ("weights in several files", test_hostile_tensors.INDEXES, plain),
     ("an exported model's config", test_hostile_models.CONFIGS, plain),
     ("a model's arguments", test_hostile_models.MODELS, "no model can be built from"),
     ("an id of the hub", test_hostile_models.IDS, "no id of the hub"),
     ("a transformer's folder", test_hostile_folders.FOLDERS, plain),
     ("images", test_hostile_datasets.IMAGES, plain),
+    ("a photo sent to the server", test_hostile_uploads.UPLOADS, plain),
     ("in the place of a photo or a CSV", test_hostile_datasets.NO_FILES, plain),
     ("a CSV manifest", test_hostile_datasets.MANIFESTS, plain),
     ("an archive of photos", test_hostile_datasets.ARCHIVES, "is damaged"),
@@ -53,6 +49,7 @@ KINDS = (
     ("columns kept of a dataset", test_hostile_datasets.COLUMNS, "read anew"),
     ("a run's config", test_hostile_runs.CONFIGS, plain),
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
+    ("a run's parts", test_hostile_runs.PARTS, "which would import code"),
     ("a run's folder of datasets", test_hostile_runs.PLACES, "keeps its datasets in"),
     ("a catalogue", test_hostile_catalogues.CHANGED, plain),
     (
