@@ -7,7 +7,14 @@ import pytest
 from flax import nnx
 
 from cbam_jax.backbones import resnet
-from cbam_jax.backbones.layers import BatchNorm, Conv, kaiming_normal, max_pool, max_pool_3x3
+from cbam_jax.backbones.layers import (
+    BatchNorm,
+    Conv,
+    DepthwiseConv,
+    kaiming_normal,
+    max_pool,
+    max_pool_3x3,
+)
 
 # Without the classifier; torchvision's published totals less 1000 * (features + 1).
 PARAMETERS = {
@@ -195,3 +202,54 @@ def test_numbers_drawn_flat_are_those_of_the_initializer(shape):
     expected = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
     key = jax.random.key(5)
     np.testing.assert_array_equal(kaiming_normal(key, shape), expected(key, shape, jnp.float32))
+
+
+class Stem(nnx.Module):
+    """A strided convolution over a map large enough for its own rule, BatchNorm, max-pool."""
+
+    def __init__(self):
+        self.conv = Conv(2, 3, 3, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.norm = BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return jnp.mean(max_pool_3x3(jnp.tanh(self.norm(self.conv(x)))), axis=(1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_is_the_transpose_of_reverse_mode(rng, training):
+    graphdef, state = nnx.split(nnx.view(Stem(), use_running_average=not training))
+    x, dx = (jnp.asarray(rng.normal(size=(2, 56, 56, 2)), jnp.float32) for _ in range(2))
+    d_state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), state)
+
+    def embed(state, x):
+        return nnx.merge(graphdef, state, copy=True)(x)
+
+    y, forward = jax.jit(lambda *d: jax.jvp(embed, (state, x), d))(d_state, dx)
+    dy = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    back = jax.jit(lambda dy: jax.vjp(embed, state, x)[1](dy))(dy)
+    products = jax.tree.map(lambda a, b: float(jnp.vdot(a, b)), back, (d_state, dx))
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), jnp.vdot(dy, forward), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_hessian_of_an_embedding_is_symmetric_and_reverse_modes(rng):
+    graphdef, state = nnx.split(Stem())
+    x = jnp.asarray(rng.normal(size=(1, 56, 56, 2)), jnp.float32)
+    along = jnp.asarray(rng.normal(size=(4, *x.shape)), jnp.float32)
+
+    def energy(t):
+        moved = x + jnp.einsum("i,ibhwc->bhwc", t, along)
+        return jnp.sum(jnp.square(nnx.merge(graphdef, state, copy=True)(moved)))
+
+    hessian = jax.jit(jax.hessian(energy))(jnp.zeros(4))
+    np.testing.assert_allclose(hessian, hessian.T, rtol=1e-3, atol=1e-4)
+    expected = jax.jit(jax.jacrev(jax.grad(energy)))(jnp.zeros(4))
+    np.testing.assert_allclose(hessian, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_depthwise_convolution_says_that_it_has_no_forward_mode():
+    layer = DepthwiseConv(2, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 3, 3, 2))
+    with pytest.raises(TypeError, match="DepthwiseConv has no forward mode .* use reverse"):
+        jax.jvp(layer, (x,), (x,))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from cbam_jax.sharding import as_varying
@@ -94,7 +95,7 @@ class Conv(nnx.Module):
         place = _Window.same if self.same else _Window.over
         window = place(x, kernel.shape[0], self.strides)
         if window.size > 1 and window.height * window.width > _FEW_PIXELS:
-            return _convolve(x, as_varying(kernel, x), window)
+            return _convolve(x, kernel, window)
         columns = jnp.concatenate(_views(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
         return product.reshape(x.shape[0], window.height, window.width, -1)
@@ -137,35 +138,40 @@ def _convolution(x: jax.Array, kernel: jax.Array, window: _Window, *, groups: in
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
     """Convolve, with a gradient that suits XLA's CPU backend."""
+    if window.strides == 1 or window.height * window.width < _MANY_PIXELS or not _on_cpu():
+        return _convolution(x, kernel, window)
+    return _convolve_strided(x, kernel, window)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _convolve_strided(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
     return _convolution(x, kernel, window)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array, window: _Window):
-    return _convolution(x, kernel, window), (x, kernel)
+def _convolve_strided_jvp(window: _Window, primals: Any, tangents: Any):
+    (x, kernel), (dx, d_kernel) = primals, tangents
+    y = _convolve_strided(x, kernel, window)
+    tangent = jnp.zeros_like(y)
+    if type(d_kernel) is not SymbolicZero:
+        tangent += _convolution(x, d_kernel, window)
+    if type(dx) is not SymbolicZero:
+        # A product over views: backwards it is a product and `_views`'s sum. A convolution's would
+        # be one over a map full of zeros, on one thread.
+        columns = jnp.concatenate(_phased_views(dx, window), axis=-1)
+        tangent += columns @ kernel.reshape(-1, kernel.shape[-1])
+    return y, tangent
 
 
-def _convolve_backward(window: _Window, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
-    x, kernel = residuals
-    convolve = partial(_convolution, window=window)
-    if window.strides == 1 or window.height * window.width < _MANY_PIXELS or not _on_cpu():
-        return jax.vjp(convolve, x, kernel)[1](dy)
-    # The input's gradient would be a convolution over a map full of zeros, on one thread.
-    views = jnp.split(dy @ kernel.reshape(-1, kernel.shape[-1]).T, window.size**2, axis=-1)
-    d_kernel = jax.vjp(partial(convolve, x), kernel)[1](dy)[0]
-    return _add_views(views, window, x.shape[1], x.shape[2]), d_kernel
-
-
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+_convolve_strided.defjvp(_convolve_strided_jvp, symbolic_zeros=True)
 
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _views(x: jax.Array, window: _Window, value: float) -> list[jax.Array]:
     """Return size x size shifted, strided views [b, height, width, c] of the padded map, by row."""
     size, strides, ((top, _), (left, _)), height, width = window
@@ -181,17 +187,33 @@ def _views(x: jax.Array, window: _Window, value: float) -> list[jax.Array]:
     ]
 
 
-def _views_forward(x: jax.Array, window: _Window, value: float):
-    # Of the input its shape alone is needed, which an array without columns keeps.
-    return _views(x, window, value), x[..., :0]
+@_views.defjvp
+def _views_jvp(window: _Window, value: float, primals: Any, tangents: Any):
+    return _views(primals[0], window, value), _phased_views(tangents[0], window)
 
 
-def _views_backward(window: _Window, value: float, x: jax.Array, views: list[jax.Array]):
-    del value
-    return (_add_views(views, window, x.shape[1], x.shape[2]),)
+def _phased_views(x: jax.Array, window: _Window) -> list[jax.Array]:
+    """Return the views of a map padded with zeros, in a form whose transpose is `_add_views`.
 
-
-_views.defvjp(_views_forward, _views_backward)
+    The map is split into the s^2 phases of the strides s, of which a view is a part without
+    strides; backwards these are put together, where XLA's transpose of a strided view is a whole
+    map of mostly zeros.
+    """
+    size, s, ((top, _), (left, _)), height, width = window
+    rows = max(-(-(x.shape[1] + top) // s), height + (size - 1) // s)
+    columns = max(-(-(x.shape[2] + left) // s), width + (size - 1) // s)
+    bottom, right = rows * s - top - x.shape[1], columns * s - left - x.shape[2]
+    padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    padded = padded.reshape(x.shape[0], rows, s, columns, s, x.shape[3])
+    phases = [
+        [phase[:, :, 0, :, 0] for phase in lax.split(row, (1,) * s, axis=4)]
+        for row in lax.split(padded, (1,) * s, axis=2)
+    ]
+    return [
+        phases[i % s][j % s][:, i // s : i // s + height, j // s : j // s + width]
+        for i in range(size)
+        for j in range(size)
+    ]
 
 
 def _add_views(views: list[jax.Array], window: _Window, height: int, width: int) -> jax.Array:
@@ -227,8 +249,9 @@ class DepthwiseConv(nnx.Module):
     """A convolution of each channel by itself, without bias, padded as TensorFlow's ``"SAME"``.
 
     XLA's CPU backend runs a grouped convolution 50 to 100 times as slow as PyTorch does; there it
-    is size^2 shifted products, added up, with a gradient written out in the same terms. ``kernel``
-    is [k, k, 1, c] float32; sums are float32.
+    is size^2 shifted products, added up, with a gradient written out in the same terms, and without
+    derivatives in forward mode: one derived by JAX takes three times as long. ``kernel`` is
+    [k, k, 1, c] float32; sums are float32.
 
     >>> layer = DepthwiseConv(4, 3, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((1, 8, 5, 4))).shape
@@ -257,7 +280,15 @@ class DepthwiseConv(nnx.Module):
         if not _on_cpu():
             return _convolution(x, kernel, window, groups=x.shape[-1])
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-        y: Any = _depthwise(x, as_varying(kernel, x), window)
+        try:
+            y: Any = _depthwise(x, as_varying(kernel, x), window)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "DepthwiseConv has no forward mode (jvp, jacfwd, hessian) on a CPU: use reverse "
+                "mode (vjp, jacrev), or an accelerator"
+            ) from error
         return y.astype(self.dtype)
 
 
@@ -340,8 +371,7 @@ class BatchNorm(nnx.Module):
             inverse = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             y = _per_channel(x.astype(jnp.float32), self.mean[...], inverse, self.bias[...])
             return y.astype(x.dtype)
-        scale, bias = (as_varying(p[...], x) for p in (self.scale, self.bias))
-        results: Any = _normalize(self.epsilon, x, scale, bias)
+        results: Any = _normalize(self.epsilon, x, self.scale[...], self.bias[...])
         y, mean, var = results
         count = x.size // x.shape[-1]
         self._update(mean, var * (count / max(count - 1, 1)))
@@ -367,44 +397,62 @@ def _channel_sum(x: jax.Array) -> jax.Array:
     """
     if not _on_cpu():
         return jnp.sum(x, axis=(0, 1, 2))
-    height = x.shape[1]
-    parts = max(n for n in range(1, _SLICES + 1) if height % n == 0)
-    sliced = x.reshape(x.shape[0], parts, height // parts, *x.shape[2:])
+    parts = _slices(x.shape[1])
+    sliced = x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:])
     return jnp.sum(reduce(jnp.add, [sliced[:, i] for i in range(parts)]), axis=(0, 1, 2))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _slices(height: int) -> int:
+    return max(n for n in range(1, _SLICES + 1) if height % n == 0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(
     epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise by the batch's own statistics; also its mean and biased variance, both [c]."""
-    return _normalize_forward(epsilon, x, scale, bias)[0]
+    return _normalized(epsilon, x, scale, bias)
 
 
-def _normalize_forward(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array):
+def _normalized(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array):
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=(0, 1, 2))
     # Two passes: E[x^2] - E[x]^2 in one would cancel where the mean is large.
     var = _channel_sum(jnp.square(x32 - mean.reshape(1, 1, 1, -1))) / (x.size // x.shape[-1])
     inverse = lax.rsqrt(var + epsilon)
     y = _per_channel(x32, mean, scale * inverse, bias).astype(x.dtype)
-    return (y, mean, var), (x, mean, inverse, scale)
+    return y, mean, var
 
 
-def _normalize_backward(epsilon, residuals, gradients):
-    # Written out: one pass over the feature map for the two sums, one for the rest. No gradient
-    # flows through the returned statistics, which only feed the running averages.
-    x, mean, inverse, scale = residuals
-    dy = gradients[0].astype(jnp.float32)
+@_normalize.defjvp
+def _normalize_jvp(epsilon: float, primals: Any, tangents: Any):
+    # No gradient flows through the returned statistics, which only feed the running averages; but
+    # second derivatives do through these.
+    y, mean, var = _normalized(epsilon, *primals)
+    x, scale, _ = primals
+    change = jax.checkpoint(_normalized_change)  # Kept for the backward pass is x alone.
+    changed = change(x, mean, lax.rsqrt(var + epsilon), scale, *tangents)
+    return (y, mean, var), (changed, jnp.zeros_like(mean), jnp.zeros_like(var))
+
+
+def _normalized_change(x, mean, inverse, scale, dx, d_scale, d_bias):
+    # Backwards one pass over the feature map for two sums, of what is spread, and one for the rest.
     normalized = _per_channel(x.astype(jnp.float32), mean, inverse, jnp.zeros_like(mean))
-    d_bias, d_scale = jnp.sum(dy, axis=(0, 1, 2)), _channel_sum(dy * normalized)
-    count, shape = x.size // x.shape[-1], (1, 1, 1, -1)
-    centred = dy - (d_bias / count).reshape(shape) - normalized * (d_scale / count).reshape(shape)
-    dx = centred * (scale * inverse).reshape(shape)
-    return dx.astype(x.dtype), d_scale, d_bias
+    dx = dx.astype(jnp.float32) * inverse.reshape(1, 1, 1, -1)
+    count = x.size // x.shape[-1]
+    offset = d_bias - scale * (jnp.sum(dx, axis=(0, 1, 2)) / count)
+    slope = d_scale - scale * (jnp.sum(normalized * dx, axis=(0, 1, 2)) / count)
+    change = dx * scale.reshape(1, 1, 1, -1) + offset.reshape(1, 1, 1, -1)
+    return (change + normalized * _spread(slope, x)).astype(x.dtype)
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Repeat [c] over a map [b, h, w, c]: the transpose of `_channel_sum`."""
+    if not _on_cpu():
+        return jnp.broadcast_to(x.reshape(1, 1, 1, -1), like.shape)
+    parts = _slices(like.shape[1])
+    shape = (like.shape[0], like.shape[1] // parts, *like.shape[2:])
+    return jnp.concatenate([jnp.broadcast_to(x.reshape(1, 1, 1, -1), shape)] * parts, axis=1)
 
 
 def max_pool(
@@ -425,27 +473,25 @@ def max_pool(
     return _max_pool(x, _Window(size, strides, (border, border), height, width))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _max_pool(x: jax.Array, window: _Window) -> jax.Array:
     return reduce(jnp.maximum, _views(x, window, -jnp.inf))
 
 
-def _max_pool_forward(x: jax.Array, window: _Window):
+@_max_pool.defjvp
+def _max_pool_jvp(window: _Window, primals: tuple[jax.Array], tangents: tuple[jax.Array]):
+    (x,), (dx,) = primals, tangents
     y = _max_pool(x, window)
-    return y, (x, y)
 
+    @jax.checkpoint  # Kept for the backward pass are x and y, not which views are the greatest.
+    def change(x: jax.Array, y: jax.Array, dx: jax.Array) -> jax.Array:
+        greatest = [view == y for view in _views(x, window, -jnp.inf)]
+        parts = zip(greatest, _phased_views(dx, window), strict=True)
+        total = reduce(jnp.add, [jnp.where(g, d, 0) for g, d in parts])
+        # Behind a barrier, or backwards each of the size^2 terms would count the ties again.
+        return lax.optimization_barrier(total) / sum(g.astype(y.dtype) for g in greatest)
 
-def _max_pool_backward(window: _Window, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
-    x, y = residuals
-    views: Any = _views(x, window, -jnp.inf)
-    greatest = [view == y for view in views]
-    # Behind a barrier, or each of the size^2 terms would count the ties again.
-    share: Any = lax.optimization_barrier(dy / sum(g.astype(dy.dtype) for g in greatest))
-    views = [jnp.where(g, share, 0) for g in greatest]
-    return (_add_views(views, window, x.shape[1], x.shape[2]),)
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+    return y, change(x, y, dx)
 
 
 def _pooled_length(length: int, size: int, strides: int, padding: int, ceil_mode: bool) -> int:
