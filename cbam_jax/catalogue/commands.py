@@ -65,6 +65,8 @@ def _check_catalogue(path: Path | None) -> None:
     if path is None:
         return
     ending = path.suffix.lower()
+    if path.is_dir() and ending == ".db":  # As Milvus Lite makes.
+        raise InputError(f"{path} is a folder, no catalogue's file{did_you_mean(path)}")
     what = "a folder" if path.is_dir() else f"named {ending}"
     if path.is_dir() or ending in (*SUFFIXES, ".csv"):
         raise InputError(
@@ -214,7 +216,7 @@ def sync(options: argparse.Namespace) -> int:
     """Bring a copy in Milvus up to a catalogue, or a catalogue up to the shards of a folder."""
     other = options.other
     if isinstance(other, Path):
-        if not other.is_dir():
+        if not other.is_dir() or (other.suffix == ".db" and not any(other.glob("*-of-*"))):
             raise InputError(f"{other} is no folder of shards{did_you_mean(other)}")
         if options.index:
             raise InputError(f"--index={options.index} is of a copy in Milvus, {other} is a folder")

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,10 @@ def _catalogue(store: Store, model: str | None) -> Iterator[str]:
         f"catalogue: {store.path}, {megabytes:.1f} MB, "
         f"{'may be written to' if writable else 'may only be read'}"
     )
-    yield f"photos: {photos}, of which {found} can be found and {problems} could not be read"
+    list_ = f"cbam-jax catalogue list {shlex.quote(str(store.path))} --problems"
+    yield f"photos: {photos}, of which {found} can be found" + (
+        f"; why not the others: {list_}" if problems else ""
+    )
     fingerprint = store.about("fingerprint")
     yield (
         f"embeddings: {store.about('dimension')} numbers, of the model {fingerprint[:12]}"

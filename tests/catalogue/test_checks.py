@@ -175,7 +175,13 @@ def test_doctor_says_in_ten_lines_what_there_is(shop, tmp_path):
     lines = list(doctor(tmp_path / "shop.db", None))
     assert len(lines) == 10
     text = "\n".join(lines)
-    assert "photos: 12, of which 12 can be found and 0 could not be read" in text
+    assert "photos: 12, of which 12 can be found" in lines
+    set_row(shop, 3, embedding=None, problem="nearly the same as 2")
+    path = tmp_path / "shop.db"
+    assert (
+        "photos: 12, of which 11 can be found; why not the others: "
+        f"cbam-jax catalogue list {path} --problems"
+    ) in list(doctor(path, None))
     assert "embeddings: 48 numbers, of the model ffffffffffff" in text
     assert "model: none was named" in text
     assert "is not there" in list(doctor(tmp_path / "none.db", None))[-1]

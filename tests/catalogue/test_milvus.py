@@ -182,6 +182,11 @@ def test_what_a_copy_does_not_hold_is_asked_of_the_file(flag):
 def test_a_copy_without_its_scheme_is_asked_for(tmp_path, monkeypatch, other, told, index):
     monkeypatch.chdir(tmp_path)
     refused(re.escape(told), commands.main, ["sync", "shop.db", other, *index])
+    if other.endswith(".db"):  # Milvus Lite makes a folder.
+        os.mkdir(other)
+        refused(re.escape(told), commands.main, ["sync", "shop.db", other, *index])
+        told = "other.db is a folder, no catalogue's file; did you mean milvus:other.db?"
+        refused(re.escape(told), commands.main, ["find", other, "3"])
 
 
 @pytest.mark.parametrize("command", [["find", "3"], ["list"]])
