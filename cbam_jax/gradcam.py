@@ -18,14 +18,15 @@ Selvaraju et al.: Grad-CAM, ICCV 2017. Chattopadhay et al.: Grad-CAM++, WACV 201
 Use HiResCAM instead of Grad-CAM for faithful explanations of CNNs, 2020.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import errors, nnx
 from jax.core import Tracer
 
 from cbam_jax.attention import CBAM, SqueezeExcite
@@ -96,8 +97,8 @@ def grad_cam(
 
     Raises:
         ValueError: on an unknown layer, with the choices, on one that gives no feature map, on an
-            unknown method, images that were not scaled or have other axes, or a target of another
-            shape.
+            unknown method, images that were not scaled or have other axes, a target of another
+            shape, or a layer inside ``nnx.remat``.
 
     >>> from cbam_jax.models import create_model
     >>> build = lambda: create_model("resnet18_cbam", rngs=nnx.Rngs(0))
@@ -114,7 +115,10 @@ def grad_cam(
     function, reference = (target, None) if callable(target) else (None, target)
     attributes = {"dtype": jnp.float32} | ({"normalize": False} if target is None else {})
     view = nnx.with_attributes(_evaluated(model), raise_if_not_found=False, **attributes)
-    return _maps(*nnx.split(view), images, reference, path=path, method=method, function=function)
+    with _told_of_remat():
+        return _maps(
+            *nnx.split(view), images, reference, path=path, method=method, function=function
+        )
 
 
 def pair_maps(
@@ -154,7 +158,8 @@ def attention_gates(model: Any, images: jax.Array | np.ndarray) -> dict[str, jax
         [b, h', w']. Empty for a model without attention.
 
     Raises:
-        ValueError: an attention is used more than once, or images are no such array.
+        ValueError: an attention is used more than once or inside ``nnx.remat``, or images are no
+            such array.
 
     >>> from cbam_jax.attention import CBAM
     >>> rngs = nnx.Rngs(0)
@@ -165,7 +170,20 @@ def attention_gates(model: Any, images: jax.Array | np.ndarray) -> dict[str, jax
     layers.1.spatial (2, 6, 5)
     """
     _check_images(images)
-    return _gates(*nnx.split(_evaluated(model)), images)
+    with _told_of_remat():
+        return _gates(*nnx.split(_evaluated(model)), images)
+
+
+@contextlib.contextmanager
+def _told_of_remat() -> Iterator[None]:
+    """Say in one line what JAX and Flax say of a value that leaves a transformation."""
+    try:
+        yield
+    except (jax.errors.UnexpectedTracerError, errors.TraceContextError) as error:
+        raise ValueError(
+            "the model calls the layer inside nnx.remat, or another transformation, which lets "
+            "nothing out: give a model built without it, with the same parameters"
+        ) from error
 
 
 def find_layer(model: Any, layer: str) -> tuple[str, ...]:

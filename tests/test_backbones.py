@@ -144,6 +144,12 @@ def test_batch_norm_sums_maps_of_any_height(rng, height):
     np.testing.assert_allclose(norm.var[...], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 3, 5), (2, 4, 3, 3), (1, 2, 3, 3, 4)])
+def test_batch_norm_names_another_shape(shape):
+    with pytest.raises(ValueError, match=r"BatchNorm: x has shape .* expected \[b, h, w, 4\]"):
+        BatchNorm(4, rngs=nnx.Rngs(0))(jnp.zeros(shape))
+
+
 def test_batch_norm_against_float64(rng):
     x = rng.normal(40.0, 2.0, (3, 4, 5, 6)).astype(np.float32)
     norm = BatchNorm(6, rngs=nnx.Rngs(0))

@@ -1,5 +1,6 @@
 """Maps against pytorch-grad-cam's golden ones, and against finite differences in float64."""
 
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -321,3 +322,19 @@ def test_gates_are_of_our_attention_alone_and_used_once(rng):
     assert set(attention_gates(Gated(1), images)) == {"attention.channel"}
     with pytest.raises(ValueError, match="attention 'attention' is used more than once"):
         attention_gates(Gated(2), images)
+
+
+class InRemat(nnx.Module):
+    """An attention whose call is computed again in the backward pass."""
+
+    def __init__(self):
+        self.attention = SqueezeExcite(3, 1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return jnp.mean(nnx.remat(lambda layer, x: layer(x))(self.attention, x), axis=(1, 2))
+
+
+@pytest.mark.parametrize("look", [attention_gates, partial(grad_cam, layer="attention")])
+def test_what_is_inside_remat_is_told_so(look):
+    with pytest.raises(ValueError, match=r"calls the layer inside nnx\.remat, or another"):
+        look(InRemat(), jnp.ones((1, 2, 2, 3)))

@@ -367,6 +367,10 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise [b, h, w, c]; in training, update the running statistics in place."""
+        if x.ndim != 4 or x.shape[-1:] != self.scale.shape:
+            raise ValueError(
+                f"BatchNorm: x has shape {x.shape}, expected [b, h, w, {self.scale.shape[0]}]"
+            )
         if self.use_running_average:
             inverse = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             y = _per_channel(x.astype(jnp.float32), self.mean[...], inverse, self.bias[...])
