@@ -170,7 +170,7 @@ class Catalogue:
             counts += indexing.add_photos(
                 self.store, self.embedder, left, skip_near=skip_near, progress=progress
             )
-        gone = indexing.vanished(self.store, folders)
+        gone = indexing.vanished(self.store, folders, given)
         self.store.complete()
         return Added(counts, gone, time.monotonic() - started)
 

@@ -300,7 +300,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _model_flag(parser)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="known of all of them"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="known of all of them; NAME= forgets it",
     )
     parser.add_argument(
         "--skip-near", action="store_true", help="leave out what is nearly the same as another"
@@ -403,11 +407,11 @@ def _printer(options: argparse.Namespace, what: str) -> Callable[[Any], str]:
     return getattr(printing, f"{what}_{kind}")
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not (name and sign):
         raise InputError(f"--set={text}: give NAME=VALUE")
-    return name, value
+    return name, sources.value_of(value)
 
 
 def _one_answer(options: argparse.Namespace) -> None:

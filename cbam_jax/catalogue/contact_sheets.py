@@ -17,8 +17,9 @@ from cbam_jax.catalogue.printing import payload_text, ranked, remark
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.datasets import decode_image
 from cbam_jax.datasets.looks import shrunk, small_image
-from cbam_jax.foreign_files import read_file
+from cbam_jax.foreign_files import escaped, read_file
 
+_LONGEST = 200  # Letters of a text, of which as many are drawn as there is room for.
 _SIDE = 240  # Pixels of a thumbnail's longer side.
 _GAP, _TEXT = 12, 44  # Pixels between pictures, and below each for two lines.
 
@@ -112,7 +113,7 @@ def _written(picture: np.ndarray, texts: Sequence[tuple[tuple[int, int], list[st
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     for (left, top), lines in texts:
-        for number, line in enumerate(lines):
+        for number, line in enumerate(escaped(line)[:_LONGEST] for line in lines):
             while draw.textlength(line, font) > _SIDE:
                 line = line[: -2 - line.endswith("…")] + "…"
             draw.text((left, top + 2 + 18 * number), line, fill=(40, 40, 40), font=font)

@@ -2,9 +2,12 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.catalogue.store import Store
@@ -14,6 +17,7 @@ _CONDITION = re.compile(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _MOST_VALUES = 10_000  # That are compared with one that is not there.
 _EQUAL = ("=", "!=")
 _KNOWN = "FROM item, json_each(payload)"
+_NUMERIC = "type IN ('integer', 'real')"
 Where = str | Mapping[str, Any] | Iterable[str] | None
 
 
@@ -23,12 +27,14 @@ class Photos(NamedTuple):
     Attributes:
         some: whether any photo passes.
         named: whether any has a value of this name.
+        numeric: whether any has a number of this name.
         names: all names, or many.
         values: of a name, as texts, or many.
     """
 
     some: Callable[[Where], bool]
     named: Callable[[str], bool]
+    numeric: Callable[[str], bool]
     names: Callable[[], Iterable[str]]
     values: Callable[[str], Iterable[str]]
 
@@ -36,8 +42,9 @@ class Photos(NamedTuple):
 def check(photos: Photos, where: Where) -> None:
     """Raise an InputError for a name or a value that no photo has: a typing error finds nothing.
 
-    A value is looked for where nothing passes, and wherever ``!=`` would pass all. Of what passes,
-    that is asked and nothing else: a server's answer takes its time.
+    A value, or any number to compare with one, is looked for where nothing passes, and wherever
+    ``!=`` would pass all. Of what passes, that is asked and nothing else: a server's answer takes
+    its time.
     """
     asked = conditions(where)
     passing = bool(asked) and photos.some(where)
@@ -51,10 +58,13 @@ def check(photos: Photos, where: Where) -> None:
             told = _instead(name, photos.names())
             raise InputError(f"--where: no photo has {shown(name)!r}; {told}")
     for name, sign, value in doubtful:
-        if sign in _EQUAL:
+        if sign in _EQUAL or not photos.numeric(name):
             text = text_of(value)
-            told = _instead(text, photos.values(name))
-            raise InputError(f"--where={shown(name)}{sign}{shown(text)}: no photo has that; {told}")
+            told = _instead(text if sign in _EQUAL else "", photos.values(name))
+            what = "that" if sign in _EQUAL else "a number of that name"
+            raise InputError(
+                f"--where={shown(name)}{sign}{shown(text)}: no photo has {what}; {told}"
+            )
 
 
 def photos_of(store: Store) -> Photos:
@@ -67,6 +77,9 @@ def photos_of(store: Store) -> Photos:
     def named(name: str) -> bool:
         return bool(store.rows(f"SELECT 1 {_KNOWN} WHERE key = ? LIMIT 1", [name]))
 
+    def numeric(name: str) -> bool:
+        return bool(store.rows(f"SELECT 1 {_KNOWN} WHERE key = ? AND {_NUMERIC} LIMIT 1", [name]))
+
     def names() -> list[str]:
         return [name for (name,) in store.rows(f"SELECT DISTINCT key {_KNOWN} ORDER BY key")]
 
@@ -74,7 +87,7 @@ def photos_of(store: Store) -> Photos:
         sql = f"SELECT DISTINCT value, type {_KNOWN} WHERE key = ? ORDER BY 1 LIMIT {_MOST_VALUES}"
         return [_text(*row) for row in store.rows(sql, [name]) if row[0] is not None]
 
-    return Photos(some, named, names, values)
+    return Photos(some, named, numeric, names, values)
 
 
 def _text(value: Any, type_: str) -> str:
@@ -108,8 +121,23 @@ def conditions(where: Where) -> list[tuple[str, str, Any]]:
     if where is None:
         return []
     if isinstance(where, Mapping):
-        return [(name, "=", value) for name, value in where.items()]
-    return [_parsed(text) for text in ([where] if isinstance(where, str) else where)]
+        return [_checked(name, "=", value) for name, value in where.items()]
+    texts = [where] if isinstance(where, str) else where
+    if not isinstance(texts, Iterable):
+        raise InputError(f"where={where!r} is no condition: give 'NAME=VALUE' or {{NAME: VALUE}}")
+    return [_checked(*_parsed(text)) for text in texts]
+
+
+def _checked(name: Any, sign: str, value: Any) -> tuple[str, str, Any]:
+    """A condition whose parts are what JSON and SQLite know."""
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+        (name + text_of(value)).encode()
+    except (TypeError, ValueError):  # A UnicodeEncodeError is one.
+        raise InputError(
+            f"--where={shown(name)}{sign}{shown(value)}: give text that is UTF-8, or a number"
+        ) from None
+    return name, sign, value
 
 
 def selected(where: Where) -> tuple[str, list[Any]]:
@@ -134,9 +162,9 @@ def selected(where: Where) -> tuple[str, list[Any]]:
 
 
 def _parsed(text: str) -> tuple[str, str, Any]:
-    match = _CONDITION.fullmatch(text)
+    match = _CONDITION.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise InputError(f"--where={text}: give NAME=VALUE, or NAME with !=, <, <=, > or >=")
+        raise InputError(f"--where={shown(text)}: give NAME=VALUE, or NAME with !=, <, <=, > or >=")
     return match[1], match[2], match[3]
 
 
@@ -153,7 +181,7 @@ def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:
         return (f"NOT {found}" if sign == "!=" else found), [name, *values]
     return (
         "EXISTS (SELECT 1 FROM json_each(item.payload) WHERE key = ? "
-        f"AND type IN ('integer', 'real') AND value {sign} ?)",
+        f"AND {_NUMERIC} AND value {sign} ?)",
         [name, number],
     )
 
@@ -175,7 +203,8 @@ def number_of(name: str, sign: str, value: Any) -> int | float | None:
     """
     number = _number(value)
     if number is None and sign not in _EQUAL:
-        raise InputError(f"--where={name}{sign}{value}: {sign} compares numbers, {value!r} is none")
+        told = shown(text_of(value))
+        raise InputError(f"--where={shown(name)}{sign}{told}: {sign} compares numbers, it is none")
     return number
 
 
@@ -185,4 +214,5 @@ def _number(value: Any) -> int | float | None:
     except ValueError:
         return None
     # What SQLite holds as a number: neither booleans nor NaN.
-    return number if type(number) in (int, float) and abs(number) < 2**63 else None
+    held = type(number) is float and math.isfinite(number)
+    return number if held or (type(number) is int and abs(number) < 2**63) else None

@@ -135,16 +135,16 @@ def put_embedding(store: Store, photo: Photo, embedding: bytes) -> None:
     _put(store, Read(photo), old, (None, embedding))
 
 
-def vanished(store: Store, folders: Sequence[str]) -> list[str]:
-    """The paths in the catalogue, below some folders, where no file is any more."""
-    found = []
+def vanished(store: Store, folders: Sequence[str], given: Sequence[Photo]) -> list[str]:
+    """The paths in the catalogue, below some folders, where no file is any more, nor was given."""
+    found, there = [], {_storable(photo.path) for photo in given}  # A name may be no UTF-8.
     for folder in folders:
         prefix = os.path.join(_storable(folder), "")
         rows = store.stream(
             "SELECT path FROM item WHERE substr(path, 1, ?) = ? ORDER BY path",
             [len(prefix), prefix],
         )
-        found += [path for (path,) in rows if not os.path.exists(path)]
+        found += [path for (path,) in rows if path not in there and not os.path.exists(path)]
     return found
 
 

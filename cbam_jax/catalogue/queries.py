@@ -135,7 +135,7 @@ def part_of(text: str) -> str | int:
     >>> part_of("12"), part_of("a.jpg")
     (12, 'a.jpg')
     """
-    return int(text) if text.isdecimal() and not Path(text).exists() else text
+    return int(text) if text.isascii() and text.isdecimal() and not Path(text).exists() else text
 
 
 def hash_of(part: Part) -> bytes | None:

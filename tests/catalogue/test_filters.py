@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from cbam_jax import InputError
@@ -58,10 +59,27 @@ def test_conditions(store, where, rows):
     assert [number - 1 for (number,) in found] == rows
 
 
-@pytest.mark.parametrize("where", ["category", "=x", "", "price<cheap"])
+@pytest.mark.parametrize("where", ["category", "=x", "", "price<cheap", "price<" + "9" * 400])
 def test_what_is_no_condition_is_told(where):
-    with pytest.raises(InputError, match=f"--where={where}"):
+    with pytest.raises(InputError, match=f"--where={where[:100]}"):
         selected(where)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [3, [3], b"price=3", ["price=3", None], {1: 2}, {"price": {2}}, "price=\udcff", "\udcff=1",
+     {"price": object()}],
+)  # fmt: skip
+def test_a_condition_of_another_type_is_told_in_a_line(where):
+    with pytest.raises(InputError, match="give ") as caught:
+        selected(where)
+    assert str(caught.value).isprintable()
+
+
+def test_numbers_of_numpy_are_numbers(store):
+    for value in (np.int64(20), np.float32(20), 20.0):
+        condition, values = selected({"price": value})
+        assert store.rows(f"SELECT id FROM item WHERE {condition}", values) == [(1,)]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +91,11 @@ def test_what_is_no_condition_is_told(where):
         ({"price": 21}, r"--where=price=21: no photo has that; there are \['100', '20', '9.5'\]"),
         (["price<50", "categry=hat"], r"no photo has 'categry'; did you mean \['category'\]\?"),
         ("zzz=1", r"no photo has 'zzz'; there are \['a.b', 'category', 'price', 'sizes', 'sold'\]"),
+        (
+            "category<5",
+            r"category<5: no photo has a number of that name; there are \['dress', 'hat'",
+        ),
+        (["category>=5", "price>1"], "category>=5: no photo has a number of that name"),
         ("sold=maybe", r"sold=maybe: no photo has that; there are \['true'\]"),
         ({"sizes": ["S"]}, r'sizes=\["S"\]: no photo has that; there are .*"S","'),
         ("category=' OR 1=1 --", "no photo has that; there are"),
@@ -84,8 +107,8 @@ def test_a_name_or_a_value_that_no_photo_has_is_told_with_the_nearest(store, whe
 
 
 @pytest.mark.parametrize(
-    "where", [None, [], "category=hat", "price>999", ["category=hat", "category=dress"],
-              "category!=hat", {"sold": True}],
+    "where", [None, [], "category=hat", "price>999", "price>-1e308",
+              ["category=hat", "category=dress"], "category!=hat", {"sold": True}],
 )  # fmt: skip
 def test_what_photos_have_passes_though_none_has_all_of_it(store, where):
     check(photos_of(store), where)

@@ -309,6 +309,7 @@ def test_what_no_photo_has_is_told_as_of_the_file(shop, copy):
     wheres = [
         "category=hut", "category!=zebra", "categry=hat", "categry<3", "size=10", "new=maybe",
         ["category=hut", "colour=red"], ["price<0", "category=bags"], {"price": 77},
+        "category<3",
     ]  # fmt: skip
     with Catalogue.open(shop, Embedder()) as file, Catalogue.open(copy, Embedder()) as other:
         for where in wheres:

@@ -40,6 +40,11 @@ def named(name: str) -> str:
     return f"id > 0 and ((exists {_field('text', name)}) or (exists {_field('number', name)}))"
 
 
+def numeric(name: str) -> str:
+    """The filter of photos that have a number of this name."""
+    return f"id > 0 and (exists {_field('number', name)})"
+
+
 def _one(name: str, sign: str, value: Any) -> str:
     number = number_of(name, sign, value)
     equal = [(_field("text", name), json.dumps(text_of(value), ensure_ascii=False))]

@@ -18,7 +18,7 @@ from cbam_jax.catalogue.gallery import Gallery
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
 from cbam_jax.catalogue.milvus.addresses import Address, address
 from cbam_jax.catalogue.milvus.collection import PHOTO, Collection
-from cbam_jax.catalogue.milvus.conditions import expression, named
+from cbam_jax.catalogue.milvus.conditions import expression, named, numeric
 from cbam_jax.catalogue.milvus.searching import neighbours
 from cbam_jax.catalogue.store import Store
 
@@ -220,6 +220,7 @@ def _photos_of(collection: Collection) -> Photos:
     return Photos(
         lambda where: some(expression(where)),
         lambda name: some(named(name)),
+        lambda name: some(numeric(name)),
         lambda: {name for payload in payloads("id > 0") for name in payload},
         lambda name: {text_of(payload[name]) for payload in payloads(named(name))},
     )
