@@ -156,6 +156,21 @@ def shown_names(names: Iterable[str], most: int = 10) -> str:
     return f"[{first}]{more}"
 
 
+def shown_folder(folder: str | os.PathLike) -> str:
+    """Return a folder and the names in it, as they may be shown.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     shown_folder(folder).replace(folder, "FOLDER")
+    'FOLDER (empty)'
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return shown(folder)
+    return f"{shown(folder)} ({f'with {shown_names(names)}' if names else 'empty'})"
+
+
 def escaped(text: str) -> str:
     """Return text with what is not printable escaped as Python writes it."""
     if text.isprintable():

@@ -35,7 +35,7 @@ from cbam_jax import (
     runs,
     steps,
 )
-from cbam_jax.foreign_files import expanded, read_json, shown
+from cbam_jax.foreign_files import expanded, read_json, shown, shown_folder
 from cbam_jax.metrics import METRIC_DEFINITIONS
 from cbam_jax.models import EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
@@ -271,6 +271,8 @@ def _from_folder(folder: Path) -> tuple[EmbeddingModel, dict[str, Any]]:
     if description is not None:
         return _from_description(folder, description)
     document = hub_config.read_config(folder / "config.json")
+    if not os.path.lexists(path := folder / "model.safetensors"):
+        raise InputError(f"no weights at {shown(path)}, but {shown_folder(folder)}: fetch them too")
     model = _build(document["model"])
     report = load_pretrained(model, folder / "model.safetensors")
     if report.fresh:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cbam_jax import InputError, __version__
-from cbam_jax.foreign_files import read_json, shown
+from cbam_jax.foreign_files import read_json, shown, shown_folder
 
 # Raised when a folder needs something that earlier versions can't read.
 FORMAT_VERSION = 1
@@ -55,8 +55,8 @@ def read_config(path: Path) -> dict[str, Any]:
         document = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{shown(path)} is missing: neither the workdir of a run nor a folder of "
-            "save_pretrained"
+            f"{shown(path)} is missing: {shown_folder(path.parent)} is neither the workdir of a "
+            "run nor a folder of save_pretrained"
         ) from None
     except (OSError, ValueError) as error:
         raise _damaged(path, shown(str(error))) from error

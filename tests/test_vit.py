@@ -88,9 +88,27 @@ def test_what_does_not_fit_is_told_by_ranges(golden):
     with pytest.raises(InputError) as error:
         loaded("hf_siglip", arrays)
     assert "missing: blocks.0..1.attn.qkv.weight" in str(error.value)
+    assert "unexpected: stray.0.weight" in str(error.value)
     assert "unexpected: blocks.0..1.attn.v.weight" in str(error.value)
     assert "unexpected: stray.0.weight" in str(error.value)
     assert len(str(error.value).splitlines()) < 8
+
+
+@pytest.mark.parametrize("lost", [[1], [0, 1]])
+def test_a_wholly_missing_block_is_one_line(lost, golden):
+    arrays = their_arrays(golden, "hf_siglip")
+    for name in list(arrays):
+        if any(f".layers.{i}." in name for i in lost):
+            arrays[name.replace("layers", "strange")] = arrays.pop(name)
+    with pytest.raises(InputError) as error:
+        loaded("hf_siglip", arrays)
+    span, each = ("0..1", " each") if len(lost) > 1 else ("1", "")
+    first, *lines = str(error.value).splitlines()
+    assert f"({12 * len(lost)} missing, {16 * len(lost)} unexpected)" in first
+    assert lines == [
+        f"  missing: blocks.{span}.*: 12 keys{each}",
+        f"  unexpected: encoder.strange.{span}.*: 16 keys{each}",
+    ]
 
 
 @pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module.", "vision_model."])
@@ -194,8 +212,30 @@ def test_weights_without_files_beside_them_are_asked_about(siglip_folder):
     (siglip_folder / "config.json").unlink()
     with pytest.raises(
         InputError, match="no config.json.*which says what the model is: its shape, GELU"
-    ):
+    ) as error:
         cbam_jax.load(siglip_folder)
+    assert "--config" not in str(error.value)
+
+
+@pytest.mark.parametrize(("config", "told"), [
+    ({"model_type": "vit", "hidden_act": "gelu"}, "of transformers' 'vit', .*: clip, clip_v.* are"),
+    ({"architecture": "resnet50"}, "of timm's 'resnet50', .*: its vit_ of SigLIP.* are"),
+])  # fmt: skip
+def test_a_model_of_another_kind_is_told_by_its_kind(config, told, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=told) as error:
+        cbam_jax.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_weights_is_told_what_it_has(siglip_folder, tmp_path):
+    (siglip_folder / "model.safetensors").rename(siglip_folder / "weights.gguf")
+    with pytest.raises(InputError, match=r"'weights.gguf'\]\) has no weights that") as error:
+        cbam_jax.load(siglip_folder)
+    assert "those are model.safetensors, " in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty \(empty\) is neither the workdir of a run"):
+        cbam_jax.load(tmp_path / "empty")
 
 
 def test_another_gelu_than_the_folders_is_refused(siglip_folder):

@@ -6,6 +6,7 @@ square kernel that was stored transposed, since its shape is the same.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -136,7 +137,7 @@ def load_pretrained(
     for name in loaded:
         problems += _misfits(name, *ours[name], theirs[name], in_our_layout)
     if problems:
-        raise InputError(_mismatch(label, problems))
+        raise InputError(_mismatch(label, problems, {"missing": ours, "unexpected": theirs}))
     updates = [
         (ours[name][0], _filled(*ours[name], theirs[name], in_our_layout)) for name in loaded
     ]
@@ -188,14 +189,37 @@ def _filled(path: tuple[Any, ...], variable: Any, array: np.ndarray, in_our_layo
     return variable.replace(jnp.asarray(np.ascontiguousarray(array, dtype=variable.dtype)))
 
 
-def _mismatch(label: str, problems: list[str]) -> str:
+def _mismatch(label: str, problems: list[str], names: Mapping[str, Iterable[str]]) -> str:
     kinds = [problem.partition(":")[0] for problem in problems]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     first = f"{label} does not fit the model ({counts}): nothing was loaded; choose another model"
-    lines = grouped(problems)
+    lines = grouped(_by_whole_blocks(problems, names))
     more = len(lines) - _MOST_LISTED
     rest = [f"and {more} more"] if more > 0 else []
     return "\n  ".join([f"{first} or source", *lines[:_MOST_LISTED], *rest])
+
+
+def _by_whole_blocks(problems: list[str], names: Mapping[str, Iterable[str]]) -> list[str]:
+    """One line for a block of which nothing is there, or of which nothing is known.
+
+    ``names`` are the model's of what is missing, the source's of what is unexpected.
+    """
+    sizes = Counter(
+        f"{kind}: {block}" for kind, all_of in names.items() for block in map(_block, all_of)
+    )
+    found = Counter(map(_block, problems))
+    lines: dict[str, None] = {}
+    for problem in problems:
+        block = _block(problem)
+        whole = 1 < found[block] == sizes[block]
+        lines[f"{block}.*: {found[block]} keys" if whole else problem] = None
+    return list(lines)
+
+
+def _block(name: str) -> str:
+    """What stands up to the first number that is a part of its own; empty: there is none."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
 
 
 def grouped(problems: Iterable[str]) -> list[str]:
@@ -203,6 +227,8 @@ def grouped(problems: Iterable[str]) -> list[str]:
 
     >>> grouped(["missing: blocks.0.attn.qkv", "missing: norm", "missing: blocks.1.attn.qkv"])
     ['missing: blocks.0..1.attn.qkv', 'missing: norm']
+    >>> grouped(["missing: blocks.3.*: 14 keys", "missing: blocks.4.*: 14 keys"])
+    ['missing: blocks.3..4.*: 14 keys each']
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for problem in problems:
@@ -219,7 +245,8 @@ def _lines(before: str, after: str, numbers: list[int]) -> list[str]:
         else:
             runs.append([number])
     spans = [f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return [f"{before}.{span}.{after}" for span in spans] or [before]
+    each = [" each" if len(run) > 1 and after.startswith("*: ") else "" for run in runs]
+    return [f"{before}.{s}.{after}{e}" for s, e in zip(spans, each, strict=True)] or [before]
 
 
 def _lacking(groups: tuple[str, ...], names: Iterable[str]) -> set[str]:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import open_regular, read_json, shown
+from cbam_jax.foreign_files import open_regular, read_json, shown, shown_folder
 from cbam_jax.pretrained.published import IMAGENET, check_hash
 from cbam_jax.pretrained.torch_files import read_torch
 from cbam_jax.whole_files import written_whole
@@ -96,7 +96,10 @@ def _read_folder(folder: Path) -> Mapping[str, Any]:
         if os.path.lexists(folder / name):
             return read_arrays(folder / name)
     if not (folder / "checkpoints").is_dir():
-        raise InputError(f"{folder} has neither model.safetensors nor checkpoints: give a file")
+        raise InputError(
+            f"{shown_folder(folder)} has no weights that are read: of a folder those are "
+            f"{', '.join(WEIGHTS)} or a run's checkpoints; fetch one, or give the file itself"
+        )
     # Imported late: Orbax takes a second, and only a run needs it.
     from cbam_jax.checkpoint import Checkpoints
 

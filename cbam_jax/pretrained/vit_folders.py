@@ -94,10 +94,11 @@ _FILES = "config.json (Hugging Face's or timm's) or open_clip_config.json"
 
 
 def describe(folder: str | os.PathLike) -> Description | None:
-    """Read what a folder's files say of a vision transformer; None: they are of none.
+    """Read what a folder's files say of a vision transformer; None: they are not another library's.
 
     Raises:
-        InputError: they are of one that there is no form of here, or leave open what it computes.
+        InputError: they are of a model that there is no form of here, or leave open what it
+            computes.
     """
     folder = Path(folder)
     try:
@@ -119,8 +120,15 @@ def _described(folder: Path) -> Description | None:
         return _without_config(folder)
     config = _object(folder / "config.json")
     if "architecture" in config and "model_type" not in config:
-        return _timm(config)
-    return _transformers(config, folder)
+        return _timm(config, folder)
+    return _transformers(config, folder) if "model_type" in config else None
+
+
+def _unknown(folder: Path, librarys: str, kind: Any, known: str) -> InputError:
+    return InputError(
+        f"{shown(folder)} is of {librarys} {shown(repr(kind), 80)}, which is not read as a model: "
+        f"{known} are; fetch one of these"
+    )
 
 
 def _without_config(folder: Path) -> None:
@@ -128,9 +136,8 @@ def _without_config(folder: Path) -> None:
     if found and not (folder / "checkpoints").is_dir():
         raise InputError(
             f"{shown(folder)} has {found[0]} but no {_FILES}, which says what the model is: its "
-            "shape, GELU, epsilon, how positions are stretched; fetch that file too, or name the "
-            "model, such as --config.model.name=dinov2_b14 --config.model.pretrained="
-            f"{shown(folder / found[0])}"
+            "shape, GELU, epsilon, how positions are stretched: fetch that file too, from where "
+            f"the weights come from; a training that names its model takes {found[0]} itself"
         )
 
 
@@ -171,7 +178,7 @@ def _transformers(config: Mapping[str, Any], folder: Path) -> Description | None
         config = {"model_type": _TOWERS[kind], **_projection(config), **config["vision_config"]}
         kind = config["model_type"]
     if kind not in _DEFAULTS:
-        return None
+        raise _unknown(folder, "transformers'", kind, ", ".join(sorted({*_TOWERS, *_DEFAULTS})))
     fields = _DEFAULTS[kind] | {name: value for name, value in config.items() if value is not None}
     variant = _transformers_variant(kind, fields)
     path = folder / "preprocessor_config.json"
@@ -298,10 +305,10 @@ def timm_variant(name: str) -> Variant:
     return sized(size.removesuffix("_plus"), patch, int(side or default), **options)
 
 
-def _timm(config: Mapping[str, Any]) -> Description | None:
+def _timm(config: Mapping[str, Any], folder: Path) -> Description:
     name, cut = str(config["architecture"]), config.get("pretrained_cfg", config)
     if not name.startswith("vit_"):
-        return None
+        raise _unknown(folder, "timm's", name, "its vit_ of SigLIP, CLIP, DINOv2 and DINOv3")
     variant = timm_variant(name)
     if "clip" in name:
         projected = config.get("num_classes", cut.get("num_classes"))

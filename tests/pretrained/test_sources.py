@@ -43,7 +43,7 @@ def test_bfloat16_safetensors(source, tmp_path):
     ("path", "message"),
     [
         ("nothing.pth", "no weights at nothing.pth: .*imagenet"),
-        (".", "neither model.safetensors nor checkpoints"),
+        (".", r"\(empty\) has no weights .* are model.safetensors, .* checkpoints"),
     ],
 )
 def test_missing_sources(path, message, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from flax import nnx
 from golden.make_vit import SIDES, VARIANTS, images, torch_model
 
 from cbam_jax.backbones.vit import VisionTransformer
-from cbam_jax.pretrained import load_pretrained
+from cbam_jax.pretrained import load_pretrained, vit_folders
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -102,3 +102,11 @@ def test_dinov2s_authors_stretch_by_a_factor():
     matrices = [resize_matrix(4, side, "bicubic_offset") for side in (height, width)]
     found = np.einsum("hi,wj,bcij->bchw", *matrices, places)
     assert error(found, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", vit_folders._DEFAULTS)
+def test_what_a_config_leaves_out_is_the_librarys_default(kind):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(kind).to_dict()
+    ours = vit_folders._DEFAULTS[kind]
+    assert {name: theirs[name] for name in ours} == ours
