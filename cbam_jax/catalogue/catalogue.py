@@ -282,8 +282,7 @@ class Catalogue:
         gallery = self.gallery
         if not len(gallery):
             raise InputError(
-                f"{self.store.path} has no photo that can be found: add some with "
-                f"`cbam-jax catalogue add {shlex.quote(str(self.store.path))} PHOTOS`"
+                f"{self.store.path} has no photo that can be found: add some with `{self._more}`"
             )
         rows = self._rows(gallery, where)
         embeddings = self._embeddings(gallery, asked, boxes, unlike)
@@ -302,6 +301,11 @@ class Catalogue:
             most, left = 2 * most, again
         found = [answers[query] for query in range(len(own))]
         return found if copies else [*map(self._by_path, found, asked)]
+
+    @property
+    def _more(self) -> str:
+        """The command that brings photos."""
+        return f"cbam-jax catalogue add {shlex.quote(str(self.store.path))} PHOTOS"
 
     def _by_path(self, found: Sequence[Neighbour], parts: Sequence[Part]) -> list[Neighbour]:
         """A photo that was asked for by its path is told by that, not by a copy's."""

@@ -177,6 +177,8 @@ def list_(options: argparse.Namespace) -> int:
         print(text)
     elif not filled:
         print(f"{options.catalogue} is empty", file=sys.stderr)
+    elif options.problems:
+        print("no problems")
     return 0
 
 

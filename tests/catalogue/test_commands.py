@@ -243,6 +243,7 @@ def test_verify_rebuild_doctor_and_duplicates(run, shop, photos):
     assert run("find", shop, photos[1], "--model=runs/mine")[0] == 2
     assert "model: runs/other" in run("doctor", shop)[1]
     assert run("list", shop, "--duplicates") == (0, "no duplicates\n", "")
+    assert run("list", shop, "--problems", "--where=category=hat") == (0, "no problems\n", "")
     shutil.copy(photos[3], photos[3].with_name("x.png"))
     run("add", shop, "photos")
     groups = json.loads(run("list", shop, "--duplicates=exact", "--json")[1])
@@ -299,6 +300,7 @@ def test_an_empty_catalogue_a_missing_one_and_ctrl_c_are_told(run, tmp_path, mon
     (tmp_path / "none").mkdir()
     run("add", "shop.db", "none", "--model=runs/mine")
     assert run("list", "shop.db") == (0, "", "shop.db is empty\n")
+    assert run("list", "shop.db", "--problems") == (0, "", "shop.db is empty\n")
     assert run("doctor", "shop.db")[0] == 0
     assert run("doctor", "gone.db")[0] == 1
 

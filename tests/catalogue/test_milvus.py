@@ -110,7 +110,9 @@ def test_more_ties_than_an_answer_holds_are_told(monkeypatch):
     query = np.ones((1, 1), np.float32)
     refused("too many for Milvus to order", neighbours, collection, query, 3, "", "flat")
     assert len(neighbours(collection, query, 3, "", "hnsw")[0][1]) == 3
-    refused("k=101: Milvus finds 100 at most", neighbours, collection, query, 101, "", "flat")
+    refused(
+        "k=101, with .*: Milvus finds 100 at most", neighbours, collection, query, 101, "", "flat"
+    )
 
 
 def test_what_rounding_may_have_left_out_is_not_settled():
@@ -301,6 +303,13 @@ def test_only_its_own_catalogue_and_model(shop, copy, tmp_path):
         refused("no photo 999 with an embedding", other.find, 999)
         refused("is a copy that is found in and listed", other.remove, [3])
         refused("is a copy that is found in", other.add, [tmp_path])
+    with Catalogue.open(shop, Embedder()) as file:
+        file.remove([item.id for item in file.items()])
+    sync(shop, copy)
+    with Catalogue.open(copy, Embedder()) as other:
+        refused(
+            f"can be found: add some with `cbam-jax catalogue sync CATALOGUE {copy}", other.find, 3
+        )
 
 
 @of_lite

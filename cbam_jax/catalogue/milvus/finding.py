@@ -101,6 +101,10 @@ class MilvusCatalogue(Catalogue):
         finally:
             self.gallery.forget()
 
+    @property
+    def _more(self) -> str:
+        return f"cbam-jax catalogue sync CATALOGUE {shlex.quote(str(self.store.path))}"
+
     def _item(self, number: int) -> Item | None:
         known = self.gallery.found.get(number)
         rows = [known] if known else self._collection.query(f"id == {number}", PHOTO)

@@ -38,7 +38,10 @@ def neighbours(
         InputError: more of them than Milvus gives in one answer.
     """
     if k > MOST:
-        raise InputError(f"k={k}: Milvus finds {MOST} at most; search the catalogue's file instead")
+        raise InputError(
+            f"k={k}, with the query's own photos: Milvus finds {MOST} at most; give a smaller k, "
+            "or search the catalogue's file instead"
+        )
     limit = min(k + _MORE, MOST)
     found: dict[int, Found] = {}
     while left := [place for place in range(len(queries)) if place not in found]:
