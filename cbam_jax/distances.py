@@ -40,6 +40,12 @@ def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     x = _float32(x, "x")
     if x.ndim < 1:
         raise ValueError(f"l2_normalize: x has shape {x.shape}, expected [..., d]")
+    return _normalize(x, eps)
+
+
+# Compiled as one: called outside of jax.jit, each operation would be compiled and run by itself.
+@jax.jit
+def _normalize(x: jax.Array, eps: float) -> jax.Array:
     # The largest magnitude is divided out first: squares of 1e20 or 1e-30 leave float32's range.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
     scale = jnp.where(largest > 0, largest, 1.0)
@@ -89,6 +95,7 @@ def pairwise_distances(x: jax.Array, y: jax.Array, squared: bool = False) -> jax
     return with_auto_axes(find, (x, y), rows_spec(x, y))(x, y)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _distances(same: bool, squared: bool, x: jax.Array, y: jax.Array) -> jax.Array:
     # Of what is finite: one row that is not would make all distances NaN.
     center = jnp.mean(jnp.where(jnp.isfinite(y), y, 0.0), axis=0, keepdims=True)

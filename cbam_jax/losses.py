@@ -99,6 +99,8 @@ def triplet_loss(
     return with_auto_axes(mined, arrays)(*arrays)
 
 
+# Compiled as one: called outside of jax.jit, each operation would be compiled and run by itself.
+@functools.partial(jax.jit, static_argnames="mining")
 def _triplet_loss(embeddings, labels, memory, *, margin, mining):
     distances = pairwise_distances(embeddings, embeddings)
     same = labels[:, None] == labels[None, :]
@@ -151,7 +153,12 @@ def cross_entropy_loss(
     label_smoothing = _checked_number(
         label_smoothing, "label_smoothing", "a number in [0, 1)", lambda s: 0 <= s < 1
     )
-    log_probability = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
+    return _cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing)
+
+
+@jax.jit
+def _cross_entropy(logits, labels, label_smoothing):
+    log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
     correct = jnp.take_along_axis(log_probability, labels[:, None], axis=1)[:, 0]
     per_row = (1 - label_smoothing) * correct + label_smoothing * jnp.mean(log_probability, axis=1)
     right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)

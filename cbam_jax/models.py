@@ -25,6 +25,7 @@ from cbam_jax.distances import l2_normalize
 from cbam_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_images
 
 BACKBONES = {
+    "resnet10": resnet.ResNet10,
     "resnet18": resnet.ResNet18,
     "resnet34": resnet.ResNet34,
     "resnet50": resnet.ResNet50,

@@ -4,11 +4,12 @@ import os
 
 # Before jax is imported: eight devices on one CPU, so that sharding is exercised by every test; and
 # programs that take less time to compile. Not at XLA's optimisation level 0, whose training steps
-# came out as NaN. .ci/run compiles the slow tests as users do.
+# came out as NaN. .ci/run compiles what depends on rounding as users do, too.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true "
+    "--xla_backend_optimization_level=1",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

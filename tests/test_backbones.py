@@ -203,6 +203,7 @@ def test_batch_norm_stays_float32_in_bfloat16(rng):
     np.testing.assert_allclose(norm(x).astype(np.float32), expected, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (1, 1, 300, 400)])
 def test_numbers_drawn_flat_are_those_of_the_initializer(shape):
     expected = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")

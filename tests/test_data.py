@@ -317,6 +317,7 @@ def test_evaluation_delivers_every_image_once_and_masks_the_rest(dataset, proces
             assert np.abs(whole["image"][index] - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_evaluation_is_not_random_and_workers_change_nothing(dataset):
     options = {"image_size": 14, "batch_size": 32}
     once = list(data.eval_batches(dataset, **options))
@@ -655,7 +656,7 @@ def test_small_classes_are_logged(dataset, caplog):
     assert "has 1 labels with fewer than images_per_class=4 images" in caplog.text
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_unreadable_image_is_named(dataset, workers):
     images = list(dataset.images)
     images[33] = images[33][:100]

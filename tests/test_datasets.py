@@ -460,6 +460,7 @@ def test_clothing_damaged_archive_in_manual_dir(tmp_path, copy):
         open_copy(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_TAR.exists(), reason="the real archive is not beside the checkout")
 def test_clothing_real_archive(tmp_path):
     (tmp_path / "manual").mkdir()
@@ -627,6 +628,7 @@ def test_killed_preparation_leaves_nothing_to_trip_over(tmp_path, copy):
     assert [path.name for path in versions.iterdir()] == ["1.0.0"]
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_the_same_dataset(tmp_path, copy):
     children = [start_child(tmp_path, copy, tmp_path / "tfds") for _ in range(2)]
     outputs = [child.communicate() for child in children]

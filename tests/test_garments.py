@@ -138,6 +138,7 @@ def nearest_centroid_accuracy(features: np.ndarray, labels: np.ndarray, split: i
     return float((classes[distances.argmin(1)] == labels[split:]).mean())
 
 
+@pytest.mark.slow
 def test_silhouettes_tell_categories_apart_and_colours_do_not():
     masks, colours, labels = [], [], []
     for item in range(24):
@@ -158,6 +159,7 @@ def test_silhouettes_tell_categories_apart_and_colours_do_not():
     assert nearest_centroid_accuracy(means, labels, split) < 0.25
 
 
+@pytest.mark.slow
 def test_neighbours_by_colour_are_of_other_categories():
     colours, labels = [], []
     for label, category in enumerate(CATEGORIES):
@@ -174,6 +176,7 @@ def test_neighbours_by_colour_are_of_other_categories():
     assert (neighbours == labels[:, None]).mean() < 0.15
 
 
+@pytest.mark.slow
 def test_prepared_dataset_is_what_is_drawn(prepared):
     for split in ("train", "validation", "test"):
         source = prepared.as_data_source(split)

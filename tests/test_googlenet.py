@@ -81,6 +81,7 @@ def test_parameter_count():
     assert sum(sizes) == 6_624_904 - 1_025_000
 
 
+@pytest.mark.slow
 def test_attention_follows_conv1_and_the_last_block(monkeypatch):
     # Everything between is cut out, so that only the two places are left.
     monkeypatch.setattr(

@@ -164,6 +164,7 @@ def test_maps_by_finite_differences(layer, target, method):
     assert not ours.empty.all()
 
 
+@pytest.mark.slow
 def test_one_image_more_or_less_changes_no_map():
     together = grad_cam(Tiny(), IMAGES, REFERENCE)
     for i in range(3):
@@ -217,6 +218,7 @@ def negative_sum(embeddings):
     return -jnp.sum(embeddings, axis=-1)
 
 
+@pytest.mark.slow
 def test_maps_without_a_place_that_stands_out_are_empty():
     one_place = grad_cam(Tiny(), IMAGES[:, :2, :2])
     assert one_place.raw.shape == (3, 1, 1)

@@ -298,20 +298,28 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("losses", HEAVY),
-        ("search", HEAVY),
+        pytest.param("losses", HEAVY, marks=pytest.mark.slow),
+        pytest.param("search", HEAVY, marks=pytest.mark.slow),
         ("metrics", (*HEAVY, "jax")),
         ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
-        ("figures", ("matplotlib", "jax")),
+        pytest.param("figures", ("matplotlib", "jax"), marks=pytest.mark.slow),
         # Each room of it is loaded when it is asked for.
-        ("benchmark", (*HEAVY, "jax", "ml_collections")),
+        pytest.param("benchmark", (*HEAVY, "jax", "ml_collections"), marks=pytest.mark.slow),
         # A machine where speed is measured may lack what reads datasets and configs.
-        ("benchmark.__main__", (*(name for name in HEAVY if name != "flax"), "ml_collections")),
-        ("benchmark.data", (*(name for name in HEAVY if name != "cv2"), "jax")),
+        pytest.param(
+            "benchmark.__main__",
+            (*(name for name in HEAVY if name != "flax"), "ml_collections"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "benchmark.data",
+            (*(name for name in HEAVY if name != "cv2"), "jax"),
+            marks=pytest.mark.slow,
+        ),
         # A catalogue is listed, and searched by id, without a model; a server is an extra.
         ("catalogue.commands", (*(name for name in HEAVY if name != "cv2"), "jax", "fastapi")),
         # A GPU is for the processes that it starts.
-        ("paper", (*HEAVY, "jax")),
+        pytest.param("paper", (*HEAVY, "jax"), marks=pytest.mark.slow),
     ],
 )
 def test_importing_a_part_does_not_load_the_rest(module, absent):

@@ -177,6 +177,7 @@ def test_a_batch_enters_the_memory_after_its_loss(rng):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_a_restored_memory_goes_on_bit_for_bit(rng, tmp_path):
     _, train_step, mesh = memory_run()
     config, batches = default.get_config(), [batch_of(rng, 8) for _ in range(5)]

@@ -92,6 +92,7 @@ def test_dropout_draws_anew_each_step_as_the_module_itself_does(rng):
     np.testing.assert_allclose(one, losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_random_state_is_saved_and_goes_on_bit_for_bit(rng, tmp_path):
     batches, model = batches_of(rng, 4), Normalized(nnx.Rngs(0))
     expected, losses = trained(model, batches)

@@ -208,6 +208,7 @@ def test_every_row_is_trained_and_measured_once_a_seed(checkout, run, tmp_path):
     assert first["command"].startswith("python -m cbam_jax.paper tables --workdir=")
 
 
+@pytest.mark.slow
 def test_rows_on_pretrained_weights_share_a_config_and_the_untrained_one_trains_nothing(
     checkout, run, tmp_path
 ):
@@ -236,6 +237,7 @@ def test_rows_on_pretrained_weights_share_a_config_and_the_untrained_one_trains_
     assert calls(checkout) == []
 
 
+@pytest.mark.slow
 def test_finished_rows_are_kept_and_more_can_be_asked_for(checkout, run, tmp_path):
     assert run("--table=1", "--seeds=1")[0] == 0
     assert len(calls(checkout)) == 6
@@ -259,6 +261,7 @@ def test_finished_rows_are_kept_and_more_can_be_asked_for(checkout, run, tmp_pat
     assert json.loads(table.with_suffix(".json").read_text())["split"] == "validation"
 
 
+@pytest.mark.slow
 def test_one_config_can_stand_in_for_all_rows(checkout, run, tmp_path):
     base = checkout / "configs" / "mine.py"
     base.write_text("def get_config():\n    return {'data': {'name': 'x'}}\n")
@@ -270,6 +273,7 @@ def test_one_config_can_stand_in_for_all_rows(checkout, run, tmp_path):
     assert row["config"] == f"{base} with model.name=resnet50_se"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "line"),
     [
@@ -289,6 +293,7 @@ def test_a_row_that_fails_is_told_and_resumed(checkout, run, fail, line):
     assert names(checkout)[0] == "train resnet50_se-seed0"
 
 
+@pytest.mark.slow
 def test_a_signal_is_handed_on_and_the_same_command_goes_on(checkout, run):
     (checkout / "fail").write_text("resnet50_cbam-seed0 parent")
     status, stdout, stderr = run("--table=1", "--seeds=1")
@@ -302,6 +307,7 @@ def test_a_signal_is_handed_on_and_the_same_command_goes_on(checkout, run):
     assert names(checkout) == ["train resnet50_cbam-seed0", "evaluate resnet50_cbam-seed0"]
 
 
+@pytest.mark.slow
 def test_other_settings_need_another_workdir(checkout, run, tmp_path):
     assert run("--table=1", "--seeds=1", "--config.train.steps=7")[0] == 0
     calls(checkout)
@@ -319,6 +325,7 @@ def test_other_settings_need_another_workdir(checkout, run, tmp_path):
     assert calls(checkout) == []
 
 
+@pytest.mark.slow
 def test_settings_that_never_worked_bind_nobody(checkout, run):
     (checkout / "fail").write_text("resnet50-seed0 early error")
     assert run("--table=1", "--seeds=1", "--config.train.steps=-7")[0] == 2

@@ -64,6 +64,7 @@ def evaluate(monkeypatch, capsys, *arguments):
     return status, json.loads(stdout.splitlines()[-1]) if status == 0 else None, stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_may_only_be_read_is_measured_elsewhere(
     run, measured, tmp_path, monkeypatch, capsys
 ):

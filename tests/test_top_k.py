@@ -131,6 +131,7 @@ def test_masks(rng):
     assert_same(as_numpy(constant(queries, gallery)), expected)
 
 
+@pytest.mark.slow
 def test_no_row_is_valid():
     x = jnp.ones((30, 3))
     found = jitted(k=2, valid=np.zeros(30, bool))(x, x)
@@ -185,6 +186,7 @@ def test_nan_in_nan_out(rng, metric):
     assert_same([a[:1, 2:] for a in found], [a[:1, :2] for a in clean])
 
 
+@pytest.mark.slow
 def test_zero_vectors_as_cosine(rng):
     gallery = rng.normal(size=(50, 4)).astype(np.float32)
     gallery[[7, 9]] = 0.0
@@ -203,6 +205,7 @@ def test_half_precision_is_cast(rng, dtype):
     assert_same(as_numpy(jitted(k=6, block_size=128)(gallery[:3], gallery)), expected)
 
 
+@pytest.mark.slow
 def test_vmap_and_scan(tied):
     queries, gallery = tied
     galleries = jnp.stack([gallery, gallery[::-1]])
@@ -282,6 +285,7 @@ def test_jit_of_sharded_arrays(tied, axis_type):
         assert_same(as_numpy(find(x, y)), expected)
 
 
+@pytest.mark.slow
 def test_two_axes_of_a_mesh(tied):
     queries, gallery = tied
     axes = "data", "model"

@@ -372,6 +372,7 @@ def test_heat_is_on_the_grid_of_tokens(name, golden, rng):
     assert path == ("backbone", "grid")
 
 
+@pytest.mark.slow
 def test_blocks_learn_slower_towards_the_images_and_frozen_ones_not():
     tiny = drawn_model(lambda: create_model("vit", transformer=FIELDS, rngs=nnx.Rngs(0)))
     params = nnx.state(tiny, nnx.Param)

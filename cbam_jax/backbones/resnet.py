@@ -152,6 +152,8 @@ def _stage(block, size, in_features, features, strides, dtype, rngs) -> nnx.List
     return nnx.List([first, *rest])
 
 
+# Not of the paper (He et al. 2016): one block a stage, for tests and small photos.
+ResNet10 = partial(ResNet, stage_sizes=(1, 1, 1, 1), block=BasicBlock)
 ResNet18 = partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
 ResNet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
 ResNet50 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)

@@ -140,6 +140,7 @@ def test_a_run_with_an_average_gives_the_average():
     )
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_gives_its_last_checkpoint(tmp_path):
     model = tiny(CBAM)
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -215,6 +216,7 @@ def test_the_original_codes_backbone_loads_and_its_block_attention_is_left(sourc
     }
 
 
+@pytest.mark.slow
 def test_the_original_codes_module_in_its_own_layout(rng):
     """Their forward in NumPy, read off their published code: biases, [max, mean], BatchNorm."""
     arrays = {name: np.asarray(a) for name, a in original_cbam(32, "", rng).items()}
@@ -237,6 +239,7 @@ def test_the_original_codes_module_in_its_own_layout(rng):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_importing_loads_no_torch():
     code = "import sys, cbam_jax.pretrained; print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
