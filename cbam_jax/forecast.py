@@ -66,7 +66,7 @@ def advice(seconds: float, *, image_size: int, model: str, steps: int) -> str | 
     if image_size > 96:
         flags.append(f"--config.data.image_size=96 ({_share((96 / image_size) ** 2)} of the time)")
     backbone, _, attention = model.partition("_")
-    if backbone not in ("resnet18", "tiny"):
+    if backbone not in ("resnet10", "resnet18", "tiny"):
         name = "_".join(filter(None, ("resnet18", attention.removeprefix("bn").strip("_"))))
         flags.append(f"--config.model.name={name} (about a third)")
     flags.append(f"--config.train.steps={max(steps // 10, 1)}")

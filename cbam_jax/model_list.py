@@ -34,6 +34,9 @@ class Cost(NamedTuple):
 
 # What ``measure`` returns at each model's default size, which takes it a minute; a test holds it.
 _MEASURED = {
+    "resnet10": (4905792, 1678414464.0, 512),
+    "resnet10_se": (4939684, 1678414464.0, 512),
+    "resnet10_cbam": (4939268, 1678414464.0, 512),
     "resnet18": (11176512, 3371912960.0, 512),
     "resnet18_se": (11210404, 3371912960.0, 512),
     "resnet18_cbam": (11209988, 3371912960.0, 512),

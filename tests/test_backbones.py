@@ -18,6 +18,9 @@ from cbam_jax.backbones.layers import (
 
 # Without the classifier; torchvision's published totals less 1000 * (features + 1).
 PARAMETERS = {
+    # Nobody published it: the stem, then each stage's two convolutions, their BatchNorm, and the
+    # projection of its shortcut.
+    "ResNet10": 9_536 + 73_984 + 230_144 + 919_040 + 3_673_088,
     "ResNet18": 11_689_512 - 513_000,
     "ResNet34": 21_797_672 - 513_000,
     "ResNet50": 25_557_032 - 2_049_000,

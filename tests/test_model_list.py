@@ -42,7 +42,7 @@ def test_every_published_file_is_listed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet51"], "unknown model 'resnet51': choose among resnet18,"),
+        (["resnet51"], "unknown model 'resnet51': choose among resnet10,"),
         (["vgg16", "--image-size=8"], "--image-size=8: give at least 32 pixels"),
     ],
 )
