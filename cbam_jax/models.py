@@ -218,7 +218,7 @@ class EmbeddingModel(nnx.Module):
             ValueError: a pooling of one's own gave something else than [b, c].
         """
         x = self.pool(features)
-        expected = features.shape[0], self.backbone.num_features
+        expected = features.shape[0], features.shape[-1]
         if x.shape != expected:
             raise ValueError(
                 f"pooling gave an array of shape {x.shape} for features of shape {features.shape}, "
