@@ -30,3 +30,10 @@ def all_distances(query, gallery, metric):
 def assert_same(found, expected):
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_array_equal(found[0], expected[0])
+
+
+def in_clusters(rng, clusters, each, d, spread):
+    """Unit vectors around a few directions, as a triplet loss makes them."""
+    x = rng.normal(size=(clusters, 1, d)) + spread * rng.normal(size=(clusters, each, d))
+    x = rng.permutation(x.reshape(-1, d))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)

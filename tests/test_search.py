@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from brute_force import all_distances, assert_same, brute_force
+from brute_force import all_distances, assert_same, brute_force, in_clusters
 
 from cbam_jax.search import (
     FIRST_PASSES,
@@ -168,7 +168,7 @@ def test_float64_search_alone(rng, monkeypatch, metric):
 @pytest.mark.parametrize("kept", [groups._KEPT, 1])
 def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
     """Bounds are kept of the lowest two of each group of 8: rows i, i + groups, ..."""
-    assert passes._group_size(4, 1130) == 8
+    assert passes.group_size(4, 1130) == 8
     monkeypatch.setattr(groups, "_KEPT", kept)
     queries = rng.normal(size=(5, 24)).astype(np.float32)
     gallery = rng.normal(size=(1130, 24)).astype(np.float32)
@@ -346,19 +346,13 @@ def test_what_bfloat16_cannot_prove_is_searched_by_float32(rng, monkeypatch):
     assert done == [("float32", 10, 10)]
 
 
-def _in_clusters(rng, clusters, each, d, spread):
-    """Unit vectors around a few directions, as a triplet loss makes them."""
-    x = rng.normal(size=(clusters, 1, d)) + spread * rng.normal(size=(clusters, each, d))
-    x = rng.permutation(x.reshape(-1, d))
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-5])
 def test_tight_clusters_are_proven_in_float64(rng, monkeypatch, metric, spread):
     """Whose distances are far below the errors of float32 products; some rows are copies."""
-    gallery = _in_clusters(rng, 4, 250, 24, spread)
+    monkeypatch.setattr(passes, "_leaders", lambda *_: None)
+    gallery = in_clusters(rng, 4, 250, 24, spread)
     gallery[::50] = gallery[1]
     group = rng.integers(0, 3, 1000)
     left = []
@@ -388,10 +382,10 @@ def test_a_search_begins_with_a_pass_that_can_tell_neighbours_apart(rng):
         return spread.first_useful(dtypes, queries, settings)
 
     assert begun(rng.normal(size=(400, 64)).astype(np.float32)) == "bfloat16"
-    assert begun(_in_clusters(rng, 10, 60, 64, 0.5)) == "bfloat16"
-    assert begun(_in_clusters(rng, 10, 60, 64, 0.1)) == "float32"
-    assert begun(_in_clusters(rng, 10, 60, 64, 0.01)) == "float64"
-    assert begun(_in_clusters(rng, 10, 5, 64, 0.01)) == "bfloat16"  # Too few to tell.
+    assert begun(in_clusters(rng, 10, 60, 64, 0.5)) == "bfloat16"
+    assert begun(in_clusters(rng, 10, 60, 64, 0.1)) == "float32"
+    assert begun(in_clusters(rng, 10, 60, 64, 0.01)) == "float64"
+    assert begun(in_clusters(rng, 10, 5, 64, 0.01)) == "bfloat16"  # Too few to tell.
     assert begun(np.ones((400, 64), np.float32)) == "bfloat16"
 
 

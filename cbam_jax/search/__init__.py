@@ -8,16 +8,17 @@ float64, and those of a group's other items where its second lowest bound asks f
 k-th distance is below every bound that was not kept, the answer is proven. Products of embeddings
 rounded to bfloat16 take half the time, and the rounding errors, whose norms are known, widen the
 bounds little: they prove nearly all queries. The others are searched by float32 products, then by
-float64 ones, and those with more ties than candidates pair by pair. In tight clusters, as a well
-trained model makes them, it begins with the product that can tell neighbours apart. So neither the
-first pass, nor block sizes, nor devices, nor the batching of queries show in the result: the k
-lowest by (float32 distance, gallery index).
+float64 ones, and those with more ties than candidates pair by pair. Tight clusters, as a well
+trained model makes them, are found first, and each is searched alone; where they are too many, it
+begins with the product that can tell neighbours apart. So neither the first pass, nor block sizes,
+nor devices, nor the batching of queries show in the result: the k lowest by (float32 distance,
+gallery index).
 
 The rooms, in the order to read them: `passes` (`search`: bounds, candidates, proof, and again what
 is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
-block), `spread` (with which pass to begin), `candidates` and `pairs` (distances in float64),
-`exhaustive` (every pair); and what they stand on: `types`, `order` (of ties), `shards` (the gallery
-in memory), `sums`, `arguments`.
+block), `candidates` and `pairs` (distances in float64), `clusters` (each searched alone), `spread`
+(how embeddings lie), `exhaustive` (every pair); and what they stand on: `types`, `order` (of ties),
+`shards` (the gallery in memory), `sums`, `arguments`.
 
 `top_k` finds the same inside other JAX programs: `traced` (the function, its gradient, shards),
 `streamed` (bounds, candidates, proof under `jax.jit`), `compensated` (distances as exact as

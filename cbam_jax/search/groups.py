@@ -15,10 +15,16 @@ from numpy.typing import ArrayLike
 from cbam_jax.compiler_options import compiler_options
 from cbam_jax.search.bounds import Preparation, prepared, rounded_down
 from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
-from cbam_jax.search.shards import blocks_of, query_tiles
+from cbam_jax.search.shards import GROUP, blocks_of, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
 _KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
+
+
+def group_size(k: int, n: int) -> int:
+    """Items in a group: a power of two, so few that seldom two of the k nearest share one."""
+    # Two where k is larger: then sorting half as many is worth looking at more.
+    return min(GROUP, 2 ** max(int(n >= 8 * k), int(np.log2(n / (32 * k)))))
 
 
 def lowest_bounds(

@@ -1,7 +1,8 @@
 """`search`, pass by pass: lower bounds, candidates, proof, and again what was not proven."""
 
+import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,15 @@ from cbam_jax.search import arguments
 from cbam_jax.search.arguments import FIRST_PASSES
 from cbam_jax.search.bounds import Preparation, bound_distances, preparation_of
 from cbam_jax.search.candidates import candidate_keys
+from cbam_jax.search.clusters import Leaders, cluster_pass, leaders_of
 from cbam_jax.search.exhaustive import exhaustive_search
-from cbam_jax.search.groups import lowest_bounds
+from cbam_jax.search.groups import group_size, lowest_bounds
 from cbam_jax.search.order import INFINITE, unpacked
-from cbam_jax.search.shards import GROUP, padded_size, split_gallery, squared_norms
-from cbam_jax.search.spread import first_useful
+from cbam_jax.search.shards import padded_size, split_gallery, squared_norms
+from cbam_jax.search.spread import cluster_radius, first_useful
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard
+
+_log = logging.getLogger(__name__)
 
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _FEW = 64  # Queries for which compiling a program is not worth while.
@@ -115,26 +119,57 @@ def _passes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The passes from ``first_pass`` on, each for the queries that the one before left unproven.
 
-    Those that would prove nothing are left out; the last two are in float64.
+    Those that would prove nothing are left out; the last two are in float64. How many queries each
+    proves is logged, for debugging.
     """
     q = len(queries.rows)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
     preparation = preparation_of(queries, shards, metric, first_pass)
-    dtypes = (*FIRST_PASSES[FIRST_PASSES.index(first_pass) :], "float64")
-    start = dtypes.index(first_useful(dtypes, queries, preparation))
+    leaders = _leaders(queries, shards, k, preparation)
     rest = np.arange(q)
-    for dtype in dtypes[start:]:
-        if dtype == "float64" and len(rest) <= _FEW:
+    for name in _names(queries, preparation, leaders):
+        if name == "float64" and len(rest) <= _FEW:
             break
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
-        some, preparation = queries.taken(part), preparation._replace(dtype=dtype)
-        distances[part], indices[part], proven = _pass(some, shards, k, preparation, items, blocks)
+        some = queries.taken(part)
+        if name == "clusters":
+            assert leaders is not None
+            found = cluster_pass(some, leaders, shards, k, preparation, items, blocks)
+        else:
+            found = _pass(some, shards, k, preparation._replace(dtype=name), items, blocks)
+        distances[part], indices[part], proven = found
+        _log.debug("%s: proven for %d of %d queries", name, np.sum(proven), len(proven))
         rest = rest[~proven]
         if not len(rest):
             return distances, indices
     left = queries.taken(rest)
     distances[rest], indices[rest] = exhaustive_search(left, shards, k, metric, items)
+    _log.debug("%s: proven for %d of %d queries", "every pair", len(rest), len(rest))
     return distances, indices
+
+
+def _names(queries: Queries, preparation: Preparation, leaders: Leaders | None) -> Iterator[str]:
+    """The passes in their order; with which product to begin is asked where one is needed."""
+    if leaders is not None:
+        yield "clusters"
+    dtypes = (*FIRST_PASSES[FIRST_PASSES.index(preparation.dtype) :], "float64")
+    yield from dtypes[dtypes.index(first_useful(dtypes, queries, preparation)) :]
+
+
+def _leaders(
+    queries: Queries, shards: Sequence[Shard], k: int, preparation: Preparation
+) -> Leaders | None:
+    """Leaders of the queries' clusters; None where each cluster alone would not be the faster.
+
+    Accelerators have their products done before small tiles have begun.
+    """
+    metric, device = preparation.metric, shards[0].device
+    if metric == "inner_product" or preparation.scale != 1 or device.platform != "cpu":
+        return None
+    within = cluster_radius(queries, metric)
+    n = sum(len(shard.rows) for shard in shards)
+    most = min(len(queries.rows) // 4, n // (4 * k))
+    return None if within is None else leaders_of(queries, within, metric, device, most)
 
 
 def _pass(
@@ -150,7 +185,7 @@ def _pass(
     # bfloat16's bounds are wider: normally distributed embeddings of 2,048 dimensions have half as
     # many candidates more where k is 20, a quarter where k is 350.
     count = k + (_SLACK if dtype != "bfloat16" else int(_SLACK * np.sqrt(k)))
-    size = _group_size(k, sum(len(shard.rows) for shard in shards))
+    size = group_size(k, sum(len(shard.rows) for shard in shards))
     with jax.enable_x64(dtype == "float64"):
         lowest, own_share = lowest_bounds(queries, shards, count, preparation, items, blocks, size)
     keys, unseen, complete = [], [], []
@@ -193,9 +228,3 @@ def _block_sizes(
         products, most_queries, most_items = 2**22, 512 if shape[1] < 1024 else 1024, 2**15
     query_block = query_block or min(most_queries, padded_size(shape[0]))
     return query_block, gallery_block or min(products // query_block, most_items)
-
-
-def _group_size(k: int, n: int) -> int:
-    """Items in a group: a power of two, so few that seldom two of the k nearest share one."""
-    # Two where k is larger: then sorting half as many is worth looking at more.
-    return min(GROUP, 2 ** max(int(n >= 8 * k), int(np.log2(n / (32 * k)))))
