@@ -60,6 +60,10 @@ def check_config(config: Config) -> None:
         )
     if not 0 <= config.train.ema_decay < 1:
         raise InputError(f"train.ema_decay={config.train.ema_decay}: give a share in [0, 1)")
+    if config.train.ema_batch_stats and not config.train.ema_decay:
+        raise InputError(
+            "train.ema_batch_stats=True, of no average: set --config.train.ema_decay=0.999 too"
+        )
     check_choices(config)
     experiment.preprocessing(config)
 

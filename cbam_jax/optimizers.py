@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-OPTIMIZERS = ("sgd", "adamw", "lion")
+OPTIMIZERS = ("sgd", "adamw", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "step")
 # Parameters under these names are never in a pretrained backbone.
 NEW_LAYERS = (
@@ -74,18 +74,20 @@ def create_optimizer(
     layer_decay: float = 1.0,
     frozen_blocks: int = 0,
 ) -> optax.GradientTransformation:
-    """SGD with momentum or AdamW, as torch defines them.
+    """SGD with momentum or AdamW, as torch defines them; Lion and Muon, as optax does.
 
     Args:
         name: ``"sgd"`` (weight decay is added to the gradient, as in torch) or ``"adamw"``
-            (decoupled), or ``"lion"`` (Chen et al. 2023, decoupled). Or a function of the
-            learning rate that returns optax's transformation; the next five are then unused.
+            (decoupled), or ``"lion"`` (Chen et al. 2023, decoupled), or ``"muon"`` (Jordan et al.
+            2024): kernels as matrices [inputs, outputs], biases and scales by Adam, both looking
+            ahead. Or a function of the learning rate that returns optax's transformation; the next
+            five are then unused.
         learning_rate: a number, or a schedule over optimizer updates.
         weight_decay: of parameters with two or more dimensions only: never of biases, BatchNorm
             or the pooling exponent.
-        momentum: of SGD.
+        momentum: of SGD and Muon.
         nesterov: look ahead, of SGD.
-        betas: decay of the mean gradient and of its square, of AdamW and Lion.
+        betas: decay of the mean gradient and of its square, of AdamW, Lion and Muon's Adam.
         eps: what AdamW adds to the root.
         new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
             pooling, classes) is multiplied by, since they start from nothing beside a pretrained
@@ -114,6 +116,15 @@ def create_optimizer(
         update = optax.adamw(learning_rate, *betas, eps, **decoupled)
     elif name == "lion":
         update = optax.lion(learning_rate, *betas, **decoupled)
+    elif name == "muon":
+        update = optax.contrib.muon(
+            learning_rate,
+            beta=momentum,
+            weight_decay=weight_decay,
+            adam_b1=betas[0],
+            adam_b2=betas[1],
+            muon_weight_dimension_numbers=_as_matrices,
+        )
     else:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
@@ -175,6 +186,16 @@ def _scaled(updates: Any, rates: Callable[[Any], Any]) -> Any:
 
 def _is_matrix(params: Any) -> Any:
     return jax.tree.map(lambda param: param.ndim > 1, params)
+
+
+def _as_matrices(params: Any) -> Any:
+    """How Muon looks at each parameter: [inputs, outputs], the last axis the outputs'."""
+
+    def axes(param: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        inputs = tuple(range(param.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, param.ndim - 1) if inputs else None
+
+    return jax.tree.map(axes, params)
 
 
 def _new_layers(is_new: Collection[str] | Callable, params: Any) -> Any:

@@ -153,8 +153,10 @@ def restore_model(
     tree = {"params": params, "batch_stats": batch_stats}
     if config.train.ema_decay:
         tree["ema"] = params
+    if config.train.ema_batch_stats:
+        tree["ema_batch_stats"] = batch_stats
     tree = checkpoint.unflatten(tree, read.model)
-    state = tree.get("ema", tree["params"]), tree["batch_stats"]
+    state = tree.get("ema", tree["params"]), tree.get("ema_batch_stats", tree["batch_stats"])
     return model, steps.replicate(state, mesh), read.step
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "create_train_state",
     "data_mesh",
     "embed_batches",
+    "evaluation_arrays",
     "evaluation_params",
     "learning_rate_schedule",
     "make_embed_step",
@@ -64,7 +65,7 @@ class TrainState(NamedTuple):
 
     ``ema`` is None, or a moving average of ``params``; ``memory`` is None, or a ``Memory``.
     ``rngs`` is None, or the random state of a model that has one (dropout, drop path), keys as
-    their uint32 data.
+    their uint32 data. ``ema_batch_stats`` is None, or a moving average of ``batch_stats``.
     """
 
     step: Any
@@ -74,6 +75,7 @@ class TrainState(NamedTuple):
     ema: Any
     memory: Memory | None = None
     rngs: Any = None
+    ema_batch_stats: Any = None
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -116,20 +118,31 @@ def create_train_state(
     mesh: Mesh,
     *,
     ema: bool = False,
+    ema_batch_stats: bool = False,
     memory_shape: tuple[int, int] = (0, 0),
 ) -> TrainState:
     """Split a model into its arrays, start the optimizer's, and replicate all over the mesh.
 
-    ``memory_shape`` is [n, d] of a memory of embeddings, which starts empty; n = 0: none.
+    ``ema`` starts a moving average of the parameters, ``ema_batch_stats`` beside it one of
+    BatchNorm's statistics. ``memory_shape`` is [n, d] of a memory of embeddings, which starts
+    empty; n = 0: none.
+
+    Raises:
+        ValueError: ``ema_batch_stats`` without ``ema``: nothing would be evaluated by them.
     """
+    if ema_batch_stats and not ema:
+        raise ValueError("ema_batch_stats=True is of a moving average: give ema=True too")
     _, params, batch_stats, rngs = model_state.split(model)
     # Donation gives each buffer away once: the average must own its copy.
     average = jax.tree.map(np.array, params) if ema else None
+    average_stats = jax.tree.map(np.array, batch_stats) if ema_batch_stats else None
     step, opt_state = np.zeros((), np.int32), optimizer.init(params)
     memory = _empty_memory(*memory_shape) if memory_shape[0] else None
     # Split from the model's own, whose buffers a donation would take with it.
     rngs = jax.tree.map(np.array, rngs) if jax.tree.leaves(rngs) else None
-    return replicate(TrainState(step, params, batch_stats, opt_state, average, memory, rngs), mesh)
+    model_arrays = step, params, batch_stats
+    state = TrainState(*model_arrays, opt_state, average, memory, rngs, average_stats)
+    return replicate(state, mesh)
 
 
 def _empty_memory(size: int, dim: int) -> Memory:
@@ -279,8 +292,8 @@ def make_train_step(
             embeddings, such as ``EmbeddingModel.classify_deeply`` for logits.
         freeze_batch_norm: normalise by the running statistics and leave them as they are; scale
             and bias are still trained.
-        ema_decay: share of the moving average of the parameters that a step keeps; above 0
-            where the state has one.
+        ema_decay: share of the moving average of the parameters, and of BatchNorm's statistics
+            where the state averages these, that a step keeps; above 0 where the state has one.
         chunk_size: images, of the global batch, whose activations are in memory at a time; None:
             all. The loss is still that of the whole batch and its gradient exact (gradient caching:
             Gao et al. 2021), for one more forward pass of each chunk. Chunk i of n holds the images
@@ -333,15 +346,17 @@ def make_train_step(
         scalars, (batch_stats, rngs), outputs = aux
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema, memory = state.ema, state.memory
+        ema, average_stats, memory = state.ema, state.ema_batch_stats, state.memory
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        if average_stats is not None:
+            average_stats = optax.incremental_update(batch_stats, average_stats, 1.0 - ema_decay)
         if memory is not None:
             enters = state.step >= memory_start_step
             memory = _remember(memory, outputs, batch["label"], enters)
         scalars = _with_scalars({"loss": loss, "gradient_norm": optax.tree.norm(grads)}, scalars)
-        step = state.step + 1
-        return TrainState(step, params, batch_stats, opt_state, ema, memory, rngs), scalars
+        arrays = state.step + 1, params, batch_stats
+        return TrainState(*arrays, opt_state, ema, memory, rngs, average_stats), scalars
 
     return Step(train_step, mesh, donate_argnums=0)
 
@@ -367,6 +382,12 @@ def make_embed_step(
 def evaluation_params(state: TrainState) -> Any:
     """Return the moving average where there is one, else the parameters."""
     return state.params if state.ema is None else state.ema
+
+
+def evaluation_arrays(state: TrainState) -> tuple[Any, Any]:
+    """Return what ``embed_step`` takes: the parameters and statistics, or what averages them."""
+    averaged = state.ema_batch_stats is not None
+    return evaluation_params(state), state.ema_batch_stats if averaged else state.batch_stats
 
 
 def embed_batches(

@@ -223,6 +223,7 @@ def first_state(config: Config, model: EmbeddingModel, optimizer: Any, mesh: Any
         optimizer,
         mesh,
         ema=config.train.ema_decay > 0,
+        ema_batch_stats=config.train.ema_batch_stats,
         memory_shape=(config.loss.memory_size, model.embedding_dim),
     )
 
@@ -268,7 +269,7 @@ def evaluates(config: Config, step: int) -> bool:
 
 def evaluate(run: Run, state: steps.TrainState, step: int) -> str | None:
     """Measure the validation split and keep its metrics; why that was left, or None."""
-    arrays = steps.evaluation_params(state), state.batch_stats
+    arrays = steps.evaluation_arrays(state)
     try:
         with run.monitor.evaluating():
             result, _ = runs.evaluate_split(
@@ -299,6 +300,8 @@ def checkpoint_items(state: steps.TrainState) -> tuple[dict[str, Any], dict[str,
     model = {"params": state.params, "batch_stats": state.batch_stats}
     if state.ema is not None:
         model["ema"] = state.ema
+    if state.ema_batch_stats is not None:
+        model["ema_batch_stats"] = state.ema_batch_stats
     optimizer = {"step": state.step, "opt_state": state.opt_state}
     if state.memory is not None:
         optimizer["memory"] = state.memory
@@ -339,6 +342,7 @@ def restore(
         ema=model.get("ema"),
         memory=optimizer.get("memory"),
         rngs=optimizer.get("rngs"),
+        ema_batch_stats=model.get("ema_batch_stats"),
     )
     window = read.data.get("window", [])  # Older runs kept none.
     return Position(steps.replicate(restored, mesh), read.data["next_step"], window)

@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary_weight = 0.3  # of the loss of each of GoogLeNet's two auxiliary classifiers
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
-    # "sgd", "adamw" or "lion", or one's own, "package.module:factory".
+    # "sgd", "adamw", "lion" or "muon", or one's own, "package.module:factory".
     optimizer.name = "adamw"
     optimizer.learning_rate = 1e-3  # the peak, after warm-up
     # After warm-up: "cosine" or "linear" to 0, "constant", "step" (a tenth after each third of the
@@ -99,9 +99,9 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.schedule = "cosine"
     optimizer.warmup_steps = 100
     optimizer.weight_decay = 1e-4  # not of one-dimensional parameters
-    optimizer.momentum = 0.9  # of sgd
+    optimizer.momentum = 0.9  # of sgd and muon; of muon 0.95 is usual
     optimizer.nesterov = False  # of sgd
-    optimizer.betas = (0.9, 0.999)  # of adamw and lion
+    optimizer.betas = (0.9, 0.999)  # of adamw, lion, and muon's biases and scales
     optimizer.eps = 1e-8  # of adamw
     optimizer.new_layer_multiple = 1.0  # of the learning rate of attention, projection, classes
     # Of a transformer: factor of the learning rate for each block that stands after; blocks, from
@@ -120,6 +120,7 @@ def get_config() -> ml_collections.ConfigDict:
     # more computation; None: all. BatchNorm then normalises each chunk by itself.
     train.chunk_size = placeholder(int)
     train.ema_decay = 0.0  # moving average of the parameters that is evaluated; 0: none
+    train.ema_batch_stats = False  # average BatchNorm's running statistics likewise
 
     config.eval = evaluation = ml_collections.ConfigDict()
     # map@10 chooses the best checkpoint, or without a K of 10 that of the largest K. These adapt to

@@ -2,6 +2,7 @@
 
 import builtins
 import fcntl
+import functools
 import io
 import json
 import os
@@ -11,19 +12,21 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_run import CLASSES, make_config, patch_tiny_models, write_photos, write_run
+from tiny_run import CLASSES, drawn_model, make_config, patch_tiny_models, write_photos, write_run
 
 from cbam_jax import (
     InputError,
     command_line,
     config_files,
     experiment,
+    model_state,
     runs,
     steps,
     training,
     workdirs,
 )
 from cbam_jax.datasets import open_dataset
+from cbam_jax.pretrained import load_pretrained
 
 # ml_collections loads configs by a method that Python means to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -330,3 +333,26 @@ def test_a_run_that_ended_before_it_began_is_none(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match=r"ended before it began: train first"):
         runs.read_config(tmp_path / "run")
+
+
+def test_averaged_statistics_are_saved_gone_on_with_and_evaluated(tmp_path):
+    options = {"train.ema_decay": 0.5, "train.ema_batch_stats": True}
+    config, mesh = make_config("none", **options), steps.data_mesh()
+    model, optimizer = (
+        drawn_model(lambda: experiment.build_model(config)),
+        steps.create_optimizer("sgd", 0.1),
+    )
+    state = training.first_state(config, model, optimizer, mesh)
+    averages = [jax.tree.map(lambda a: a * 2, t) for t in (state.ema, state.ema_batch_stats)]
+    state = state._replace(ema=averages[0], ema_batch_stats=averages[1])
+    with runs.open_checkpoints(config, tmp_path) as checkpoints:
+        training.save(config, checkpoints, training.Position(state, 4, []))
+        checkpoints.wait()
+        fresh = training.first_state(config, model, optimizer, mesh)
+        again = training.restore(config, checkpoints, fresh, mesh).state
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(again, state)
+    same(runs.restore_model(config, tmp_path, "last", mesh)[1], tuple(averages))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    load_pretrained(model, tmp_path)
+    same(model_state.split(model)[1:3], tuple(averages))

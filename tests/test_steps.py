@@ -49,9 +49,10 @@ def squared(embeddings, labels):
     return loss, {"largest": jnp.max(embeddings)}
 
 
-def run(model, optimizer, mesh, batches, *, loss=squared, ema=False, **options):
+def run(model, optimizer, mesh, batches, *, loss=squared, ema=False, averaged=False, **options):
     """Steps over host batches: the last state on the host, and the losses."""
-    state = steps.create_train_state(model, optimizer, mesh, ema=ema)
+    kept = {"ema": ema, "ema_batch_stats": averaged}
+    state = steps.create_train_state(model, optimizer, mesh, **kept)
     train_step = steps.make_train_step(model, optimizer, loss, **options)
     losses = []
     for batch in steps.to_devices(batches, mesh):
@@ -157,6 +158,31 @@ def test_optimizer_is_torchs(rng, name, update, clip_norm):
             np.testing.assert_allclose(params[key], expected[key], rtol=2e-5, atol=atol)
 
 
+def newton_schulz(matrix):
+    """Muon's iteration, in float64: a matrix whose singular values are all near 1."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    x = matrix / np.linalg.norm(matrix)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if x.shape == matrix.shape else x.T
+
+
+@pytest.mark.slow
+def test_muon_takes_a_kernel_as_the_matrix_of_its_outputs(rng):
+    shapes = {"kernel": (2, 1, 2, 5), "bias": (4,)}
+    grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    optimizer = steps.create_optimizer("muon", 0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    matrix = newton_schulz(np.float64(grads["kernel"]).reshape(4, 5)).reshape(2, 1, 2, 5)
+    ratio = np.asarray(updates["kernel"]) / matrix
+    np.testing.assert_allclose(ratio, -0.1 * np.sqrt(5 / 4), rtol=1e-3)
+    first = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # Of Adam that looks ahead.
+    np.testing.assert_allclose(updates["bias"], -0.1 * first * np.sign(grads["bias"]), rtol=1e-5)
+
+
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="unknown optimizer 'lamb': choose one of sgd, adamw"):
         steps.create_optimizer("lamb", 0.1)
@@ -238,20 +264,29 @@ def test_scalars_are_loss_gradient_norm_and_the_losss_own(rng):
         np.testing.assert_allclose(scalars[name], value, rtol=1e-5)
 
 
-def test_moving_average_of_the_parameters(rng):
+def test_moving_average_of_the_parameters_and_statistics(rng):
     model, mesh, decay = tiny(), steps.data_mesh(), 0.75
     optimizer = steps.create_optimizer("sgd", 0.1)
     batches = [batch_of(rng, 8) for _ in range(3)]
-    average = {name: np.float64(a) for name, a in flat(nnx.state(model, nnx.Param)).items()}
+    averages = [
+        {name: np.float64(a) for name, a in flat(nnx.state(model, kind)).items()}
+        for kind in (nnx.Param, nnx.BatchStat)
+    ]
+    options = {"ema": True, "averaged": True, "ema_decay": decay}
     for count in (1, 2, 3):
-        state, _ = run(model, optimizer, mesh, batches[:count], ema=True, ema_decay=decay)
-        params = flat(state.params)
-        average = {n: decay * average[n] + (1 - decay) * params[n] for n in params}
-    assert flat(state.ema).keys() == average.keys()
-    for name, array in flat(state.ema).items():
-        np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-6)
-    assert steps.evaluation_params(state) is state.ema
-    assert steps.evaluation_params(state._replace(ema=None)) is state.params
+        state, _ = run(model, optimizer, mesh, batches[:count], **options)
+        for average, tree in zip(averages, (state.params, state.batch_stats), strict=True):
+            for name, array in flat(tree).items():
+                average[name] = decay * average[name] + (1 - decay) * array
+    for average, tree in zip(averages, (state.ema, state.ema_batch_stats), strict=True):
+        assert flat(tree).keys() == average.keys()
+        for name, array in flat(tree).items():
+            np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-6)
+    assert steps.evaluation_arrays(state) == (state.ema, state.ema_batch_stats)
+    plain = state._replace(ema=None, ema_batch_stats=None)
+    assert steps.evaluation_arrays(plain) == (state.params, state.batch_stats)
+    with pytest.raises(ValueError, match="ema_batch_stats=True .* give ema=True too"):
+        steps.create_train_state(model, optimizer, mesh, ema_batch_stats=True)
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale(rng):

@@ -55,6 +55,8 @@ def overrides(manifest):
         "train.log_every": 1,
         "train.eval_every": 3,
         "train.checkpoint_every": 3,
+        "train.ema_decay": 0.5,
+        "train.ema_batch_stats": True,
         "eval.batch_size": 8,
         "eval.ks": "(5,10)",
     }
@@ -464,6 +466,10 @@ MISTAKES = {
     ),
     "no time": ("--stop_after=45", "--stop_after=45: give a time such as 45m, 2h or 1h30m"),
     "average": ("--config.train.ema_decay=1.0", "train.ema_decay=1.0"),
+    "average of statistics": (
+        "--config.train.ema_decay=0.0",
+        "set --config.train.ema_decay=0.999 too",
+    ),
     "unknown dataset": ("--config.data.name=no_such_garments", "no_such_garments"),
     "missing csv": ("--config.data.name=absent/photos.csv", "absent/photos.csv"),
     "missing manual_dir": ("--config.data.manual_dir=/no/such", "manual_dir /no/such"),

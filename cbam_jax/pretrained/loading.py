@@ -263,9 +263,10 @@ def _named_arrays(
 ) -> tuple[dict[str, np.ndarray], bool]:
     """The source's arrays by torchvision's names, and whether their layout is ours."""
     flat = without_prefix(flatten(unwrap(source), label), own)
-    if any(name.startswith("ema.") for name in flat):  # A run evaluates its average.
-        flat = {name: array for name, array in flat.items() if not name.startswith("params.")}
-        flat = {name.removeprefix("ema."): array for name, array in flat.items()}
+    for average, plain in (("ema.", "params."), ("ema_batch_stats.", "batch_stats.")):
+        if any(name.startswith(average) for name in flat):  # A run evaluates its average.
+            flat = {name: array for name, array in flat.items() if not name.startswith(plain)}
+            flat = {name.removeprefix(average): array for name, array in flat.items()}
     in_our_layout = any(name.endswith(".kernel") for name in flat)
     if variant is not None and not in_our_layout:
         try:
