@@ -134,25 +134,27 @@ def _squared_distances_jvp(same, primals, tangents):
 
 
 def _refine(x: jax.Array, y: jax.Array, squares: jax.Array, near: jax.Array) -> jax.Array:
-    """Replaces the ``near`` entries by sums over (x - y)^2, blocks of rows without any skipped."""
+    """Replaces the ``near`` entries by sums over (x - y)^2, blocks of rows without any skipped.
 
-    def direct(rows: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda row: _norms(row[None, :] - y), rows)
-
-    def block(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        rows, products, mask = args
-        return jax.lax.cond(
-            jnp.any(mask),
-            lambda: jnp.where(mask, direct(rows), products),
-            lambda: products,
-        )
-
+    By a loop over the blocks that have some, and not by a branch for each: ``vmap`` makes of a
+    branch both of its sides.
+    """
     count = -(-x.shape[0] // _REFINED_ROWS)
     padding = ((0, count * _REFINED_ROWS - x.shape[0]), (0, 0))
-    blocks = [
+    rows, refined, masks = (
         jnp.pad(a, padding).reshape(count, _REFINED_ROWS, a.shape[1]) for a in (x, squares, near)
-    ]
-    refined = jax.lax.map(block, tuple(blocks))
+    )
+    has_near = masks.any(axis=(1, 2))
+    order, total = jnp.argsort(~has_near), jnp.sum(has_near.astype(jnp.int32))
+
+    def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, refined = carry
+        block = order[i]
+        direct = jax.lax.map(lambda row: _norms(row[None, :] - y), rows[block])
+        return i + 1, refined.at[block].set(jnp.where(masks[block], direct, refined[block]))
+
+    start = jnp.zeros((), jnp.int32), refined
+    _, refined = jax.lax.while_loop(lambda carry: carry[0] < total, turn, start)
     return refined.reshape(-1, y.shape[0])[: x.shape[0]]
 
 

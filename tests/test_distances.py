@@ -135,3 +135,13 @@ def test_a_row_that_is_not_finite_spoils_its_own_distances_alone(rng, value):
     unit = np.asarray(l2_normalize(same))
     assert np.isnan(unit[2]).all()
     np.testing.assert_allclose(np.linalg.norm(unit[clean], axis=1), 1, rtol=1e-6)
+
+
+def test_a_batch_of_batches_is_refined_by_a_loop_and_not_by_both_sides_of_a_branch(rng):
+    x = rng.normal(size=(3, 40, 4)).astype(np.float32)
+    x[1, 30] = x[1, 2] + 1e-4  # One of three has rows to refine.
+    find = jax.vmap(lambda x: pairwise_distances(x, x))
+    assert "cond[" not in str(jax.make_jaxpr(find)(x))
+    exact = x.astype(np.float64)
+    expected = np.linalg.norm(exact[:, :, None] - exact[:, None], axis=-1)
+    np.testing.assert_allclose(jax.jit(find)(x), expected, rtol=1e-5, atol=1e-9)
