@@ -11,6 +11,7 @@ All that may be among the k nearest is then measured from x - y in float64.
 import numpy as np
 
 _PRODUCTS = 2**26  # Of a block of queries with all items, at most: 256 MB.
+_FEW = 2**22  # Multiplications: a millisecond of one core.
 _ROWS = 4096  # Rows gathered at a time.
 LARGEST_NUMBER = (
     1e15  # A number of an embedding, at most: sums of squares then stay within float32.
@@ -72,9 +73,20 @@ def nearest(
 def _products(queries: np.ndarray, gallery: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
     """Inner products [q, n], float32."""
     if rows is None:
-        return queries @ gallery.T
+        return _product(queries, gallery)
     parts = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
-    return np.concatenate([queries @ gallery[part].T for part in parts], axis=1)
+    return np.concatenate([_product(queries, gallery[part]) for part in parts], axis=1)
+
+
+def _product(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """The inner products, few of them by one thread.
+
+    Where the cores are busy, as those of a server are, the threads of a product of matrices wait
+    for each other a hundred times as long as the product of a small catalogue takes.
+    """
+    if len(queries) * gallery.size <= _FEW:
+        return np.vecdot(queries[:, None], gallery[None])
+    return queries @ gallery.T
 
 
 def _candidates(query: np.ndarray, product: np.ndarray, squares: np.ndarray, k: int) -> np.ndarray:

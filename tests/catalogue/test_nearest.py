@@ -18,6 +18,13 @@ def assert_exact(queries, gallery, k, rows=None):
     np.testing.assert_array_equal([p for _, p in found], places)
 
 
+@pytest.fixture(autouse=True, params=["by one thread", "by a product of matrices"])
+def few(request, monkeypatch):
+    """Small galleries as they are, and as large ones."""
+    if request.param == "by a product of matrices":
+        monkeypatch.setattr(room, "_FEW", 0)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_distances_and_order_are_those_of_float64(rng, scale):
     gallery = (scale * rng.standard_normal((500, 33))).astype(np.float32)
@@ -54,3 +61,13 @@ def test_blocks_do_not_show(rng, monkeypatch):
     monkeypatch.setattr(room, "_PRODUCTS", 100)
     monkeypatch.setattr(room, "_ROWS", 16)
     assert_exact(gallery[:9], gallery, 20, np.arange(3, 60))
+
+
+def test_a_small_gallery_is_searched_by_one_thread(monkeypatch, rng):
+    monkeypatch.setattr(room, "_FEW", 5 * 4 * 33)
+    asked, vecdot = [], np.vecdot
+    monkeypatch.setattr(room.np, "vecdot", lambda *a: asked.append(len(a[1][0])) or vecdot(*a))
+    gallery = rng.standard_normal((9, 33)).astype(np.float32)
+    for count in (5, 6):
+        assert_exact(gallery[:4], gallery[:count], 3)
+    assert asked == [5]
