@@ -47,8 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     data.pad_color = (127, 127, 127)  # red, green, blue
 
     config.model = model = ml_collections.ConfigDict()
-    # resnet{10,18,34,50,101,152}, vgg16, vgg16_bn, googlenet or efficientnet_lite0, alone or with _se
-    # or _cbam; or a vision transformer: python -m cbam_jax.models lists them. "vit": one that
+    # resnet{10,18,34,50,101,152}, vgg16, vgg16_bn, googlenet or efficientnet_lite0, alone or with
+    # _se or _cbam; or a vision transformer: python -m cbam_jax.models lists them. "vit": one that
     # the folder or hub id in pretrained says all of.
     model.name = "resnet50_cbam"
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
