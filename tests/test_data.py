@@ -199,6 +199,7 @@ def test_augmentation_differs_by_step_and_row(rng):
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_no_pixel(dataset):
     assert_same(take(dataset, 5, workers=2), take(dataset, 5))
 

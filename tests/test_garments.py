@@ -198,6 +198,7 @@ def test_prepared_dataset_is_what_is_drawn(prepared):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.slow
 def test_opened_dataset_has_the_masks_of_its_images(prepared, monkeypatch):
     monkeypatch.setattr(opening, "prepare", lambda *args, **kwargs: prepared)
     dataset = pickle.loads(pickle.dumps(open_dataset("synthetic_garments/tiny", "test")))

@@ -181,6 +181,7 @@ def _unit(x):
     return jnp.asarray(x) / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_distance_and_cosine_of_unit_vectors_give_the_same_heat():
     distance = grad_cam(Tiny(), IMAGES, negative_squared_distance)
     similarity = grad_cam(Tiny(), IMAGES, REFERENCE)

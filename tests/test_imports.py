@@ -301,7 +301,11 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         pytest.param("losses", HEAVY, marks=pytest.mark.slow),
         pytest.param("search", HEAVY, marks=pytest.mark.slow),
         ("metrics", (*HEAVY, "jax")),
-        ("models", ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2")),
+        pytest.param(
+            "models",
+            ("grain", "orbax", "tensorflow_datasets", "matplotlib", "cv2"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("figures", ("matplotlib", "jax"), marks=pytest.mark.slow),
         # Each room of it is loaded when it is asked for.
         pytest.param("benchmark", (*HEAVY, "jax", "ml_collections"), marks=pytest.mark.slow),

@@ -375,6 +375,7 @@ def test_rows_are_trained_by_the_package():
 # --- figures ---
 
 
+@pytest.mark.slow
 def test_figures_of_all_rows_show_the_same_queries(checkout, run, tmp_path):
     assert run("--table=1", "--seeds=2")[0] == 0
     calls(checkout)
@@ -395,6 +396,7 @@ def test_figures_of_all_rows_show_the_same_queries(checkout, run, tmp_path):
     assert {Path(path).name for path in summary["figures"]} == {p.name for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_sampled_queries_are_spread_and_have_something_to_find(checkout, run):
     assert run("--table=1", "--seeds=1")[0] == 0
     _, stdout, _ = run(command="figures")

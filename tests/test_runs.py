@@ -103,6 +103,7 @@ def test_a_run_that_may_only_be_read_is_measured_elsewhere(
     assert "--out=DIR" in stderr
 
 
+@pytest.mark.slow
 def test_other_data_go_to_a_folder_of_their_own(run, measured, tmp_path, monkeypatch, capsys):
     other = write_photos(tmp_path, splits=("test",), count=4, size=(33, 35))
     monkeypatch.chdir(tmp_path)

@@ -324,6 +324,7 @@ def test_another_number_of_queries_compiles_nothing_new(rng, caplog):
     assert not any(compiled(q, block=16) for q in (33, 39))
 
 
+@pytest.mark.slow
 def test_what_bfloat16_cannot_prove_is_searched_by_float32(rng, monkeypatch):
     """Near ties that bfloat16 cannot tell apart, around every second query."""
     done = []

@@ -402,6 +402,7 @@ def test_memory_does_not_grow_with_the_gallery():
     assert large - small < 3 * 4 * 262_144 < 262_144 * 64 * 4 / 20
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_anew_for_other_values(tied):
     find = jitted(k=9)
     for shift in (0.0, 1.0):

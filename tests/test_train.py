@@ -580,6 +580,7 @@ def test_missing_workdir(script, manifest, monkeypatch, capsys):
     assert "error: the following arguments are required: --workdir" in stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_scripts_exit_with_the_status(tmp_path):
     command = [sys.executable, "evaluate.py", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
