@@ -101,7 +101,7 @@ def grad_cam(
             shape, or a layer inside ``nnx.remat``.
 
     >>> from cbam_jax.models import create_model
-    >>> build = lambda: create_model("resnet18_cbam", rngs=nnx.Rngs(0))
+    >>> build = lambda: create_model("resnet10_cbam", rngs=nnx.Rngs(0))
     >>> model = nnx.eval_shape(build)  # Or build(), and maps = grad_cam(model, images).
     >>> images = jnp.ones((2, 64, 96, 3))
     >>> maps = nnx.eval_shape(grad_cam, model, images)

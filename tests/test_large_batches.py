@@ -45,7 +45,8 @@ def test_chunks_on_eight_devices_give_the_gradient_of_the_whole_batch_on_one(rng
     expected, losses = step(mesh=one, **options)
     actual, chunked = step(mesh=steps.data_mesh(), chunk_size=size // 4, **options)
     np.testing.assert_allclose(chunked, losses, rtol=1e-6)
-    assert_same(actual, expected)
+    # Sums over thousands of images, in another order.
+    assert_same(actual, expected, atol=1e-4 if size > 64 else 1e-5)
     for name, array in flat(nnx.state(model, nnx.Param)).items():
         moved = np.abs(flat(actual.params)[name] - array).max()
         assert moved > 1e-3 or name == "projection.bias"  # It changes no distance.
@@ -53,7 +54,7 @@ def test_chunks_on_eight_devices_give_the_gradient_of_the_whole_batch_on_one(rng
 
 @pytest.mark.slow
 def test_gradients_of_a_resnet_over_4096_images(rng):
-    model, batch = seeded_model("resnet18_cbam"), batch_of(rng, 4096, side=16)
+    model, batch = seeded_model("resnet10_cbam"), batch_of(rng, 4096, side=16)
     step = functools.partial(run, model, DESCENT, batches=[batch], freeze_batch_norm=True)
     expected, losses = step(steps.data_mesh(), loss=SOFT)
     actual, chunked = step(steps.data_mesh(), loss=SOFT, chunk_size=256)

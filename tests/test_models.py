@@ -21,8 +21,8 @@ def evaluation(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["_se", "_cbam"])
 def test_identity_attention_is_the_plain_backbone(suffix, images):
-    plain = create_model("resnet18", rngs=nnx.Rngs(0))
-    model = create_model("resnet18" + suffix, attention_init="identity", rngs=nnx.Rngs(7))
+    plain = create_model("resnet10", rngs=nnx.Rngs(0))
+    model = create_model("resnet10" + suffix, attention_init="identity", rngs=nnx.Rngs(7))
     # The same weights in the backbone; the attention keeps its own.
     nnx.update(model, nnx.state(plain))
     for view in (nnx.view, evaluation):
@@ -33,8 +33,8 @@ def test_identity_attention_is_the_plain_backbone(suffix, images):
 
 @pytest.mark.slow
 def test_paper_attention_is_not_the_plain_backbone(images):
-    plain = create_model("resnet18", rngs=nnx.Rngs(0))
-    model = create_model("resnet18_cbam", rngs=nnx.Rngs(7))
+    plain = create_model("resnet10", rngs=nnx.Rngs(0))
+    model = create_model("resnet10_cbam", rngs=nnx.Rngs(7))
     nnx.update(model, nnx.state(plain))
     difference = evaluation(model).features(images) - evaluation(plain).features(images)
     assert float(jnp.abs(difference).max()) > 1e-3
@@ -95,8 +95,8 @@ def test_gem_is_the_generalised_mean(rng):
 
 @pytest.mark.slow
 def test_bfloat16_computes_near_float32_with_float32_parameters(images):
-    exact = create_model("resnet18_cbam", rngs=nnx.Rngs(0))
-    model = create_model("resnet18_cbam", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    exact = create_model("resnet10_cbam", rngs=nnx.Rngs(0))
+    model = create_model("resnet10_cbam", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
     assert evaluation(model).features(images).dtype == jnp.bfloat16
     embedding, expected = evaluation(model)(images), evaluation(exact)(images)
@@ -107,12 +107,12 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(images):
 
 @pytest.mark.slow
 def test_training_view_moves_statistics_and_evaluation_does_not(images):
-    model = create_model("resnet18", rngs=nnx.Rngs(0))
-    before = np.asarray(model.backbone.layer4[1].bn2.mean[...])
+    model = create_model("resnet10", rngs=nnx.Rngs(0))
+    before = np.asarray(model.backbone.layer4[0].bn2.mean[...])
     evaluation(model)(images)
-    np.testing.assert_array_equal(model.backbone.layer4[1].bn2.mean[...], before)
+    np.testing.assert_array_equal(model.backbone.layer4[0].bn2.mean[...], before)
     nnx.view(model, use_running_average=False)(images)
-    assert np.abs(np.asarray(model.backbone.layer4[1].bn2.mean[...]) - before).max() > 1e-3
+    assert np.abs(np.asarray(model.backbone.layer4[0].bn2.mean[...]) - before).max() > 1e-3
 
 
 def test_normalize_images_is_torchvisions_transform(rng):

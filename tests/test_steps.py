@@ -208,7 +208,7 @@ def test_new_layers_are_those_of_whole_names_or_of_a_function(options, expected)
 @pytest.mark.slow
 def test_new_layers_of_a_real_model_are_attention_projection_and_pooling():
     build = lambda: create_model(  # noqa: E731
-        "resnet18_cbam", embedding_dim=8, pooling="gem", rngs=nnx.Rngs(0)
+        "resnet10_cbam", embedding_dim=8, pooling="gem", rngs=nnx.Rngs(0)
     )
     params = nnx.state(nnx.eval_shape(build), nnx.Param)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
