@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from brute_force import all_distances, assert_same, brute_force, in_clusters
 
-from cbam_jax.search import clusters, search, spread
+from cbam_jax.search import clusters, passes, search, spread
 from cbam_jax.search.order import packed, unpacked
 from cbam_jax.search.types import Labels, Queries
 
@@ -95,6 +95,17 @@ def test_clusters_in_a_file_block_by_block(rng, proven, tmp_path, monkeypatch):
     found = search(gallery[:140], gallery, 6)
     assert_same(found, brute_force(gallery[:140], gallery, 6))
     assert proven() == [("clusters", 140, 140)]
+
+
+@pytest.mark.slow
+def test_few_queries_are_searched_near_themselves(rng, proven, monkeypatch):
+    monkeypatch.setattr(passes, "_MANY", 0)
+    gallery = in_clusters(rng, 20, 50, 24, 1e-3)
+    gallery[:20] = gallery[0]
+    queries = gallery[::200] + np.float32(1e-4) * rng.normal(size=(5, 24)).astype(np.float32)
+    found = search(queries, gallery, 6, first_pass="float32")
+    assert_same(found, brute_force(queries, gallery, 6))
+    assert proven()[-1] == ("clusters", 5, 5)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from cbam_jax.search import arguments
 from cbam_jax.search.arguments import FIRST_PASSES
 from cbam_jax.search.bounds import Preparation, bound_distances, preparation_of
 from cbam_jax.search.candidates import candidate_keys
-from cbam_jax.search.clusters import Leaders, cluster_pass, leaders_of
+from cbam_jax.search.clusters import Leaders, alone, cluster_pass, leaders_of
 from cbam_jax.search.exhaustive import exhaustive_search
 from cbam_jax.search.groups import group_size, lowest_bounds
 from cbam_jax.search.order import INFINITE, unpacked
@@ -24,7 +24,8 @@ from cbam_jax.search.types import Labels, Lowest, Queries, Shard
 _log = logging.getLogger(__name__)
 
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
-_FEW = 64  # Queries for which compiling a program is not worth while.
+_FEW = 64  # Queries for which compiling a program is not worth while,
+_MANY = 2**22  # unless the gallery has more numbers than this.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
 _ON_ACCELERATOR = 2**28, 4096, 2**18
 
@@ -119,8 +120,8 @@ def _passes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The passes from ``first_pass`` on, each for the queries that the one before left unproven.
 
-    Those that would prove nothing are left out; the last two are in float64. How many queries each
-    proves is logged, for debugging.
+    Those that would prove nothing are left out; the last two are in float64, of few queries by the
+    items near each. How many queries each pass proves is logged, for debugging.
     """
     q = len(queries.rows)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
@@ -128,10 +129,12 @@ def _passes(
     leaders = _leaders(queries, shards, k, preparation)
     rest = np.arange(q)
     for name in _names(queries, preparation, leaders):
-        if name == "float64" and len(rest) <= _FEW:
-            break
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some = queries.taken(part)
+        if name == "float64" and len(rest) <= _FEW:
+            if not _worth_compiling(shards, preparation):
+                break
+            name, leaders = "clusters", alone(some)
         if name == "clusters":
             assert leaders is not None
             found = cluster_pass(some, leaders, shards, k, preparation, items, blocks)
@@ -159,17 +162,25 @@ def _names(queries: Queries, preparation: Preparation, leaders: Leaders | None) 
 def _leaders(
     queries: Queries, shards: Sequence[Shard], k: int, preparation: Preparation
 ) -> Leaders | None:
-    """Leaders of the queries' clusters; None where each cluster alone would not be the faster.
-
-    Accelerators have their products done before small tiles have begun.
-    """
-    metric, device = preparation.metric, shards[0].device
-    if metric == "inner_product" or preparation.scale != 1 or device.platform != "cpu":
+    """Leaders of the queries' clusters; None where each cluster alone would not be the faster."""
+    if not _separable(shards, preparation):
         return None
+    metric, device = preparation.metric, shards[0].device
     within = cluster_radius(queries, metric)
     n = sum(len(shard.rows) for shard in shards)
     most = min(len(queries.rows) // 4, n // (4 * k))
     return None if within is None else leaders_of(queries, within, metric, device, most)
+
+
+def _separable(shards: Sequence[Shard], preparation: Preparation) -> bool:
+    """Whether clusters can be searched alone: by lengths, of usual size, and small products."""
+    lengths = preparation.metric != "inner_product" and float(preparation.scale) == 1
+    return lengths and shards[0].device.platform == "cpu"
+
+
+def _worth_compiling(shards: Sequence[Shard], preparation: Preparation) -> bool:
+    """Whether few queries are searched near themselves, before they are by every pair."""
+    return _separable(shards, preparation) and sum(s.rows.size for s in shards) > _MANY
 
 
 def _pass(
