@@ -243,7 +243,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(rng, training):
 
 
 @pytest.mark.slow
-def test_hessian_of_an_embedding_is_symmetric_and_reverse_modes(rng):
+def test_hessian_of_an_embedding_is_symmetric(rng):
     graphdef, state = nnx.split(Stem())
     x = jnp.asarray(rng.normal(size=(1, 56, 56, 2)), jnp.float32)
     along = jnp.asarray(rng.normal(size=(4, *x.shape)), jnp.float32)
@@ -254,8 +254,6 @@ def test_hessian_of_an_embedding_is_symmetric_and_reverse_modes(rng):
 
     hessian = jax.jit(jax.hessian(energy))(jnp.zeros(4))
     np.testing.assert_allclose(hessian, hessian.T, rtol=1e-3, atol=1e-4)
-    expected = jax.jit(jax.jacrev(jax.grad(energy)))(jnp.zeros(4))
-    np.testing.assert_allclose(hessian, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_depthwise_convolution_says_that_it_has_no_forward_mode():

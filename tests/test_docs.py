@@ -198,6 +198,8 @@ def readers_folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("text", PROGRAMS)
 def test_every_program_of_a_page_runs_as_it_stands(text, monkeypatch, readers_folder):
+    if "import equinox" in text:
+        pytest.importorskip("equinox", reason="a library of others, which nothing here needs")
     monkeypatch.chdir(readers_folder)
-    with jax.numpy_dtype_promotion("standard"):  # As JAX comes.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # As JAX comes.
         exec(compile(text, "page", "exec"), {"__name__": "page"})
