@@ -183,7 +183,7 @@ def told(path):
         return [*catalogue.items(), *catalogue.find(np.float32([1, 2, 3]), copies=True)]
 
 
-def test_each_flipped_bit_of_a_text_is_told(priced):
+def test_a_flipped_bit_of_each_byte_of_a_text_is_told(priced):
     expected, whole = told(priced), priced.read_bytes()
     starts = {PAYLOAD: 1, b"/1.jpg": 2, bytes.fromhex("c0ffee17"): 2}  # Twice: in an index, too.
     for text, times in starts.items():
@@ -191,14 +191,13 @@ def test_each_flipped_bit_of_a_text_is_told(priced):
         assert len(places) == times
         refused = []
         for place in (start + i for start in places for i in range(len(text))):
-            for bit in (1, 16):
-                flipped(priced, place, bit)
-                try:
-                    assert told(priced) == expected
-                except InputError as error:
-                    refused.append(str(error))
-                flipped(priced, place, bit)
-        assert len(refused) >= 2 * len(text)
+            flipped(priced, place, 1 << place % 8)
+            try:
+                assert told(priced) == expected
+            except InputError as error:
+                refused.append(str(error))
+            flipped(priced, place, 1 << place % 8)
+        assert len(refused) >= len(text)
         known = "photo 2 is not as it was written: forget it by `cbam-jax catalogue remove"
         assert all(known in line or "is damaged" in line for line in refused)
         assert any(known in line for line in refused)
