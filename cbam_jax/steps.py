@@ -282,7 +282,8 @@ def make_train_step(
     Args:
         model: whose structure is trained; its arrays are the state's, not its own. It maps what
             its method ``preprocess`` makes of ``batch["image"]`` to embeddings.
-        optimizer: from ``create_optimizer``.
+        optimizer: from ``create_optimizer``, or any of optax's; one that asks for the loss, as
+            ``optax.contrib.reduce_on_plateau`` does, gets it as ``value``.
         loss_fn: maps embeddings [b, d] and labels [b] to a loss and a dict of scalars. Where the
             state has a memory, it also gets it, as ``memory=``. Of ``batch`` (all of it), ``step``
             (steps before this one, int32), ``key`` (a random key, of the seed and the step) and
@@ -312,6 +313,7 @@ def make_train_step(
     """
     view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
     merge, asked = model_state.merger(view), _loss_arguments(loss_fn)
+    update = optax.with_extra_args_support(optimizer).update
 
     def loss_options(params: Any, state: TrainState, batch: Batch) -> dict[str, Any]:
         options = {"batch": batch, "step": state.step}
@@ -344,7 +346,7 @@ def make_train_step(
         gradient = jax.value_and_grad(compute_loss, has_aux=True)
         (loss, aux), grads = gradient(state.params, state, batch)
         scalars, (batch_stats, rngs), outputs = aux
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         ema, average_stats, memory = state.ema, state.ema_batch_stats, state.memory
         if ema is not None:

@@ -420,3 +420,13 @@ def test_a_loss_gets_what_it_has_an_argument_for(rng):
     assert seen["step"].dtype == jnp.int32
     assert jnp.issubdtype(seen["key"].dtype, jax.dtypes.prng_key)
     assert seen["weight"] == 2.0
+
+
+def test_an_optimizer_that_asks_for_the_loss_gets_it(rng):
+    model, mesh = tiny(), steps.data_mesh()
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    state = steps.create_train_state(model, optimizer, mesh)
+    step = steps.make_train_step(model, optimizer, squared, mesh=mesh)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's own counters.
+        after, _ = jax.eval_shape(step, state, batch_of(rng, 8))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
