@@ -155,6 +155,13 @@ def _remember(memory: Memory, embeddings: jax.Array, labels: jax.Array, enters: 
 
     Where ``enters`` is False, its rows count as empty.
     """
+    expected = (*labels.shape, memory.embeddings.shape[1])
+    if getattr(embeddings, "shape", None) != expected:
+        raise ValueError(
+            f"a memory is of embeddings {expected}, and forward gives "
+            f"{jax.tree.map(jnp.shape, embeddings)}: let it give these alone, or start the state "
+            "without a memory"
+        )
     new = Memory(embeddings, labels, jnp.full(labels.shape, enters))
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new])[len(new) :], memory, new)
 

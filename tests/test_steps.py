@@ -430,3 +430,14 @@ def test_an_optimizer_that_asks_for_the_loss_gets_it(rng):
     with jax.numpy_dtype_promotion("standard"):  # Optax's own counters.
         after, _ = jax.eval_shape(step, state, batch_of(rng, 8))
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_a_memory_is_of_embeddings_alone(rng):
+    model, mesh = tiny(), steps.data_mesh()
+    optimizer = steps.create_optimizer("sgd", 0.1)
+    state = steps.create_train_state(model, optimizer, mesh, memory_shape=(16, 3))
+    loss = lambda pair, labels, memory: squared(pair[0], labels)  # noqa: E731
+    twice = lambda model, images: (model(images),) * 2  # noqa: E731
+    step = steps.make_train_step(model, optimizer, loss, forward=twice, mesh=mesh)
+    with pytest.raises(ValueError, match=r"embeddings \(8, 3\), and forward gives \(\(8, 3\), "):
+        jax.eval_shape(step, state, batch_of(rng, 8))
