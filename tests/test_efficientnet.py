@@ -48,7 +48,7 @@ CASES = [
 def test_depthwise_is_the_definition_and_so_is_its_gradient(
     rng, shape, size, strides, on_cpu, monkeypatch
 ):
-    monkeypatch.setattr(layers, "_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(layers, "on_cpu", lambda: on_cpu)
     x = rng.normal(size=shape).astype(np.float32)
     kernel = rng.normal(size=(size, size, 1, shape[3])).astype(np.float32)
     layer = nnx.eval_shape(

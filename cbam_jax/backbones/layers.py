@@ -6,7 +6,7 @@ Parameters are float32 and shaped as ``nnx.Conv`` and ``nnx.BatchNorm`` shape th
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,19 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from cbam_jax.backbones.windows import (
+    Window,
+    add_views,
+    convolution,
+    on_cpu,
+    phased_views,
+    views_of,
+)
 from cbam_jax.sharding import as_varying
 
 # Output pixels up to which a convolution is written as a product over patches; see Conv.
 _FEW_PIXELS = 16
-# From which on the gradient of a strided convolution's input is a product; see _convolve_backward.
+# From which on the gradient of a strided convolution's input is a product; see _convolve.
 _MANY_PIXELS = 28 * 28
 # Most slices that a sum over a map starts with, see _channel_sum; more take long to compile.
 _SLICES = 8
@@ -92,157 +100,42 @@ class Conv(nnx.Module):
         """Map [b, h, w, c] to [b, h', w', d]."""
         kernel = self.kernel[...].astype(self.dtype)
         x = x.astype(self.dtype)
-        place = _Window.same if self.same else _Window.over
+        place = Window.same if self.same else Window.over
         window = place(x, kernel.shape[0], self.strides)
         if window.size > 1 and window.height * window.width > _FEW_PIXELS:
             return _convolve(x, kernel, window)
-        columns = jnp.concatenate(_views(x, window, 0.0), axis=-1)
+        columns = jnp.concatenate(views_of(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
         return product.reshape(x.shape[0], window.height, window.width, -1)
 
 
-class _Window(NamedTuple):
-    """A size x size window at height x width places, ``strides`` apart, of a padded map.
-
-    ``padding`` is ((top, bottom), (left, right)).
-    """
-
-    size: int
-    strides: int
-    padding: tuple[tuple[int, int], tuple[int, int]]
-    height: int
-    width: int
-
-    @classmethod
-    def over(cls, x: jax.Array, size: int, strides: int) -> "_Window":
-        """Return the places of an odd window over [b, h, w, c], padded by size // 2."""
-        height, width = (-(-side // strides) for side in x.shape[1:3])
-        border = (size // 2, size // 2)
-        return cls(size, strides, (border, border), height, width)
-
-    @classmethod
-    def same(cls, x: jax.Array, size: int, strides: int) -> "_Window":
-        """Return as many places, padded as TensorFlow's ``"SAME"``: if unevenly, less before."""
-        height, width = (-(-side // strides) for side in x.shape[1:3])
-        spans = ((places - 1) * strides + size for places in (height, width))
-        more = [max(span - side, 0) for span, side in zip(spans, x.shape[1:3], strict=True)]
-        vertical, horizontal = ((total // 2, total - total // 2) for total in more)
-        return cls(size, strides, (vertical, horizontal), height, width)
-
-
-def _convolution(x: jax.Array, kernel: jax.Array, window: _Window, *, groups: int = 1) -> jax.Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    strides = (window.strides,) * 2
-    return lax.conv_general_dilated(
-        x, kernel, strides, window.padding, dimension_numbers=layout, feature_group_count=groups
-    )
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """Convolve, with a gradient that suits XLA's CPU backend."""
-    if window.strides == 1 or window.height * window.width < _MANY_PIXELS or not _on_cpu():
-        return _convolution(x, kernel, window)
+    if window.strides == 1 or window.height * window.width < _MANY_PIXELS or not on_cpu():
+        return convolution(x, kernel, window)
     return _convolve_strided(x, kernel, window)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _convolve_strided(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
-    return _convolution(x, kernel, window)
+def _convolve_strided(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    return convolution(x, kernel, window)
 
 
-def _convolve_strided_jvp(window: _Window, primals: Any, tangents: Any):
+def _convolve_strided_jvp(window: Window, primals: Any, tangents: Any):
     (x, kernel), (dx, d_kernel) = primals, tangents
     y = _convolve_strided(x, kernel, window)
     tangent = jnp.zeros_like(y)
     if type(d_kernel) is not SymbolicZero:
-        tangent += _convolution(x, d_kernel, window)
+        tangent += convolution(x, d_kernel, window)
     if type(dx) is not SymbolicZero:
-        # A product over views: backwards it is a product and `_views`'s sum. A convolution's would
+        # A product over views: backwards it is a product and a sum of views. A convolution's would
         # be one over a map full of zeros, on one thread.
-        columns = jnp.concatenate(_phased_views(dx, window), axis=-1)
+        columns = jnp.concatenate(phased_views(dx, window), axis=-1)
         tangent += columns @ kernel.reshape(-1, kernel.shape[-1])
     return y, tangent
 
 
 _convolve_strided.defjvp(_convolve_strided_jvp, symbolic_zeros=True)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _views(x: jax.Array, window: _Window, value: float) -> list[jax.Array]:
-    """Return size x size shifted, strided views [b, height, width, c] of the padded map, by row."""
-    size, strides, ((top, _), (left, _)), height, width = window
-    rows, columns = strides * (height - 1) + 1, strides * (width - 1) + 1
-    bottom = max(rows + size - 1 - x.shape[1] - top, 0)
-    right = max(columns + size - 1 - x.shape[2] - left, 0)
-    border = ((0, 0), (top, bottom), (left, right), (0, 0))
-    x = jnp.pad(x, border, constant_values=value)
-    return [
-        x[:, i : i + rows : strides, j : j + columns : strides]
-        for i in range(size)
-        for j in range(size)
-    ]
-
-
-@_views.defjvp
-def _views_jvp(window: _Window, value: float, primals: Any, tangents: Any):
-    return _views(primals[0], window, value), _phased_views(tangents[0], window)
-
-
-def _phased_views(x: jax.Array, window: _Window) -> list[jax.Array]:
-    """Return the views of a map padded with zeros, in a form whose transpose is `_add_views`.
-
-    The map is split into the s^2 phases of the strides s, of which a view is a part without
-    strides; backwards these are put together, where XLA's transpose of a strided view is a whole
-    map of mostly zeros.
-    """
-    size, s, ((top, _), (left, _)), height, width = window
-    rows = max(-(-(x.shape[1] + top) // s), height + (size - 1) // s)
-    columns = max(-(-(x.shape[2] + left) // s), width + (size - 1) // s)
-    bottom, right = rows * s - top - x.shape[1], columns * s - left - x.shape[2]
-    padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    padded = padded.reshape(x.shape[0], rows, s, columns, s, x.shape[3])
-    phases = [
-        [phase[:, :, 0, :, 0] for phase in lax.split(row, (1,) * s, axis=4)]
-        for row in lax.split(padded, (1,) * s, axis=2)
-    ]
-    return [
-        phases[i % s][j % s][:, i // s : i // s + height, j // s : j // s + width]
-        for i in range(size)
-        for j in range(size)
-    ]
-
-
-def _add_views(views: list[jax.Array], window: _Window, height: int, width: int) -> jax.Array:
-    """Add up what the views say of each pixel: the transpose of `_views`, [b, height, width, c].
-
-    With strides s, pixel s q + a of the padded map is seen by window q - (o - a) / s at offset o,
-    for o = a, a + s, ... So for each pair of remainders a few shifted views are added, and these
-    sums are interleaved. XLA's own transpose of a strided view is a whole map of mostly zeros.
-    """
-    size, s, ((top, _), (left, _)), *_ = window
-    rows, columns = -(-(height + top) // s), -(-(width + left) // s)
-
-    def shifted(i: int, j: int) -> jax.Array:
-        """A view, its window (0, 0) moved to (i // s, j // s) of [rows, columns]."""
-        view = views[size * i + j]
-        down, right = i // s, j // s
-        view = view[:, : rows - down, : columns - right]
-        rest = rows - down - view.shape[1], columns - right - view.shape[2]
-        return jnp.pad(view, ((0, 0), (down, rest[0]), (right, rest[1]), (0, 0)))
-
-    def remainder(a: int, b: int) -> jax.Array:
-        offsets = [(i, j) for i in range(a, size, s) for j in range(b, size, s)]
-        none = jnp.zeros((views[0].shape[0], rows, columns, views[0].shape[3]), views[0].dtype)
-        return reduce(jnp.add, [shifted(i, j) for i, j in offsets], none)
-
-    phases = [jnp.stack([remainder(a, b) for b in range(s)], axis=3) for a in range(s)]
-    padded = jnp.stack(phases, axis=2)  # [b, rows, s, columns, s, c]
-    padded = padded.reshape(padded.shape[0], rows * s, columns * s, -1)
-    return padded[:, top : top + height, left : left + width]
 
 
 class DepthwiseConv(nnx.Module):
@@ -276,9 +169,9 @@ class DepthwiseConv(nnx.Module):
         """Map [b, h, w, c] to [b, h', w', c]."""
         kernel = self.kernel[...].astype(self.dtype)
         x = x.astype(self.dtype)
-        window = _Window.same(x, kernel.shape[0], self.strides)
-        if not _on_cpu():
-            return _convolution(x, kernel, window, groups=x.shape[-1])
+        window = Window.same(x, kernel.shape[0], self.strides)
+        if not on_cpu():
+            return convolution(x, kernel, window, groups=x.shape[-1])
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
         try:
             y: Any = _depthwise(x, as_varying(kernel, x), window)
@@ -293,9 +186,9 @@ class DepthwiseConv(nnx.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+def _depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """Add up the views of [b, h, w, c], each times its row of the kernel [k, k, 1, c]."""
-    return reduce(jnp.add, _products(_views(x, window, 0.0), kernel))
+    return reduce(jnp.add, _products(views_of(x, window, 0.0), kernel))
 
 
 def _products(views: list[jax.Array], kernel: jax.Array) -> list[jax.Array]:
@@ -303,26 +196,26 @@ def _products(views: list[jax.Array], kernel: jax.Array) -> list[jax.Array]:
     return [view * row for view, row in zip(views, rows, strict=True)]
 
 
-def _depthwise_forward(x: jax.Array, kernel: jax.Array, window: _Window):
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, window: Window):
     return _depthwise(x, kernel, window), (x, kernel)
 
 
-def _depthwise_backward(window: _Window, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _depthwise_backward(window: Window, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, kernel = residuals
     d_kernel = _depthwise_kernel_gradient(x, dy, window).reshape(kernel.shape)
     if window.strides == 1:  # Padded alike before and after, so turned round it is the same window.
         return _depthwise(dy, kernel[::-1, ::-1], window), d_kernel
     products = _products([dy] * window.size**2, kernel)
-    return _add_views(products, window, x.shape[1], x.shape[2]), d_kernel
+    return add_views(products, window, x.shape[1], x.shape[2]), d_kernel
 
 
-def _depthwise_kernel_gradient(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
+def _depthwise_kernel_gradient(x: jax.Array, dy: jax.Array, window: Window) -> jax.Array:
     """Sum dy times each view of x, to [size^2, c].
 
     All views in one reduction, by image: a sum apart for each view takes several times as long, to
     compile as well.
     """
-    views: Any = _views(x, window, 0.0)
+    views: Any = views_of(x, window, 0.0)
     products = [view * dy for view in views]
     zeros = [jnp.zeros((), jnp.float32)] * len(products)
     by_image = lax.reduce(products, zeros, lambda a, b: list(map(jnp.add, a, b)), (1, 2))
@@ -399,7 +292,7 @@ def _channel_sum(x: jax.Array) -> jax.Array:
     Before a reduction over rows XLA's CPU backend writes what is to be summed to memory. It does
     not before an addition of slices, which leaves a reduction of an eighth of the size.
     """
-    if not _on_cpu():
+    if not on_cpu():
         return jnp.sum(x, axis=(0, 1, 2))
     parts = _slices(x.shape[1])
     sliced = x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:])
@@ -452,7 +345,7 @@ def _normalized_change(x, mean, inverse, scale, dx, d_scale, d_bias):
 
 def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
     """Repeat [c] over a map [b, h, w, c]: the transpose of `_channel_sum`."""
-    if not _on_cpu():
+    if not on_cpu():
         return jnp.broadcast_to(x.reshape(1, 1, 1, -1), like.shape)
     parts = _slices(like.shape[1])
     shape = (like.shape[0], like.shape[1] // parts, *like.shape[2:])
@@ -474,23 +367,23 @@ def max_pool(
     height = _pooled_length(x.shape[1], size, strides, padding, ceil_mode)
     width = _pooled_length(x.shape[2], size, strides, padding, ceil_mode)
     border = (padding, padding)
-    return _max_pool(x, _Window(size, strides, (border, border), height, width))
+    return _max_pool(x, Window(size, strides, (border, border), height, width))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _max_pool(x: jax.Array, window: _Window) -> jax.Array:
-    return reduce(jnp.maximum, _views(x, window, -jnp.inf))
+def _max_pool(x: jax.Array, window: Window) -> jax.Array:
+    return reduce(jnp.maximum, views_of(x, window, -jnp.inf))
 
 
 @_max_pool.defjvp
-def _max_pool_jvp(window: _Window, primals: tuple[jax.Array], tangents: tuple[jax.Array]):
+def _max_pool_jvp(window: Window, primals: tuple[jax.Array], tangents: tuple[jax.Array]):
     (x,), (dx,) = primals, tangents
     y = _max_pool(x, window)
 
     @jax.checkpoint  # Kept for the backward pass are x and y, not which views are the greatest.
     def change(x: jax.Array, y: jax.Array, dx: jax.Array) -> jax.Array:
-        greatest = [view == y for view in _views(x, window, -jnp.inf)]
-        parts = zip(greatest, _phased_views(dx, window), strict=True)
+        greatest = [view == y for view in views_of(x, window, -jnp.inf)]
+        parts = zip(greatest, phased_views(dx, window), strict=True)
         total = reduce(jnp.add, [jnp.where(g, d, 0) for g, d in parts])
         # Behind a barrier, or backwards each of the size^2 terms would count the ties again.
         return lax.optimization_barrier(total) / sum(g.astype(y.dtype) for g in greatest)

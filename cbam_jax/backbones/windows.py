@@ -1,0 +1,128 @@
+"""A small window at many places of a map: convolutions, and what it sees as views to compute with.
+
+Products and sums over views are what XLA's CPU backend runs faster than some of its convolutions.
+"""
+
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Window(NamedTuple):
+    """A size x size window at height x width places, ``strides`` apart, of a padded map.
+
+    ``padding`` is ((top, bottom), (left, right)).
+    """
+
+    size: int
+    strides: int
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    height: int
+    width: int
+
+    @classmethod
+    def over(cls, x: jax.Array, size: int, strides: int) -> "Window":
+        """Return the places of an odd window over [b, h, w, c], padded by size // 2."""
+        height, width = (-(-side // strides) for side in x.shape[1:3])
+        border = (size // 2, size // 2)
+        return cls(size, strides, (border, border), height, width)
+
+    @classmethod
+    def same(cls, x: jax.Array, size: int, strides: int) -> "Window":
+        """Return as many places, padded as TensorFlow's ``"SAME"``: if unevenly, less before."""
+        height, width = (-(-side // strides) for side in x.shape[1:3])
+        spans = ((places - 1) * strides + size for places in (height, width))
+        more = [max(span - side, 0) for span, side in zip(spans, x.shape[1:3], strict=True)]
+        vertical, horizontal = ((total // 2, total - total // 2) for total in more)
+        return cls(size, strides, (vertical, horizontal), height, width)
+
+
+def convolution(x: jax.Array, kernel: jax.Array, window: Window, *, groups: int = 1) -> jax.Array:
+    """Return the convolution of [b, h, w, c] with [k, k, c, f], [b, height, width, f]."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    strides = (window.strides,) * 2
+    return lax.conv_general_dilated(
+        x, kernel, strides, window.padding, dimension_numbers=layout, feature_group_count=groups
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def views_of(x: jax.Array, window: Window, value: float) -> list[jax.Array]:
+    """Return size x size shifted, strided views [b, height, width, c] of the padded map, by row."""
+    size, strides, ((top, _), (left, _)), height, width = window
+    rows, columns = strides * (height - 1) + 1, strides * (width - 1) + 1
+    bottom = max(rows + size - 1 - x.shape[1] - top, 0)
+    right = max(columns + size - 1 - x.shape[2] - left, 0)
+    border = ((0, 0), (top, bottom), (left, right), (0, 0))
+    x = jnp.pad(x, border, constant_values=value)
+    return [
+        x[:, i : i + rows : strides, j : j + columns : strides]
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+@views_of.defjvp
+def _views_jvp(window: Window, value: float, primals: Any, tangents: Any):
+    return views_of(primals[0], window, value), phased_views(tangents[0], window)
+
+
+def phased_views(x: jax.Array, window: Window) -> list[jax.Array]:
+    """Return the views of a map padded with zeros, in a form whose transpose is `add_views`.
+
+    The map is split into the s^2 phases of the strides s, of which a view is a part without
+    strides; backwards these are put together, where XLA's transpose of a strided view is a whole
+    map of mostly zeros.
+    """
+    size, s, ((top, _), (left, _)), height, width = window
+    rows = max(-(-(x.shape[1] + top) // s), height + (size - 1) // s)
+    columns = max(-(-(x.shape[2] + left) // s), width + (size - 1) // s)
+    bottom, right = rows * s - top - x.shape[1], columns * s - left - x.shape[2]
+    padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    padded = padded.reshape(x.shape[0], rows, s, columns, s, x.shape[3])
+    phases = [
+        [phase[:, :, 0, :, 0] for phase in lax.split(row, (1,) * s, axis=4)]
+        for row in lax.split(padded, (1,) * s, axis=2)
+    ]
+    return [
+        phases[i % s][j % s][:, i // s : i // s + height, j // s : j // s + width]
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+def add_views(views: list[jax.Array], window: Window, height: int, width: int) -> jax.Array:
+    """Add up what the views say of each pixel: the transpose of `views_of`, [b, height, width, c].
+
+    With strides s, pixel s q + a of the padded map is seen by window q - (o - a) / s at offset o,
+    for o = a, a + s, ... So for each pair of remainders a few shifted views are added, and these
+    sums are interleaved. XLA's own transpose of a strided view is a whole map of mostly zeros.
+    """
+    size, s, ((top, _), (left, _)), *_ = window
+    rows, columns = -(-(height + top) // s), -(-(width + left) // s)
+
+    def shifted(i: int, j: int) -> jax.Array:
+        """A view, its window (0, 0) moved to (i // s, j // s) of [rows, columns]."""
+        view = views[size * i + j]
+        down, right = i // s, j // s
+        view = view[:, : rows - down, : columns - right]
+        rest = rows - down - view.shape[1], columns - right - view.shape[2]
+        return jnp.pad(view, ((0, 0), (down, rest[0]), (right, rest[1]), (0, 0)))
+
+    def remainder(a: int, b: int) -> jax.Array:
+        offsets = [(i, j) for i in range(a, size, s) for j in range(b, size, s)]
+        none = jnp.zeros((views[0].shape[0], rows, columns, views[0].shape[3]), views[0].dtype)
+        return reduce(jnp.add, [shifted(i, j) for i, j in offsets], none)
+
+    phases = [jnp.stack([remainder(a, b) for b in range(s)], axis=3) for a in range(s)]
+    padded = jnp.stack(phases, axis=2)  # [b, rows, s, columns, s, c]
+    padded = padded.reshape(padded.shape[0], rows * s, columns * s, -1)
+    return padded[:, top : top + height, left : left + width]
+
+
+def on_cpu() -> bool:
+    """Return whether XLA's CPU backend is what programs are compiled for."""
+    return jax.default_backend() == "cpu"
