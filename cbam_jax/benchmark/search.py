@@ -1,8 +1,10 @@
 """How fast the exact search is, beside its bare matrix product."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -75,20 +77,21 @@ def benchmark_search(
 
     Queries and results are in host memory, and their transfer counts. The gallery is on the devices
     before the clock starts, or in a file, ``memmap``, made if it is not there; then there is no
-    bare product. ``extra_bytes`` is the peak memory of the first search less that before it.
+    bare product. ``extra_bytes`` is the peak memory of the first search less that before it,
+    ``proven`` the share of the queries that each of its passes proved.
 
     Example:
       >>> result = benchmark_search(queries=3, gallery=50, dim=4, k=2, repeats=1)
-      >>> result["recall"], result["search"]["median"] > 0
-      (1.0, True)
+      >>> result["recall"], sum(result["proven"].values()), result["search"]["median"] > 0
+      (1.0, 1.0, True)
     """
     arguments = dict(locals())
     x = embeddings(queries, dim, seed=1)
     y = _mapped(memmap, gallery, dim) if memmap else _on_devices(gallery, dim, devices)
     find = functools.partial(search, x, y, k, first_pass=first_pass)
     before = peak_memory()
-    indices = find()[1]
-    result = {"extra_bytes": peak_memory() - before, "recall": 1.0}
+    (_, indices), proven = _told(find)
+    result = {"extra_bytes": peak_memory() - before, "recall": 1.0, "proven": proven}
     if first_pass == "bfloat16":
         result["recall"] = _recall(indices, search(x, y, k, first_pass="float32")[1])
     products: dict[str, Callable] = {}
@@ -99,6 +102,26 @@ def benchmark_search(
     median = result["search"]["median"]
     result |= {f"search_to_{name}": median / result[name]["median"] for name in products}
     return {"benchmark": "search", **arguments, **result, **machine()}
+
+
+def _told(find: Callable) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+    """What a search finds, and the share of its queries that each pass proved, from its log."""
+    log, proven = logging.getLogger("cbam_jax.search.passes"), {}
+
+    def read(record: logging.LogRecord) -> bool:
+        name, number, _ = cast(tuple, record.args)
+        proven[name] = proven.get(name, 0.0) + int(number)
+        return False  # It goes no further.
+
+    level = log.level
+    log.addFilter(read)
+    log.setLevel(logging.DEBUG)
+    try:
+        found = find()
+    finally:
+        log.setLevel(level)
+        log.removeFilter(read)
+    return found, {name: number / len(found[0]) for name, number in proven.items()}
 
 
 def _recall(indices: np.ndarray, exact: np.ndarray) -> float:
