@@ -307,7 +307,7 @@ def test_a_folder_that_is_there_is_taken_as_the_data(given, tmp_path, monkeypatc
 def test_a_config_is_found_by_name_in_any_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = config_files.read_config_file(config, ["--config.seed=7"])
-    assert (found.model.name, found.seed) == ("resnet18_cbam", 7)
+    assert (found.model.name, found.seed) == ("resnet10_cbam", 7)
 
 
 def test_a_config_of_ones_own_stands_on_the_packages(tmp_path, monkeypatch):
