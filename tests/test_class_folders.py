@@ -1,7 +1,9 @@
 """Folders of class folders, with and without folders for splits."""
 
 import io
+import os
 import pickle
+import shlex
 import sys
 import unicodedata
 
@@ -174,6 +176,50 @@ def test_a_folder_of_heic_alone_says_how_it_is_read(tmp_path, monkeypatch):
         write(tmp_path / name, heic)
     with pytest.raises(InputError, match=r"no images in .*3 \.heic .*pip install 'cbam_jax\[heic"):
         open_dataset(str(tmp_path), "train")
+
+
+def messy(root, rng):
+    """Ten photos a class: one in two splits, and one damaged alike in three; the names by split."""
+    names = [f"{label}/{i}.png" for label in ("hat", "coat") for i in range(10)]
+    write_images(root, names, rng)
+    splits = assign_splits({"label": [name.split("/")[0] for name in names], "id": names})
+    of = {split: [n for n, s in zip(names, splits, strict=True) if s == split] for split in splits}
+    for pair, content in (
+        ([of["train"][0], of["test"][0]], (root / of["train"][0]).read_bytes()),
+        ([of["train"][1], of["validation"][0], of["test"][1]], b"\x89PNG\r\n\x1a\n damaged"),
+    ):
+        for name in pair:
+            (root / name).write_bytes(content)
+    return of
+
+
+def test_copies_across_splits_are_told_with_the_command_that_lists_them(
+    tmp_path, rng, capsys, monkeypatch
+):
+    of = messy(tmp_path / "my photos", rng)
+    monkeypatch.chdir(tmp_path)
+    open_dataset("./my photos/", "train", on_bad_image="skip")
+    told = capsys.readouterr().err
+    # What is skipped is no photo that training has seen.
+    assert "1 images are in two splits" in told
+    typed = told.partition("python -m cbam_jax.datasets ")[2].partition(" lists them")[0]
+    assert typed == "verify './my photos/'"
+    assert command.main(shlex.split(typed)) == 1
+    listed = capsys.readouterr().out
+    assert "equal images in two splits: 1\n" in listed
+    assert of["test"][0] in listed
+
+
+def test_training_and_verify_count_the_same_images_that_cannot_be_used(tmp_path, rng, capsys):
+    messy(tmp_path, rng)
+    for name in (b"caf\xe9.png", b"a\nb.png"):  # Latin-1; a name of two lines.
+        write_images(tmp_path, [f"hat/{os.fsdecode(name)}"], rng)
+    open_dataset(f"{tmp_path}/", "train", on_bad_image="skip")
+    assert "5 of 22 images" in capsys.readouterr().err
+    command.main(["verify", f"{tmp_path}/"])
+    told = capsys.readouterr().out
+    assert "images that cannot be used: 5\n" in told
+    assert told.count("its name holds control characters or is not UTF-8") == 2
 
 
 def test_command_checks_a_folder(tmp_path, rng, capsys):

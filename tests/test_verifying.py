@@ -26,7 +26,7 @@ def jpeg(image, quality=95):
 
 @pytest.fixture
 def photos(tmp_path, rng):
-    """Twelve photos in two classes and splits: one twice, one of two labels, two near copies."""
+    """Thirteen photos in two classes and splits: two twice, one of two labels, two near copies."""
     scenes = [scene(rng) for _ in range(8)]
     smaller = cv2.resize(scenes[1], None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
     files = {
@@ -38,7 +38,8 @@ def photos(tmp_path, rng):
         "train/coat/4.jpg": jpeg(scenes[4]),
         "test/hat/0 too.jpg": jpeg(scenes[0]),
         "test/hat/1 small.png": cv2.imencode(".png", smaller)[1].tobytes(),
-        "test/hat/5.jpg": jpeg(scenes[5]),
+        "train/hat/5.jpg": jpeg(scenes[5]),
+        "train/hat/5 again.jpg": jpeg(scenes[5]),
         "test/coat/4 squeezed.jpg": jpeg(scenes[4], 30),
         "test/coat/6.jpg": jpeg(scenes[6]),
         "test/coat/7.jpg": jpeg(scenes[7])[:-300],
@@ -49,14 +50,14 @@ def photos(tmp_path, rng):
     return tmp_path / "in"
 
 
-FOUND = """images that cannot be read: 1
+FOUND = """the same photo under two classes: 1
+  train/coat/2 again.jpg (train) = train/hat/2.jpg (train): coat and hat
+images that cannot be used: 1
   test/coat/7.jpg (test): cannot be decoded
 equal images in two splits: 1
   test/hat/0 too.jpg (test) = train/hat/0.jpg (train)
 equal images in one split: 1
-  train/coat/2 again.jpg (train) = train/hat/2.jpg (train)
-equal images with two labels: 1
-  train/coat/2 again.jpg (train) = train/hat/2.jpg (train): coat and hat
+  train/hat/5 again.jpg (train) = train/hat/5.jpg (train)
 near copies in two splits: 2
   test/coat/4 squeezed.jpg (test) ~ train/coat/4.jpg (train)
   test/hat/1 small.png (test) ~ train/hat/1.jpg (train)
@@ -73,7 +74,7 @@ def test_verify_finds_what_is_there_twice(photos, capsys, as_manifest):
     assert command.main(["verify", name]) == 1
     told = capsys.readouterr().out
     first, _, rest = told.partition("\n")
-    assert first == f"{name}: 12 images in the splits test, train"
+    assert first == f"{name}: 13 images in the splits test, train"
     assert rest == FOUND
 
 

@@ -14,7 +14,7 @@ train, 10 % validation, 10 % test, as those of a manifest without a ``split`` co
 
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,10 @@ def open_class_folders(
     classes = found.classes
     _check(found)
     paths = [f"{root}/{file}" for file in found.files]
-    here = found.here & good_images(found.folder, paths, on_bad_image=on_bad_image)
+    good = good_images(found.folder, paths, on_bad_image=on_bad_image)
+    if found.dealt:
+        _tell_copies(str(folder), found, paths, good)
+    here = found.here & good
     files = [file for file, usable in zip(found.files, here, strict=True) if usable]
     number = {name: index for index, name in enumerate(classes)}
     every = np.ones(len(files), bool)
@@ -85,7 +88,8 @@ def open_class_folders(
 class _Listing(NamedTuple):
     """The folder that holds a split, all classes, the folder's files, and which are in the split.
 
-    Images are paths inside the root, those of the split a bool [n]; ``others`` are passed over.
+    Images are paths inside the root, those of the split a bool [n]; ``others`` are passed over;
+    ``dealt`` are the splits of all images where no folder says them.
     """
 
     folder: Path
@@ -93,6 +97,7 @@ class _Listing(NamedTuple):
     files: list[str]
     others: list[str]
     here: np.ndarray
+    dealt: Sequence[str] = ()
 
 
 def _listing(root: Path, split: str) -> _Listing:
@@ -107,7 +112,16 @@ def _listing(root: Path, split: str) -> _Listing:
         return _Listing(folder, classes, files, others, np.ones(len(files), bool))
     classes = sorted({_name(path) for path in _folders(root)})
     files, others = _files(root, ".")
-    return _Listing(root, classes, files, others, _hashed_split(root, files, split))
+    if split == ALL:
+        return _Listing(root, classes, files, others, np.ones(len(files), bool))
+    dealt = _hashed_splits(root, files, split)
+    return _Listing(root, classes, files, others, np.array(dealt) == _usual(split), dealt)
+
+
+def _tell_copies(name: str, found: _Listing, paths: Sequence[str], good: np.ndarray) -> None:
+    rows = np.flatnonzero(good).tolist()
+    parts = ([each[row] for row in rows] for each in (found.files, paths, found.dealt))
+    tell_copies(name, *parts)
 
 
 def check_images(folder: str | os.PathLike, *, on_bad_image: str = "fail") -> int:
@@ -177,21 +191,21 @@ def _split_folder(root: Path, split: str) -> str:
     raise InputError(f"{root} has no split '{split}': choose one of {shown_names([*found, ALL])}")
 
 
-def _hashed_split(root: Path, files: list[str], split: str) -> np.ndarray:
-    """Bool [n], which images are in a split, where no folder says so."""
-    if split == ALL:
-        return np.ones(len(files), bool)
-    split = "validation" if split in VALIDATION else split
-    if split not in SPLITS:
+def _usual(split: str) -> str:
+    return "validation" if split in VALIDATION else split
+
+
+def _hashed_splits(root: Path, files: list[str], split: str) -> list[str]:
+    """The splits of the images, where no folder says them; ``split`` is the one asked for."""
+    if _usual(split) not in SPLITS:
         raise InputError(
             f"{root} has no split '{split}': it has no folders for splits, so choose one of "
             f"{[*SPLITS, ALL]}"
         )
     splits = assign_splits({"label": [_class(file) for file in files], "id": files})
-    tell_copies(root, files, [f"{root}/{file}" for file in files], splits)
     counts = {name: splits.count(name) for name in SPLITS}
     tell(f"{root} has no folders for splits; split by hash into {counts}")
-    return np.array(splits) == split
+    return splits
 
 
 def _check(found: _Listing) -> None:

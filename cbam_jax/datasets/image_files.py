@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,16 +84,23 @@ def good_images(
 
 
 def tell_copies(
-    path: Path, names: Sequence[str], files: Sequence[str], splits: Sequence[str]
+    dataset: str, names: Sequence[str], files: Sequence[str], splits: Sequence[str]
 ) -> None:
-    """Says on stderr how many images are in two splits, equal to the byte, if any are."""
+    """Says on stderr how many images are in two splits, equal to the byte, if any are.
+
+    Args:
+        dataset: its name as it was given, for the command that lists them.
+        names: what messages call the images.
+        files: their paths, without those that are skipped.
+        splits: of each.
+    """
     groups = [group for group in equal_files(files) if len({splits[i] for i in group}) > 1]
     if groups:
         told = few([" = ".join(f"{shown(names[i])} ({splits[i]})" for i in g) for g in groups])
         tell(
-            f"{path}: {len(groups)} images are in two splits, equal to the byte, so that "
-            f"evaluation asks for what training has seen: {told}; python -m cbam_jax.datasets "
-            "verify lists them"
+            f"{shown(dataset)}: {len(groups)} images are in two splits, equal to the byte, so that "
+            f"evaluation asks for what training has seen: {told}; "
+            f"python -m cbam_jax.datasets verify {shown(shlex.quote(dataset))} lists them"
         )
 
 
@@ -215,7 +223,7 @@ def passed_over(paths: Iterable[str]) -> str:
 
 def _quick_problem(file: str) -> str | None:
     """What is wrong with a file by its name and its two ends; half-copied ones lack the second."""
-    if problem := _name_problem(file):
+    if problem := name_problem(file):
         return problem
     try:
         with open_regular(file, MOST_IMAGE) as opened:
@@ -233,7 +241,7 @@ def _quick_problem(file: str) -> str | None:
 
 
 def _decode_problem(file: str) -> str | None:
-    if problem := _name_problem(file):
+    if problem := name_problem(file):
         return problem
     try:
         encoded = read_file(file)
@@ -244,8 +252,12 @@ def _decode_problem(file: str) -> str | None:
     return None if decoding.is_decodable(encoded) else "cannot be decoded"
 
 
-def _name_problem(file: str) -> str | None:
-    # Results are lines of text, and name it.
+def name_problem(file: str) -> str | None:
+    r"""What is wrong with an image's name, if anything is: results are lines of text, and name it.
+
+    >>> name_problem("photos/hat/a.jpg"), name_problem("a\tb.jpg")
+    (None, 'its name holds control characters or is not UTF-8')
+    """
     return "its name holds control characters or is not UTF-8" if _NO_TEXT.search(file) else None
 
 
@@ -280,7 +292,7 @@ def _read_skipped(path: Path, files: Sequence[str]) -> dict[str, str] | None:
     if first != _files_line(files):
         return None
     bad = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
-    return bad | {file: problem for file in files if (problem := _name_problem(file))}
+    return bad | {file: problem for file in files if (problem := name_problem(file))}
 
 
 def _write_skipped(path: Path, files: Sequence[str], bad: dict[str, str]) -> str:

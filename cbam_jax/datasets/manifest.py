@@ -68,7 +68,7 @@ def open_manifest(
         InputError: names the file, the row (as a spreadsheet numbers it: the header is row 1) and
             the remedy.
     """
-    path = expanded(path)
+    name, path = str(path), expanded(path)
     split = unicodedata.normalize("NFC", split)
     table = read_table(path)
     if label not in LABELS or label not in table:
@@ -80,15 +80,18 @@ def open_manifest(
         table["split"] = assign_splits(table)
         counts = {name: table["split"].count(name) for name in ("train", "validation", "test")}
         tell(f"{path} has no split column; split by hash into {counts}")
-    here = np.array([name == split for name in table["split"]])
+    here = np.array([each == split for each in table["split"]])
     if not here.any():
         names = sorted(set(table["split"]))
         raise InputError(
             f"split '{split}' has no rows in {path}: choose one of {shown_names([*names, ALL])}, "
             "or name it in the split column"
         )
-    here &= good_images(path, table["path"], on_bad_image=on_bad_image)
-    tell_copies(path, table["id"], table["path"], table["split"])
+    good = good_images(path, table["path"], on_bad_image=on_bad_image)
+    rows = np.flatnonzero(good).tolist()
+    columns = ("id", "path", "split")
+    tell_copies(name, *([table[column][row] for row in rows] for column in columns))
+    here &= good
     if crop_to_box and "bbox" in table:
         boxes = np.array(table["bbox"], np.float64)
         files = table["id"], table["path"]

@@ -1,4 +1,4 @@
-"""Checks any dataset's images: those that cannot be read, and those that are there more than once.
+"""Checks any dataset's images: those that cannot be used, and those that are there more than once.
 
 What training has seen and evaluation is asked to find again, equal to the byte or nearly, makes a
 model look better than it is.
@@ -14,12 +14,14 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets import class_folders, decoding, is_folder, is_manifest, manifest
+from cbam_jax.datasets.image_files import name_problem
 from cbam_jax.datasets.looks import differing_bits, look_of, small_image
 from cbam_jax.datasets.tables import read_table
 from cbam_jax.foreign_files import expanded, read_file, shown
 from cbam_jax.progress import progress
 
 _SHOWN = 10  # findings of a kind
+_TWO_LABELS = "the same photo under two classes"
 # Of two photos that are nearly the same: how many of the 64 bits of their looks differ at most, and
 # by how many grey levels their thumbnails differ in the mean.
 _BITS, _LEVELS = 8, 6
@@ -64,13 +66,15 @@ def verify(name: str, *, data_dir: str | None, manual_dir: str | None, show_all:
         seen = list(looked)
     splits = sorted({photo.split for photo in photos})
     print(f"{name}: {len(photos)} images in the splits {', '.join(splits)}")
+    equal = _equal_images(photos, seen)
     found = {
-        "images that cannot be read": [
+        _TWO_LABELS: equal.pop(_TWO_LABELS),  # A mistake in the labels, which training would learn.
+        "images that cannot be used": [
             f"{_called(photo)}: {look.problem}"
             for photo, look in zip(photos, seen, strict=True)
             if look.problem
         ],
-        **_equal_images(photos, seen),
+        **equal,
         "near copies in two splits": list(_near_copies(photos, seen)),
     }
     for kind, lines in found.items():
@@ -108,7 +112,12 @@ def _prepared_photos(name: str, data_dir: str | None, manual_dir: str | None) ->
 
 
 def _reader(file: str) -> Callable[[], bytes]:
-    return lambda: read_file(file)
+    def read() -> bytes:
+        if problem := name_problem(file):
+            raise InputError(problem)
+        return read_file(file)
+
+    return read
 
 
 def _look(photo: Photo) -> Seen:
@@ -125,7 +134,7 @@ def _look(photo: Photo) -> Seen:
 
 
 def _equal_images(photos: Sequence[Photo], seen: Sequence[Seen]) -> dict[str, list[str]]:
-    """Images of the same bytes: in two splits, in one, with two labels."""
+    """Images of the same bytes: under two classes, in two splits, in one under one class."""
     groups: dict[bytes, list[Photo]] = {}
     for photo, look in zip(photos, seen, strict=True):
         if not look.problem:
@@ -133,9 +142,11 @@ def _equal_images(photos: Sequence[Photo], seen: Sequence[Seen]) -> dict[str, li
     repeated = [group for group in groups.values() if len(group) > 1]
     return {
         "equal images in two splits": _lines(g for g in repeated if _several(g, "split")),
-        "equal images in one split": _lines(g for g in repeated if not _several(g, "split")),
-        "equal images with two labels": [
-            f"{line}: {' and '.join(sorted({photo.label for photo in group}))}"
+        "equal images in one split": _lines(
+            g for g in repeated if not (_several(g, "split") or _several(g, "label"))
+        ),
+        _TWO_LABELS: [
+            f"{line}: {shown(' and '.join(sorted({photo.label for photo in group})))}"
             for group in repeated
             if _several(group, "label")
             for line in _lines([group])

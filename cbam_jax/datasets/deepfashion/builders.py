@@ -11,6 +11,7 @@ Images are kept byte for byte. ``python -m cbam_jax.datasets verify`` checks a c
 """
 
 import dataclasses
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -240,8 +241,13 @@ def _check_lists(layout: Layout, problems: list[str]) -> None:
     if problems:
         raise InputError(
             f"{len(problems)} mistakes in the lists of {layout.root}: {few(problems)}: unpack them "
-            f"again; python -m cbam_jax.datasets verify {layout.benchmark} shows all"
+            f"again; {_verify_command(layout)} shows all"
         )
+
+
+def _verify_command(layout: Layout) -> str:
+    folder = shlex.quote(str(layout.root))
+    return f"python -m cbam_jax.datasets verify {layout.benchmark} --manual_dir={folder}"
 
 
 def _tell_absent(layout: Layout) -> None:
@@ -268,7 +274,7 @@ def _measure(
     if on_bad_image == "fail" or not sizes:
         raise InputError(
             f"{report}: unpack them again, or go on with on_bad_image='skip'; "
-            f"python -m cbam_jax.datasets verify {layout.benchmark} shows all"
+            f"{_verify_command(layout)} shows all"
         )
     print(f"skipped: {report}", file=sys.stderr)
     return sizes, bad
