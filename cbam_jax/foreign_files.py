@@ -5,6 +5,7 @@ a file of a terabyte of nothing. All of these are told in one line before anythi
 such a file names is shown escaped: a name may hold what moves a terminal's cursor.
 """
 
+import errno
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from cbam_jax import InputError
 MOST_JSON = 64 << 20
 MOST_IMAGE = 1 << 30
 MOST_TABLE = 2 << 30
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _DEEPEST = 100  # Containers within containers of a JSON document.
 
 _KINDS = (
@@ -47,6 +49,23 @@ def expanded(path: str | os.PathLike) -> Path:
         raise InputError(
             f"{shown(path)}: there is no such home folder; give the whole path"
         ) from None
+
+
+def is_gone(path: str | os.PathLike) -> bool:
+    """Whether a path leads nowhere; not where that cannot be seen, as in a folder that is locked.
+
+    ``os.path.exists`` takes what may not be looked at for what is not there.
+
+    >>> is_gone("/nowhere/a.jpg"), is_gone("/")
+    (True, False)
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in _NOWHERE
+    except ValueError:  # No path: it holds a zero byte.
+        return True
+    return False
 
 
 def open_regular(path: str | os.PathLike, most: int) -> BinaryIO:

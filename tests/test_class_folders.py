@@ -1,5 +1,6 @@
 """Folders of class folders, with and without folders for splits."""
 
+import errno
 import io
 import os
 import pickle
@@ -102,6 +103,20 @@ def test_mistakes_are_told_in_one_line(tmp_path, rng):
     told("coat holds images and .*train folders: sort the images")
     with pytest.raises(InputError, match="nowhere is not a folder"):
         open_dataset(f"{tmp_path}/nowhere", "train")
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, rng, monkeypatch):
+    write_images(tmp_path, ("hat/1.png", "coat/2.png"), rng)
+    scandir = os.scandir
+
+    def locked(path):  # Root, as which tests may run, is refused nothing.
+        if str(path).endswith("hat"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(InputError, match=r"hat may not be read \(Permission denied\): make it"):
+        open_dataset(str(tmp_path), "train")
 
 
 def test_unknown_split_and_a_split_without_images(tmp_path, rng):

@@ -145,22 +145,19 @@ class Catalogue:
                 does not fit; later, for a disk that is full: the batches before are kept then.
         """
         one = isinstance(photos, str | os.PathLike)
-        given, folders = sources.listed([photos] if one else photos, payload)  # pyright: ignore
-        return self.add_listed(
-            given, folders, skip_near=skip_near, checksum=checksum, progress=progress
-        )
+        given = sources.listed([photos] if one else photos, payload)  # pyright: ignore
+        return self.add_listed(given, skip_near=skip_near, checksum=checksum, progress=progress)
 
     def add_listed(
         self,
-        given: Sequence[sources.Photo],
-        folders: Sequence[str],
+        listed: sources.Listed,
         *,
         skip_near: bool = False,
         checksum: bool = False,
         progress: bool = True,
     ) -> Added:
         """As `add`, of what `sources.listed` returned."""
-        started = time.monotonic()
+        started, given = time.monotonic(), listed.photos
         if given and (self._embedder or self._source):
             self._claim()
         left = indexing.to_read(self.store, given, checksum=checksum, skip_near=skip_near)
@@ -170,7 +167,7 @@ class Catalogue:
             counts += indexing.add_photos(
                 self.store, self.embedder, left, skip_near=skip_near, progress=progress
             )
-        gone = indexing.vanished(self.store, folders, given)
+        gone = indexing.vanished(self.store, listed.folders, given)
         self.store.complete()
         return Added(counts, gone, time.monotonic() - started)
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import cv2
 import numpy as np
 
 from cbam_jax import InputError, command_line
-from cbam_jax.catalogue import contact_sheets, doctor, embedders, printing, shards, sources
+from cbam_jax.catalogue import (
+    contact_sheets,
+    doctor,
+    embedders,
+    indexing,
+    printing,
+    shards,
+    sources,
+)
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.gallery import open_gallery
 from cbam_jax.catalogue.indexing import KINDS, Added
@@ -20,7 +29,7 @@ from cbam_jax.catalogue.milvus import FORMS, INDEXES, did_you_mean, is_address
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
 from cbam_jax.datasets.image_files import SUFFIXES
-from cbam_jax.foreign_files import expanded, shown
+from cbam_jax.foreign_files import expanded, is_gone, shown
 from cbam_jax.whole_files import written_whole
 
 _SHOWN = 10  # Lines of what may be many.
@@ -82,16 +91,15 @@ def add(options: argparse.Namespace) -> int:
     if not options.photos:
         raise InputError("nothing to add: give photos, folders, manifests, or --from=DIR")
     payload = dict(_pair(text) for text in options.set)
-    photos, folders = sources.listed(options.photos, payload or None)  # Refused, it leaves no file.
+    listed = sources.listed(options.photos, payload or None)  # Refused, it leaves no file.
     model = embedders.choose(options.model, options.catalogue)
     if line := embedders.told(model) if model else None:
         print(line, file=sys.stderr)
     with Catalogue.open(options.catalogue, model) as catalogue:
-        added = catalogue.add_listed(photos, folders, skip_near=options.skip_near,
-                                     checksum=options.checksum)  # fmt: skip
+        added = catalogue.add_listed(listed, skip_near=options.skip_near, checksum=options.checksum)
         _tell_added(added, catalogue)
-    _tell_vanished(added.vanished, options.catalogue)
-    return 0
+    _tell_vanished(added.vanished, listed.folders, options.catalogue)
+    return int(bool(listed.closed))
 
 
 def _add_shards(options: argparse.Namespace) -> int:
@@ -190,7 +198,7 @@ def remove(options: argparse.Namespace) -> int:
         ids = options.ids
         if not ids:
             items = catalogue.items(options.where or None)
-            ids = [item.id for item in items if not (options.missing and Path(item.path).exists())]
+            ids = [item.id for item in items if not options.missing or is_gone(item.path)]
         print(f"{catalogue.remove(ids)} removed; {len(catalogue)} can be found")
     return 0
 
@@ -448,10 +456,19 @@ def _embedding(path: Path) -> list[np.ndarray]:
     return list(np.atleast_2d(array))
 
 
-def _tell_vanished(paths: Sequence[str], name: Path) -> None:
-    if not paths:
-        return
-    for path in paths[:_SHOWN]:
+def _tell_vanished(paths: Sequence[str], folders: Sequence[str], name: Path) -> None:
+    """Say what is gone, and how to forget it unless a folder is: its disk may be away."""
+    away = {path: indexing.lost_folder(path, folders) for path in paths}
+    lost = Counter(folder for folder in away.values() if folder)
+    for folder, count in lost.items():
+        print(
+            f"{shown(folder)} is not there, or empty; of its photos the catalogue has {count}, "
+            "and keeps them: is its disk connected?"
+        )
+    gone = [path for path in paths if not away[path]]
+    for path in gone[:_SHOWN]:
         print(f"not there any more: {shown(path)}")
-    more = f"... {len(paths) - _SHOWN} more; " if len(paths) > _SHOWN else ""
-    print(f"{more}to forget them: cbam-jax catalogue remove {shlex.quote(str(name))} --missing")
+    more = f"... {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
+    forget = f"to forget them: cbam-jax catalogue remove {shlex.quote(str(name))} --missing"
+    if last := "; ".join(filter(None, [more, forget if gone and not lost else ""])):
+        print(last)

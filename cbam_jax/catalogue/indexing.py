@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 from cbam_jax.catalogue.reading import Read, read_photo
 from cbam_jax.catalogue.sources import Photo, parse_box
 from cbam_jax.catalogue.store import Store
+from cbam_jax.foreign_files import is_gone
 from cbam_jax.progress import progress as telling
 
 if TYPE_CHECKING:
@@ -144,8 +146,20 @@ def vanished(store: Store, folders: Sequence[str], given: Sequence[Photo]) -> li
             "SELECT path FROM item WHERE substr(path, 1, ?) = ? ORDER BY path",
             [len(prefix), prefix],
         )
-        found += [path for (path,) in rows if path not in there and not os.path.exists(path)]
+        found += [path for (path,) in rows if path not in there and is_gone(path)]
     return found
+
+
+def lost_folder(path: str, folders: Sequence[str]) -> str | None:
+    """The outermost folder of a path that is gone or, of ``folders``, empty; None where none is.
+
+    So a disk looks that is not connected: what was in it is not known to be deleted.
+
+    >>> lost_folder("/nowhere/dress/a.jpg", []), lost_folder("/a.jpg", [])
+    ('/nowhere', None)
+    """
+    parents = [str(folder) for folder in reversed(Path(path).parents)]
+    return next((f for f in parents if is_gone(f) or (f in folders and not os.listdir(f))), None)
 
 
 def _same(photo: Photo, known: tuple) -> bool:
@@ -323,7 +337,7 @@ _ROW = "id, hash, box, payload, embedding IS NOT NULL, path"
 def _gone(store: Store, read: Read) -> list[tuple]:
     """The row of the same content whose file is not there any more: it has been moved."""
     rows = store.rows(f"SELECT {_ROW} FROM item WHERE hash = ? AND box = ? ORDER BY id", _key(read))
-    return [row for row in rows if not os.path.exists(row[5])][:1]
+    return [row for row in rows if is_gone(row[5])][:1]
 
 
 def _kind(read: Read, here: list[tuple], old: list[tuple], known: dict[Key, Found]) -> str:

@@ -19,7 +19,7 @@ from cbam_jax.command_line import to_json
 from cbam_jax.datasets import is_manifest
 from cbam_jax.datasets.image_files import is_image_file, passed_over
 from cbam_jax.datasets.tables import BOX, at_home, read_lines
-from cbam_jax.foreign_files import expanded
+from cbam_jax.foreign_files import expanded, is_gone, shown
 
 
 class Photo(NamedTuple):
@@ -43,38 +43,53 @@ class Photo(NamedTuple):
         return to_json({name: value for name, value in both.items() if value is not None})
 
 
+class Listed(NamedTuple):
+    """What was given: photos, each once, the folders searched, and those that may not be read."""
+
+    photos: list[Photo]
+    folders: list[str]
+    closed: list[str]
+
+
 def listed(
     sources: Iterable[str | os.PathLike], payload: Mapping[str, Any] | None = None
-) -> tuple[list[Photo], list[str]]:
-    """The photos of files, folders and manifests, each once, and the folders that were searched.
+) -> Listed:
+    """The photos of files, folders and manifests.
+
+    A folder that may not be read is told on stderr, and the others are listed.
 
     Args:
         sources: paths; ``~`` is one's home.
         payload: of all of them, beside what a manifest or a folder says.
 
     Raises:
-        InputError: a source that is not there, a manifest that cannot be read.
+        InputError: a source that is not there, a manifest that cannot be read, and photos of which
+            none is seen because their folder may not be read.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()).resolve()
         >>> (folder / "hat").mkdir()
         >>> (folder / "hat" / "1.jpg").touch()
-        >>> [photo.payload for photo in listed([folder], {"shop": "north"})[0]]
+        >>> [photo.payload for photo in listed([folder], {"shop": "north"}).photos]
         [{'category': 'hat', 'shop': 'north'}]
     """
     photos: dict[str, Photo] = {}
-    folders, sources = [], list(sources)
+    folders, closed, sources = [], [], list(sources)
     check(sources)
     for source in sources:
         path = Path(os.path.abspath(expanded(source)))
         if path.is_dir():
             folders.append(str(path))
-        for photo in _of(path):
+        for photo in _of(path, closed):
             if payload:
                 photo = photo._replace(payload={**photo.payload, **payload})
             photos[photo.path] = photo
-    return list(photos.values()), folders
+    if closed and not photos:
+        raise InputError(closed[0])
+    for line in closed:
+        print(line, file=sys.stderr)
+    return Listed(list(photos.values()), folders, closed)
 
 
 def box_text(box: Iterable[float]) -> str:
@@ -102,7 +117,7 @@ def parse_box(text: str) -> list[float]:
 
 
 def check(sources: Iterable[str | os.PathLike]) -> None:
-    """Raise an InputError for the first source that is not there.
+    """Raise an InputError for the first source that is not there, or may not be looked at.
 
     >>> check(["/nowhere/photos"])
     Traceback (most recent call last):
@@ -110,23 +125,38 @@ def check(sources: Iterable[str | os.PathLike]) -> None:
     cbam_jax.InputError: /nowhere/photos is not there: give photos, folders or manifests, x.csv
     """
     for source in sources:
-        if not expanded(source).exists():
+        path = expanded(source)
+        if is_gone(path):
             raise InputError(f"{source} is not there: give photos, folders or manifests, x.csv")
+        try:
+            path.stat()
+        except OSError as error:
+            raise InputError(_closed(error)) from None
 
 
-def _of(path: Path) -> Iterator[Photo]:
+def _closed(error: OSError) -> str:
+    return (
+        f"{shown(str(error.filename))} may not be read ({error.strerror}): make it readable and "
+        "give the same command again"
+    )
+
+
+def _of(path: Path, closed: list[str]) -> Iterator[Photo]:
     if path.is_dir():
-        yield from _in_folder(path)
+        yield from _in_folder(path, closed)
     elif is_manifest(str(path)):
         yield from _in_manifest(path)
     else:
         yield Photo(str(path))
 
 
-def _in_folder(root: Path) -> Iterator[Photo]:
-    """All photos below a folder, by path; hidden files and folders are left out."""
+def _in_folder(root: Path, closed: list[str]) -> Iterator[Photo]:
+    """All photos below a folder, by path; hidden files and folders are left out.
+
+    Of folders that may not be read a line each is put into ``closed``.
+    """
     others = []
-    for folder, names, files in os.walk(root):
+    for folder, names, files in os.walk(root, onerror=lambda e: closed.append(_closed(e))):
         names[:] = sorted(name for name in names if not name.startswith("."))
         payload = {} if folder == str(root) else {"category": os.path.basename(folder)}
         for name in sorted(file for file in files if not file.startswith(".")):

@@ -225,7 +225,7 @@ def _check(found: _Listing) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    return sorted(root / entry.name for entry in _visible(root) if entry.is_dir())
 
 
 def _files(root: Path, split: str) -> tuple[list[str], list[str]]:
@@ -242,8 +242,13 @@ def _files(root: Path, split: str) -> tuple[list[str], list[str]]:
 
 
 def _visible(folder: Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.name[0] != "."]
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.name[0] != "."]
+    except PermissionError as error:
+        raise InputError(
+            f"{folder} may not be read ({error.strerror}): make it readable, or move it elsewhere"
+        ) from error
 
 
 def _holds_image(folder: Path) -> bool:

@@ -1,5 +1,7 @@
 """An embedder without a network: means of 4 x 4 parts of a photo."""
 
+import errno
+import os
 from typing import NamedTuple
 
 import cv2
@@ -78,3 +80,20 @@ def make_shop(folder):
     write_photos(folder / "photos")
     with Catalogue.open(folder / "shop.db", FakeEmbedder()) as shop:
         shop.add(folder / "photos", progress=False)
+
+
+def lock(monkeypatch, folder):
+    """As if a folder might not be entered, which root may always do; undone by ``undo``."""
+    stat, scandir = os.stat, os.scandir
+
+    def locked(function, above):
+        def call(path=".", *arguments, **options):
+            text = os.fsdecode(path) if isinstance(path, str | os.PathLike) else ""
+            if text.startswith(os.path.join(folder, "")) or text == above:
+                raise PermissionError(errno.EACCES, "Permission denied", text)
+            return function(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "stat", locked(stat, None))
+    monkeypatch.setattr(os, "scandir", locked(scandir, str(folder)))

@@ -10,7 +10,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from fakes import FakeEmbedder, write_photos
+from fakes import FakeEmbedder, lock, write_photos
 
 import cbam_jax
 from cbam_jax import command_line
@@ -80,6 +80,43 @@ def test_add_tells_what_became_of_the_photos(run, photos, tmp_path):
         "category": "dress",
         "shop": "north",
     }
+
+
+def test_what_may_not_be_looked_at_is_not_taken_for_gone(run, shop, photos, tmp_path, monkeypatch):
+    before = run("list", shop, "--json")[1]
+    (tmp_path / "more").mkdir()
+    shutil.copy(photos[0], tmp_path / "more" / "x.png")
+    hats = tmp_path / "photos" / "hat"
+    with monkeypatch.context() as patch:
+        lock(patch, hats)
+        assert run("remove", shop, "--missing")[1] == "0 removed; 12 can be found\n"
+        status, out, err = run("add", shop, "photos")
+        assert (status, out[: out.index(";")]) == (1, "6 unchanged")
+        assert f"{hats} may not be read (Permission denied): make it readable" in err
+        assert "--missing" not in out + err
+        for command in (["add", shop, hats], ["add", shop, hats / "01.jpg"]):
+            status, out, err = run(*command)
+            assert (status, out, err.count("\n")) == (2, "", 1)
+            assert "may not be read (Permission denied)" in err
+    with monkeypatch.context() as patch:
+        lock(patch, tmp_path / "photos")  # A copy of what may not be looked at has not moved it.
+        assert run("add", shop, "more")[1].startswith("1 copy; ")
+    run("remove", shop, "13")
+    assert run("list", shop, "--json")[1] == before
+
+
+def test_a_folder_that_is_gone_is_told_and_nothing_of_it_is_to_be_forgotten(run, shop, tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "hat").rename(tmp_path / "elsewhere")
+    status, out, _ = run("add", shop, "photos")
+    told = "is not there, or empty; of its photos the catalogue has"
+    assert (status, out.splitlines()[1]) == (
+        0, f"{folder / 'hat'} {told} 6, and keeps them: is its disk connected?"
+    )  # fmt: skip
+    assert "--missing" not in out
+    (folder / "dress").rename(tmp_path / "dress")
+    out = run("add", shop, "photos")[1]  # As where a disk is mounted.
+    assert out.splitlines()[1:] == [f"{folder} {told} 12, and keeps them: is its disk connected?"]
 
 
 def test_find_answers_as_text_json_and_csv(run, shop, photos):

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from fakes import FakeEmbedder, write_photos
+from fakes import FakeEmbedder, lock, write_photos
 
 import cbam_jax
 from cbam_jax import InputError
@@ -77,11 +77,20 @@ def test_embeddings_are_an_array_in_the_order_of_the_list(photos, tmp_path):
     embed(photos, "--shards=3")
     parts = [np.load(tmp_path / "out" / f"0000{i}-of-00003.npy") for i in range(3)]
     assert [part.shape for part in parts] == [(4, 48), (4, 48), (5, 48)]
-    listed, _ = sources.listed([photos])
+    listed = sources.listed([photos]).photos
     alone = FakeEmbedder().embed_files([listed[5].path]).embeddings[0]
     np.testing.assert_array_equal(np.concatenate(parts)[5], alone)
     bad = np.isnan(np.concatenate(parts)).all(axis=1)
     assert np.flatnonzero(bad).tolist() == [9, 12]
+
+
+def test_a_folder_that_may_not_be_read_is_told_and_the_others_are_embedded(
+    photos, tmp_path, capsys, monkeypatch
+):
+    lock(monkeypatch, tmp_path / "photos" / "hat")
+    assert embed(tmp_path / "photos") == 1
+    assert f"{tmp_path}/photos/hat may not be read (Permission denied)" in capsys.readouterr().err
+    assert len(np.load(tmp_path / "out" / "00000-of-00001.npy")) == 6
 
 
 def test_what_is_there_and_whole_is_not_made_again(photos, tmp_path, capsys, monkeypatch):

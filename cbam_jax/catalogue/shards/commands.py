@@ -41,7 +41,7 @@ def embed(options: argparse.Namespace) -> int:
     sources.check(options.data)
     check_count(options.out, shards)
     _check_folder(options.out)
-    photos, _ = sources.listed(options.data)
+    photos, _, closed = sources.listed(options.data)
     if not photos:
         raise InputError(f"--data={shlex.join(map(str, options.data))} has no photos")
     source = options.model or embedders.installed(options.out)
@@ -53,7 +53,7 @@ def embed(options: argparse.Namespace) -> int:
     for shard in mine:
         done = make_shard(options.out, embedder, photos, about._replace(shard=shard))
         tell(shard, shards, done)
-    return 0
+    return int(bool(closed))
 
 
 def verify(options: argparse.Namespace) -> int:
