@@ -30,7 +30,10 @@ def main() -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}: give one of {', '.join(COMMANDS)}")
+        raise InputError(
+            f"unknown command {name!r}: give one of {', '.join(COMMANDS)}"
+            f"{command_line.closest(name, COMMANDS)}"
+        )
     # So that each command's --help says how it was called.
     sys.argv = [f"cbam-jax {name}", *sys.argv[2:]]
     return importlib.import_module(COMMANDS[name][0]).main()

@@ -1,5 +1,7 @@
 """What the commands share: one clear line for a mistake, quiet libraries, whole files, a cache."""
 
+import argparse
+import difflib
 import hashlib
 import io
 import json
@@ -7,8 +9,9 @@ import logging
 import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,44 @@ def run(main: Callable[[], Any]) -> int:
     except BrokenPipeError:  # Who reads the output, such as head, has all that it wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_LEFT
+
+
+def parsed(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    commands: Mapping[str, argparse.ArgumentParser] | None = None,
+) -> argparse.Namespace:
+    """Read flags, which may stand between a list's elements; what is unknown ends the process.
+
+    Args:
+        parser: reads them, and tells what is unknown with the name that may have been meant.
+        argv: what is typed; None: that of the process.
+        commands: read what follows their names, where ``parser`` has such.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    if commands and typed and not typed[0].startswith("-"):
+        name, *typed = typed
+        if name not in commands:
+            parser.error(f"unknown command {name!r}{closest(name, commands)}")
+        parser = commands[name]
+    elif commands:
+        return parser.parse_args(typed)  # Its help, or that a command is missing.
+    options, unknown = parser.parse_known_intermixed_args(typed)
+    if unknown:
+        names = re.findall(r"--?[a-z][a-z-]*", parser.format_usage())
+        told = closest(unknown[0].partition("=")[0], names)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{told}")
+    return options
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Ask whether another name was meant; nothing where none is like it.
+
+    >>> closest("--modle", ["--model", "--sample"]), closest("x", ["add", "find"])
+    ('; did you mean --model?', '')
+    """
+    found = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def path(text: str) -> Path:

@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cbam_jax.models", description=DESCRIPTION)
     parser.add_argument("names", nargs="*", metavar="MODEL", help="only these; none: all")
     parser.add_argument("--image-size", type=int, help="pixels, for the GFLOPs")
-    flags = parser.parse_args()
+    flags = command_line.parsed(parser)
     unknown = [name for name in flags.names if name not in MODELS]
     if unknown:
         raise InputError(f"unknown model {unknown[0]!r}: choose among {', '.join(MODELS)}")

@@ -37,7 +37,8 @@ _SHOWN = 10  # Lines of what may be many.
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 1 where it found something wrong."""
-    options = _parser().parse_args(argv)
+    parser, commands = _parser()
+    options = command_line.parsed(parser, argv, commands)
     if isinstance(options.catalogue, str):
         _check_copy(options)
     else:
@@ -270,7 +271,8 @@ def doctor_(options: argparse.Namespace) -> int:
     return int(wrong)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of all, and that of each command."""
     parser = argparse.ArgumentParser(
         prog=None if sys.argv[0].startswith("cbam-jax") else "python -m cbam_jax.catalogue",
         description="Photos that can be searched by photos, in one file.",
@@ -299,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is all networks")
     made.add_argument("--port", type=int, default=8000, help="default: 8000; 0 is any that is free")
     _model_flag(command("doctor", doctor_, "say what is installed and would be used", "?"))
-    return parser
+    return parser, commands.choices
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

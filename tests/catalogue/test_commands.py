@@ -119,6 +119,26 @@ def test_a_folder_that_is_gone_is_told_and_nothing_of_it_is_to_be_forgotten(run,
     assert out.splitlines()[1:] == [f"{folder} {told} 12, and keeps them: is its disk connected?"]
 
 
+def test_flags_may_stand_before_the_photos_and_unknown_ones_are_told(run, shop, photos, capsys):
+    after = run("find", shop, photos[2], "5", "-k", 2, "--where=category=hat")[1]
+    assert len(after.splitlines()) == 6
+    assert run("find", shop, "-k", 2, photos[2], "--where", "category=hat", "5")[1] == after
+    assert run("find", "-k2", "--where=category=hat", shop, photos[2], "5")[1] == after
+    assert run("add", shop, "--set", "price=3", "photos/hat")[1].startswith("6 unchanged")
+    assert run("add", shop, "--checksum", "photos/dress")[1].startswith("6 unchanged")
+    assert run("remove", shop, "--where=category=hat", "1")[0] == 2
+    for wrong, told in (
+        (["find", shop, "5", "--modle=x"], "arguments: --modle=x; did you mean --model?"),
+        (["list", shop, "--zzz"], "arguments: --zzz\n"),
+        (["ad", shop, "photos"], "unknown command 'ad'; did you mean add?"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        err = capsys.readouterr().err
+        assert told in err
+        assert (f"catalogue {wrong[0]}" in err) == (wrong[0] != "ad")
+
+
 def test_find_answers_as_text_json_and_csv(run, shop, photos):
     _, text, _ = run("find", shop, photos[2], "5", "-k", 3)
     lines = text.splitlines()

@@ -26,7 +26,7 @@ _INDEX = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 def main(argv: list[str] | None = None) -> int:
     """Embed shards, or say which are missing; 1 where some are."""
-    options = _parser().parse_args(argv)
+    options = command_line.parsed(_parser(), argv)
     if options.verify:
         return verify(options)
     if not options.data:
