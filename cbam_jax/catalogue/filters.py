@@ -13,7 +13,7 @@ from cbam_jax import InputError
 from cbam_jax.catalogue.store import Store
 from cbam_jax.foreign_files import shown, shown_names
 
-_CONDITION = re.compile(r"\s*(.+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_CONDITION = re.compile(r"(.+?)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _MOST_VALUES = 10_000  # That are compared with one that is not there.
 _EQUAL = ("=", "!=")
 _KNOWN = "FROM item, json_each(payload)"
@@ -162,10 +162,11 @@ def selected(where: Where) -> tuple[str, list[Any]]:
 
 
 def _parsed(text: str) -> tuple[str, str, Any]:
-    match = _CONDITION.fullmatch(text) if isinstance(text, str) else None
+    # Spaces are no part of the pattern: it would try each way to share out a thousand of them.
+    match = _CONDITION.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise InputError(f"--where={shown(text)}: give NAME=VALUE, or NAME with !=, <, <=, > or >=")
-    return match[1], match[2], match[3]
+    return match[1].strip(), match[2], match[3].strip()
 
 
 def _sql(name: str, sign: str, value: Any) -> tuple[str, list[Any]]:

@@ -1,12 +1,13 @@
 """Conditions on what is known of photos, beside the same in Python."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
 from cbam_jax import InputError
-from cbam_jax.catalogue.filters import check, photos_of, selected
+from cbam_jax.catalogue.filters import check, conditions, photos_of, selected
 from cbam_jax.catalogue.store import Store
 
 PAYLOADS = [
@@ -112,3 +113,12 @@ def test_a_name_or_a_value_that_no_photo_has_is_told_with_the_nearest(store, whe
 )  # fmt: skip
 def test_what_photos_have_passes_though_none_has_all_of_it(store, where):
     check(photos_of(store), where)
+
+
+def test_a_long_condition_is_told_at_once():
+    start = time.process_time()
+    for text in (" " * 60_000, "a" + " " * 60_000, "a" + " " * 60_000 + "!" * 60_000):
+        with pytest.raises(InputError, match="give NAME=VALUE"):
+            conditions(text)
+    assert conditions("a" + " " * 60_000 + "=" + " " * 60_000 + "b") == [("a", "=", "b")]
+    assert time.process_time() - start < 1
