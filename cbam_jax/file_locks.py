@@ -1,6 +1,25 @@
 """A lock on an open file, which goes with the process, however that ends."""
 
+import os
 from typing import IO
+
+
+def open_lock(path: str | os.PathLike) -> IO:
+    """Open a file to be locked, made where there is none.
+
+    Raises:
+        OSError: it cannot be made; or a pipe, which would be waited for, or a link, which may lead
+            anywhere, stands in its place.
+
+    Example:
+        >>> import tempfile
+        >>> with open_lock(os.path.join(tempfile.mkdtemp(), "lock")) as file:
+        ...     take_lock(file)
+        True
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "a")
 
 
 def take_lock(file: IO, *, wait: bool = False) -> bool:

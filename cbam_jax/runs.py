@@ -255,6 +255,8 @@ def evaluate(
     part = f"{Path(name).stem}-{split}" if others else split
     part += "-untrained" if which == "untrained" else ""
     folder = workdir / "eval" / part if out is None else expanded(out)
+    if out is None:
+        workdirs.check_inside(folder, workdir)
     workdirs.make_writable(folder)
     with workdirs.told_in_one_line(config, folder):
         mesh = steps.data_mesh()

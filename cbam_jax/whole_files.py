@@ -25,6 +25,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     partial = path.with_name(f"partial-{path.name}")  # Libraries look at the suffix.
+    partial.unlink(missing_ok=True)  # In a stranger's folder it may be a link to elsewhere.
     try:
         yield partial
         os.replace(partial, path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import jax
 
 from cbam_jax import InputError, experiment
 from cbam_jax.config_files import Config
-from cbam_jax.file_locks import take_lock
+from cbam_jax.file_locks import open_lock, take_lock
+from cbam_jax.foreign_files import shown
 
 # Of an OSError: no room, or not allowed to.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -27,7 +29,7 @@ def locked(workdir: Path) -> Iterator[None]:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "lock", "a")  # noqa: SIM115, closed below
+        file = open_lock(workdir / "lock")
     except OSError as error:
         raise InputError(
             f"--workdir={workdir} cannot be written ({error.strerror}): choose another"
@@ -41,11 +43,22 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def check_inside(folder: Path, workdir: Path) -> None:
+    """Raise an InputError where a folder of a run is elsewhere: a stranger's run may hold links."""
+    real = Path(os.path.realpath(folder))
+    if not real.is_relative_to(os.path.realpath(workdir)):
+        raise InputError(
+            f"{shown(folder)} leads to {shown(real)}, outside the run: if results are to be "
+            "written there, give that folder yourself with --out=DIR"
+        )
+
+
 def make_writable(folder: Path) -> None:
     """Make a folder; InputError, with the remedy, where nothing could be written to it."""
     probe = folder / "partial-metrics.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe.unlink(missing_ok=True)  # In a stranger's run it may be a link to elsewhere.
         probe.touch()
         probe.unlink()
     except OSError as error:

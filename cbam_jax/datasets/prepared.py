@@ -22,7 +22,7 @@ from cbam_jax.datasets import tfds_without_tensorflow
 from cbam_jax.datasets.building import SKIPPED_LIST
 from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.retrieval import RetrievalDataset
-from cbam_jax.file_locks import take_lock
+from cbam_jax.file_locks import open_lock, take_lock
 from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_json, read_text, shown
 from cbam_jax.progress import few, progress
 from cbam_jax.whole_files import written_whole
@@ -238,7 +238,7 @@ def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
 def _locked(path: Path, name: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115, closed below
+        file = open_lock(path)
     except OSError as error:
         raise InputError(
             f"cannot prepare '{name}' in {path.parent} ({error.strerror}): choose another data_dir"

@@ -7,7 +7,8 @@ import sys
 import pytest
 from cost import cheap  # noqa: F401, all is measured
 
-from cbam_jax import InputError, experiment, runs, saved_config
+from cbam_jax import InputError, experiment, runs, saved_config, workdirs
+from cbam_jax.command_line import write_text
 from cbam_jax.configs import default
 
 WHOLE = json.loads(json.dumps(default.get_config().to_dict()))
@@ -179,3 +180,34 @@ def test_a_dataset_that_lies_prepared_where_the_config_says_is_read(tmp_path, mo
     monkeypatch.setattr(saved_config, "is_prepared", lambda name, folder: folder == "/prepared")
     fields = {"data__name": "synthetic_garments/clean", "data__data_dir": "/prepared"}
     assert evaluation_config(tmp_path, **fields).data.data_dir == "/prepared"
+
+
+@pytest.mark.parametrize("place", ["eval", "eval/test"])
+def test_an_evaluation_writes_into_no_folder_elsewhere_by_a_link(place, tmp_path):
+    run, home = tmp_path / "run", tmp_path / "home"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_bytes(changed(data__name="photos.csv"))
+    home.mkdir()
+    (run / place).parent.mkdir(exist_ok=True)
+    (run / place).symlink_to(home)
+    with pytest.raises(InputError, match=r"eval/test leads to .*home.* outside the run.*--out=DIR"):
+        runs.evaluate(run, "test")
+    assert not [*home.iterdir()]
+
+
+def test_what_is_written_whole_is_written_through_no_link(tmp_path):
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("mine")
+    run.mkdir()
+    for name in ("metrics.json", "neighbours.csv"):
+        (run / f"partial-{name}").symlink_to(mine)
+        (run / name).symlink_to(mine)
+    workdirs.make_writable(run)
+    (run / "partial-metrics.json").symlink_to(tmp_path / "new")
+    workdirs.make_writable(run)
+    os.mkfifo(run / "partial-focus.json")
+    for name in ("metrics.json", "neighbours.csv", "focus.json"):
+        write_text(run / name, "theirs")
+        assert (run / name).read_text() == "theirs"
+    assert mine.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
