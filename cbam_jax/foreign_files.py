@@ -10,9 +10,12 @@ import io
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from cbam_jax import InputError
 
@@ -133,7 +136,15 @@ def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
         ValueError: it is no JSON, or nested deeper; InputError as ``open_regular``.
         OSError: it is not there, or may not be read.
     """
-    text = read_text(path, most)
+    return parse_json(read_text(path, most))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says, nested at most 100 deep; raises a ValueError as ``read_json``.
+
+    >>> parse_json('{"price": 5}')
+    {'price': 5}
+    """
     try:
         document = json.loads(text)
     except RecursionError:
@@ -144,6 +155,22 @@ def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
         if not level:
             return document
     raise ValueError("nested too deeply")
+
+
+def map_array(path: str | os.PathLike) -> np.ndarray:
+    """Map the numbers of a ``.npy`` file, of any shape and type but objects.
+
+    Raises:
+        ValueError: it is none, or shorter than its header says; InputError as ``open_regular``.
+        OSError: it is not there, or may not be read.
+    """
+    open_regular(path, sys.maxsize).close()
+    try:
+        return np.lib.format.open_memmap(path, "r")
+    except OSError:
+        raise
+    except Exception as error:  # Its header is parsed as Python is, which raises many kinds.
+        raise ValueError(shown(" ".join(str(error).split()))) from error
 
 
 def _children(item: Any) -> Iterable[Any]:

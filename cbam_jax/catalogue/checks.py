@@ -19,6 +19,8 @@ from cbam_jax.catalogue.store import Store
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
+# Photos that have a file, of the types that were written; others are told among the rows.
+_TYPED = "typeof(hash) = 'blob' AND typeof(path) = 'text' AND typeof(box) = 'text'"
 _CLOSE = 1e-4  # Of the length of an embedding: another device may round otherwise.
 
 
@@ -101,7 +103,7 @@ def _copy(store: Store) -> Iterator[str]:
 
 def _files(store: Store) -> Iterator[str]:
     """Photos whose file is gone, cannot be read, or has another content."""
-    rows = store.rows("SELECT path, id, hash FROM item WHERE hash IS NOT NULL ORDER BY id")
+    rows = store.rows(f"SELECT path, id, hash FROM item WHERE {_TYPED} ORDER BY id")
     known = {path: (number, content) for path, number, content in rows}
     photos = [Photo(path) for path in known]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -116,7 +118,8 @@ def _files(store: Store) -> Iterator[str]:
 
 def _sample(store: Store, embedder: Callable[[], "Embedder"], sample: int) -> Iterator[str]:
     """Some photos whose embedding is another one today."""
-    ids = [number for (number,) in store.rows("SELECT id FROM item WHERE embedding IS NOT NULL")]
+    sql = f"SELECT id FROM item WHERE embedding IS NOT NULL AND {_TYPED}"
+    ids = [number for (number,) in store.rows(sql)]
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(sample, len(ids))).astype(int))
     for place in chosen.tolist() if sample else []:
         number = ids[place]

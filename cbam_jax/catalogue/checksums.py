@@ -34,6 +34,16 @@ def _schema(table: str, columns: Sequence[str]) -> list[str]:
     ]
 
 
+def statements() -> list[str]:
+    """Those that the tables and triggers of the sums are made by.
+
+    >>> statements()[0]
+    'CREATE TABLE checksum (id INTEGER PRIMARY KEY, value INTEGER)'
+    """
+    made = [statement for table, columns in _SUMS.items() for statement in _schema(table, columns)]
+    return [statement for statement in made if statement.startswith("CREATE ")]
+
+
 def row_sums(embeddings: np.ndarray) -> np.ndarray:
     """The sum of each row's bytes, eight of them a number, modulo 2**64: [n] int64.
 

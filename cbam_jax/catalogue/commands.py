@@ -29,7 +29,7 @@ from cbam_jax.catalogue.milvus import FORMS, INDEXES, did_you_mean, is_address
 from cbam_jax.catalogue.queries import Part, part_of
 from cbam_jax.catalogue.store import Store
 from cbam_jax.datasets.image_files import SUFFIXES
-from cbam_jax.foreign_files import expanded, is_gone, shown
+from cbam_jax.foreign_files import expanded, is_gone, map_array, shown
 from cbam_jax.whole_files import written_whole
 
 _SHOWN = 10  # Lines of what may be many.
@@ -267,7 +267,7 @@ def doctor_(options: argparse.Namespace) -> int:
     wrong = False
     for line in doctor.doctor(options.catalogue, options.model):
         wrong |= line.startswith(doctor.WRONG)
-        print(line)
+        print(shown(line, 1000))
     return int(wrong)
 
 
@@ -450,10 +450,10 @@ def _asked(options: argparse.Namespace) -> tuple[list[list[Part]], list[str]]:
 
 def _embedding(path: Path) -> list[np.ndarray]:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = map_array(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"--embedding={path}: cannot be read as x.npy ({error})") from None
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
+    if array.ndim not in (1, 2) or not array.size:
         raise InputError(f"--embedding={path}: give an array [d] or [q, d] in a .npy file")
     return list(np.atleast_2d(array))
 

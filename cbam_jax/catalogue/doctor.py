@@ -63,7 +63,7 @@ def _catalogue(store: Store, model: str | None) -> Iterator[str]:
     )
     fingerprint = store.about("fingerprint")
     yield (
-        f"embeddings: {store.about('dimension')} numbers, of the model {fingerprint[:12]}"
+        f"embeddings: {store.about('dimension')} numbers, of the model {str(fingerprint)[:12]}"
         if fingerprint
         else "embeddings: none yet"
     )

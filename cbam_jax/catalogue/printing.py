@@ -23,7 +23,7 @@ def answers_text(answers: Sequence[Answer]) -> str:
     """
     lines = []
     for name, found in answers:
-        lines.append(name)
+        lines.append(shown(name))
         for rank, n in ranked(found):
             told = "  ".join(filter(None, [shown(n.path), payload_text(n.payload), remark(n)]))
             lines.append(f"{rank or '=':>4}  {n.distance:.4f}  {n.id:7}  {told}")
@@ -97,7 +97,7 @@ def items_text(items: Iterable[Item]) -> str:
     """
     lines = []
     for number, path, payload, problem in items:
-        told = f"[{problem}]" if problem else payload_text(payload)
+        told = f"[{shown(problem)}]" if problem else payload_text(payload)
         lines.append(f"{number:7}  {shown(path)}  {told}".rstrip())
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ schema below says what a row is. Whatever SQLite refuses is told in one line.
 
 import contextlib
 import os
+import re
 import shlex
 import sqlite3
 import uuid
@@ -22,6 +23,8 @@ _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
 _WAIT = 30  # Seconds to wait for another process that writes.
 _AMONG = 500  # Values of one query: SQLite takes 999 at least.
+# What SQLite itself keeps in a database: the last id of a table, statistics.
+_SQLITES = re.compile(r"CREATE TABLE sqlite_(sequence|stat\d)\([\w,]+\)")
 _SCHEMA = (
     "CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # A photo. Its id is never used again. hash: SHA-256 of the file; modified and seen: when the
@@ -59,6 +62,9 @@ class Kept(NamedTuple):
     payload: str
     look: int | None
     problem: str | None
+
+
+_TYPES = tuple(Kept.__annotations__.values())
 
 
 class Store:
@@ -182,8 +188,11 @@ class Store:
         else:
             rows = self.among(f"{sql} AND {among[0]}", among[1], values)
         for *row, noted, sum_ in rows:  # A row that nobody noted has been another's.
-            unknown = noted is not None and sum_ is None
-            yield Kept(*row), None if unknown else sum_ == checksums.text_sum(*row[1:])
+            # SQLite keeps a value of any type in any column.
+            typed = all(isinstance(value, type_) for value, type_ in zip(row, _TYPES, strict=True))
+            unknown = typed and noted is not None and sum_ is None
+            whole = typed and sum_ == checksums.text_sum(*row[1:])
+            yield Kept(*row), None if unknown else whole
 
     def complete(self) -> None:
         """Compute the sums that are due, also where there were none."""
@@ -240,6 +249,7 @@ class Store:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if application == _APPLICATION and version == _VERSION:
+            self._check_schema()
             return
         if application == _APPLICATION:
             raise InputError(
@@ -250,6 +260,22 @@ class Store:
         if tables or not create:
             raise InputError(f"{self.path} is no catalogue: name one, or a file that is not there")
         self._create()
+
+    def _check_schema(self) -> None:
+        """Raise an InputError where the file does more than hold rows.
+
+        A view in a table's place, a computed column or a trigger of a stranger's would run within
+        each statement here, and may never end. SQLite goes by the statements alone, whatever
+        name its list gives them.
+        """
+        known = {" ".join(statement.split()) for statement in (*_SCHEMA, *checksums.statements())}
+        for (sql,) in self._connection.execute("SELECT sql FROM sqlite_master WHERE sql NOTNULL"):
+            statement = " ".join(str(sql).split())
+            if statement not in known and not _SQLITES.fullmatch(statement):
+                raise InputError(
+                    f"{self.path} holds more than a catalogue does ({shown(statement, 80)}): take "
+                    "that away with the program that made it, or add the photos to another one"
+                )
 
     def _create(self) -> None:
         self._connection.execute("PRAGMA journal_mode = WAL")

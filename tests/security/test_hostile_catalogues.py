@@ -9,7 +9,7 @@ import pytest
 from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
-from cbam_jax.catalogue import Catalogue, gallery
+from cbam_jax.catalogue import Catalogue, commands, gallery
 from cbam_jax.catalogue.milvus import address
 from cbam_jax.catalogue.store import Store
 
@@ -60,6 +60,20 @@ CHANGED = {
     "a table lost": ("DROP TABLE item", "no such table"),
     "a catalogue of a version to come": ("PRAGMA user_version = 9", "is of version 9"),
     "another program's database": ("PRAGMA application_id = 7", "is no catalogue"),
+    "a catalogue with a view": ("CREATE VIEW other AS SELECT * FROM item", "holds more than"),
+    "a catalogue with a trigger": (
+        "CREATE TRIGGER other AFTER UPDATE ON about BEGIN DELETE FROM item; END",
+        "holds more than",
+    ),
+    "a catalogue with a table": ('CREATE TABLE "\x1b[2J" (id)', "holds more than"),
+    "a catalogue with an index of its own": (
+        "CREATE INDEX other ON item (payload || path)",
+        "holds more than",
+    ),
+    "a catalogue with a computed column": (
+        "ALTER TABLE item ADD COLUMN other AS (zeroblob(900000000))",
+        "holds more than",
+    ),
 }
 
 
@@ -69,7 +83,85 @@ def test_a_changed_catalogue_is_told(what, shop):
     run(shop, statement)
     with pytest.raises(InputError, match=message) as caught:
         read(shop)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+SUMLESS = (
+    *(f"DROP TRIGGER {table}_{when}"
+      for table in ("checksum", "text_checksum") for when in ("added", "changed", "removed")),
+    "DROP TABLE checksum", "DROP TABLE text_checksum",
+)  # fmt: skip
+COUNTED = "WITH RECURSIVE c (id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM c)"
+
+
+def test_a_view_without_an_end_in_the_place_of_the_photos(shop):
+    columns = "id, '/a.jpg' AS path, NULL AS problem, zeroblob(12) AS embedding"
+    run(shop, *SUMLESS, "DROP TABLE item", f"CREATE VIEW item AS {COUNTED} SELECT {columns} FROM c")
+    with pytest.raises(InputError, match=r"holds more than .*\(CREATE VIEW item"):
+        read(shop)
+
+
+def test_what_a_schemas_list_calls_by_another_name_is_told(shop):
+    run(
+        shop,
+        "CREATE VIEW other AS SELECT 1",
+        "PRAGMA writable_schema = ON",
+        "UPDATE sqlite_master SET name = 'rebuilt', tbl_name = 'rebuilt' WHERE type = 'view'",
+    )
+    with pytest.raises(InputError, match="holds more than|is damaged"):
+        read(shop)
+
+
+def test_what_sqlite_itself_keeps_is_no_more_than_a_catalogue(shop):
+    run(shop, "ANALYZE")
+    assert len(read(shop)) == 4
+
+
+# A column of a photo, and what stands there that is never written.
+TYPES = {
+    "a path of bytes": ("path", b"/1.jpg"),
+    "a hash of text": ("hash", "c0ffee"),
+    "a size of text": ("size", "large"),
+    "a time of text": ("modified", "today"),
+    "a box of bytes": ("box", b"1,2,3,4"),
+    "a payload of bytes": ("payload", b"{}"),
+    "a look of text": ("look", "fine"),
+    "a problem of bytes": ("problem", b"none"),
+}
+
+
+@pytest.mark.parametrize("what", TYPES)
+@pytest.mark.parametrize("sums", [True, False])
+def test_what_is_known_of_another_type_is_told(what, sums, shop):
+    column, value = TYPES[what]
+    with Store(shop) as store, store.transaction():
+        store.run(f"UPDATE item SET {column} = ? WHERE id = 2", [value])
+    run(shop, *(() if sums else SUMLESS))
+    with Catalogue.open(shop) as catalogue:
+        assert "photo 2: what is known of it is not as it was written" in catalogue.verify(0)
+        for reading in (lambda: list(catalogue.items()), lambda: catalogue.find(1)):
+            with pytest.raises(InputError, match="photo 2 is not as it was written: forget it by"):
+                reading()
+
+
+def test_a_payload_nested_900_deep_is_told(shop):
+    payload = f'{{"a": {"[" * 900}{"]" * 900}}}'
+    with Store(shop) as store, store.transaction():
+        store.run("UPDATE item SET payload = ? WHERE id = 2", [payload])
+    with Catalogue.open(shop) as catalogue, pytest.raises(InputError, match="photo 2 is no JSON"):
+        list(catalogue.items())
+
+
+def test_a_strangers_words_move_no_cursor(shop, capsys, monkeypatch):
+    with Store(shop) as store, store.transaction():
+        store.run("UPDATE item SET problem = ?, embedding = NULL WHERE id = 2", ["\x1b[2J\nhat"])
+        store.tell(fingerprint=5, model="\x1b[2J\nhat")
+    for command in ("list", "doctor"):
+        monkeypatch.setattr("sys.argv", ["cbam-jax catalogue", command, str(shop)])
+        commands.main()
+        told = capsys.readouterr().out
+        assert told.count("\\x1b[2J\\nhat") == 1
+        assert "\x1b" not in told
 
 
 ADDRESSES = {
@@ -156,13 +248,6 @@ def test_each_changed_byte_of_kept_embeddings_makes_them_anew(shop, rng):
         np.testing.assert_array_equal(found.embeddings, expected.embeddings)
         np.testing.assert_array_equal(found.squares, expected.squares)
         assert kept.read_bytes() == whole
-
-
-SUMLESS = (
-    *(f"DROP TRIGGER {table}_{when}"
-      for table in ("checksum", "text_checksum") for when in ("added", "changed", "removed")),
-    "DROP TABLE checksum", "DROP TABLE text_checksum",
-)  # fmt: skip
 
 
 PAYLOAD = b'{"price": 471}'
@@ -273,3 +358,43 @@ def test_random_damages_end_in_a_gallery_or_a_line(shop, rng):
             assert "\n" not in str(error)  # noqa: PT017, most of the damages end here
         else:
             assert found.embeddings.shape[1:] in ((3,), (0,))
+
+
+def test_a_path_of_100_000_letters_is_missing(shop, monkeypatch, capsys):
+    with Store(shop) as store, store.transaction():
+        store.run("UPDATE item SET path = ? WHERE id = 2", ["/" + "x" * 100_000])
+    monkeypatch.setattr("sys.argv", ["cbam-jax catalogue", "remove", str(shop), "--missing"])
+    commands.main()
+    assert capsys.readouterr().out == "4 removed; 0 can be found\n"
+
+
+EMBEDDINGS = {
+    "an embedding that is a pipe": os.mkfifo,
+    "an embedding that is a folder": os.mkdir,
+    "an embedding that is a device": lambda path: path.symlink_to("/dev/zero"),
+    "an embedding that is empty": lambda path: path.touch(),
+    "an embedding that is an archive": lambda path: path.write_bytes(b"PK\3\4" + bytes(90)),
+    "an embedding that is a pickle": lambda path: path.write_bytes(b"\x80\4N."),
+    "an embedding of 10**12 numbers": lambda path: path.write_bytes(npy("(1000000000000,)")),
+    "an embedding of 10**30 numbers": lambda path: path.write_bytes(npy("(1" + "0" * 30 + ",)")),
+    "an embedding of 10**9 rows of nothing": lambda path: path.write_bytes(npy("(1000000000,0)")),
+    "an embedding whose header never ends": lambda path: path.write_bytes(npy("((((((((")),
+    "an embedding whose header is text": lambda path: path.write_bytes(npy("'''")),
+    "an embedding of objects": lambda path: path.write_bytes(npy("(1,)", "|O")),
+}
+
+
+def npy(shape, dtype="<f4"):
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header = header.ljust(117) + b"\n"
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize("what", EMBEDDINGS)
+def test_an_embedding_that_is_none(what, shop, tmp_path, monkeypatch):
+    EMBEDDINGS[what](tmp_path / "x.npy")
+    arguments = ["find", str(shop), f"--embedding={tmp_path / 'x.npy'}"]
+    monkeypatch.setattr("sys.argv", ["cbam-jax catalogue", *arguments])
+    with pytest.raises(InputError, match="--embedding=.*x.npy: (cannot be read|give)") as caught:
+        commands.main()
+    assert str(caught.value).isprintable()

@@ -66,6 +66,10 @@ SHARDS = {
     "a shard's row that is no JSON": ({"rows": b"{}\n{\n{}\n"}, "no rows of photos"),
     "a shard's row that is a list": ({"rows": b"[]\n[]\n[]\n"}, "no rows of photos"),
     "a shard's row nested deep": ({"rows": b"[" * 100_000 + b"\n"}, "no rows of photos"),
+    "a shard's payload nested 900 deep": (
+        {"rows": b'{"path": "/0.jpg", "payload": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}\n"},
+        "no rows of photos",
+    ),
     "a shard's row without a path": ({"rows": b"{}\n{}\n{}\n"}, "no rows of photos"),
     "a shard's row that is no UTF-8": ({"rows": b'{"path": "\xff"}\n' * 3}, "no rows of photos"),
     "a shard's path that is a number": ({"rows": changed(path=5)}, "no rows of photos"),

@@ -52,6 +52,8 @@ KINDS = (
     ("a run's parts", test_hostile_runs.PARTS, "which would import code"),
     ("a run's folder of datasets", test_hostile_runs.PLACES, "keeps its datasets in"),
     ("a catalogue", test_hostile_catalogues.CHANGED, plain),
+    ("a catalogue's photo", test_hostile_catalogues.TYPES, "is not as it was written"),
+    ("an embedding to find by", test_hostile_catalogues.EMBEDDINGS, "cannot be read"),
     (
         "an address in Milvus",
         test_hostile_catalogues.ADDRESSES,

@@ -28,7 +28,7 @@ from cbam_jax.catalogue.nearest import LARGEST_NUMBER
 from cbam_jax.catalogue.reading import Read
 from cbam_jax.catalogue.sources import Photo, parse_box
 from cbam_jax.command_line import to_json, write_json
-from cbam_jax.foreign_files import open_regular, read_file, shown
+from cbam_jax.foreign_files import map_array, open_regular, parse_json, read_file, shown
 from cbam_jax.whole_files import written_whole
 
 _NAME = re.compile(r"(\d{5,9})-of-(\d{5,9})\.json")
@@ -209,7 +209,7 @@ def read_shard(folder: Path, shard: int, shards: int) -> Iterator[Row]:
         array = _array(name.with_suffix(".npy"), _about(name.with_suffix(".json")))
         with open_regular(name.with_suffix(".jsonl"), sys.maxsize) as file:
             for row, line in zip(array, file, strict=True):
-                yield _row(json.loads(line), row)
+                yield _row(parse_json(line), row)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{name}: no rows of photos ({shown(str(error))}): embed shard {shard} anew"
@@ -217,7 +217,7 @@ def read_shard(folder: Path, shard: int, shards: int) -> Iterator[Row]:
 
 
 def _array(path: Path, about: About) -> np.ndarray:
-    array = np.lib.format.open_memmap(path, "r")
+    array = map_array(path)
     if array.dtype != np.float32 or array.shape != (about.count, about.dimension):
         raise ValueError(f"embeddings are {array.dtype} {list(array.shape)}")
     return array
