@@ -239,9 +239,9 @@ class Catalogue:
     ) -> list[Neighbour]:
         """The k photos most like one query, nearest first, exactly; equal distances by id.
 
-        Photos with the same content are one: the first, or that whose path was asked for, has the
-        others as ``copies``. A photo with the content of a query's file is told as the ``same``,
-        beside the k; what is asked for by its id is not told again.
+        Photos with the same content are one: the first, or that whose path or id was asked for, has
+        the others as ``copies``. A photo with the content of a query's file is told as the
+        ``same``, beside the k; what is asked for by its id, only where it has copies.
 
         Args:
             query: a photo's path or bytes, an id, an embedding [d]; or several of them, which
@@ -296,22 +296,23 @@ class Catalogue:
                     again.append(query)
             most, left = 2 * most, again
         found = [answers[query] for query in range(len(own))]
-        return found if copies else [*map(self._by_path, found, asked)]
+        return found if copies else [*map(self._as_asked, found, asked)]
 
     @property
     def _more(self) -> str:
         """The command that brings photos."""
         return f"cbam-jax catalogue add {shlex.quote(str(self.store.path))} PHOTOS"
 
-    def _by_path(self, found: Sequence[Neighbour], parts: Sequence[Part]) -> list[Neighbour]:
-        """A photo that was asked for by its path is told by that, not by a copy's."""
+    def _as_asked(self, found: Sequence[Neighbour], parts: Sequence[Part]) -> list[Neighbour]:
+        """A photo that was asked for by its path or id is told by that, not by a copy's."""
         asked = [part for part in parts if isinstance(part, str | os.PathLike)]
         paths = {os.path.abspath(expanded(part)) for part in asked}
         return [self._of_copies(n, paths) if n.same else n for n in found]
 
     def _of_copies(self, n: Neighbour, paths: set[str]) -> Neighbour:
-        """Of a photo and its copies the one at these paths, else the first."""
-        copy = next((copy for copy in n.copies if copy.path in paths), None)
+        """Of a photo and its copies the one at these paths or asked for by its id, else itself."""
+        wanted = (copy for copy in n.copies if copy.path in paths or copy.id == n.copy_of)
+        copy = next(wanted, None)
         item = self._item(copy.id) if copy and n.path not in paths else None
         if item is None:  # None is asked for, or it was removed meanwhile.
             return n
@@ -448,8 +449,10 @@ class Catalogue:
 
     def _own(self, parts: Sequence[Part], unlike: Sequence[Part]) -> Own:
         ids = {part for part in (*parts, *unlike) if isinstance(part, int)}
-        hashes = [*(self._content(i)[0] for i in ids), *map(queries.hash_of, parts)]
-        return Own(ids, {digest for digest in hashes if digest is not None})
+        known = {i: self._content(i)[0] for i in ids}
+        hashes = [*known.values(), *map(queries.hash_of, parts)]
+        asked = {known[i]: i for i in reversed(parts) if isinstance(i, int) and known[i]}
+        return Own(ids, {digest for digest in hashes if digest is not None}, asked)
 
     def _beside(self, own: Own) -> int:
         """How many photos of the catalogue a query may be itself: they are found beside the k."""

@@ -20,10 +20,14 @@ class Row(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What of the catalogue a query is itself: ids that were asked for, hashes of its files."""
+    """What of the catalogue a query is itself: ids, hashes of its files.
+
+    ``asked`` are the ids to which the answer is to be like, by the hashes of their files.
+    """
 
     ids: Collection[int]
     hashes: Collection[bytes]
+    asked: Mapping[bytes | None, int]
 
 
 class Known(NamedTuple):
@@ -37,9 +41,11 @@ class Known(NamedTuple):
         """One that is told."""
         path, payload, content = self.rows[number]
         same = [] if content[0] is None else self.copies.get(content, [])
-        others = tuple(one for one in same if one.id != number and one.id not in own.ids)
-        payload = self.payload(number, payload)
-        return Neighbour(number, path, payload, distance, others, content[0] in own.hashes)
+        left_out = {number, *own.ids} - set(own.asked.values())
+        others = tuple(one for one in same if one.id not in left_out)
+        payload, told = self.payload(number, payload), content[0] in own.hashes
+        copy_of = own.asked.get(content[0])
+        return Neighbour(number, path, payload, distance, others, told, copy_of)
 
 
 def folded(

@@ -24,7 +24,8 @@ class Neighbour(NamedTuple):
 
     Attributes:
         copies: the other photos with the same content.
-        same: whether its file is that of the query: it is this photo.
+        same: whether its file is that of the query: it is this photo, or a copy.
+        copy_of: the id that was asked for, where this is another photo with its file.
     """
 
     id: int
@@ -33,3 +34,4 @@ class Neighbour(NamedTuple):
     distance: float
     copies: tuple[Copy, ...] = ()
     same: bool = False
+    copy_of: int | None = None

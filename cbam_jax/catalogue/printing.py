@@ -44,16 +44,17 @@ def ranked(found: Sequence[Neighbour]) -> list[tuple[int | None, Neighbour]]:
 
 
 def remark(n: Neighbour) -> str:
-    """That it is the query's own photo, and its copies.
+    """That it is the query's own photo or a copy of that, and its copies.
 
     >>> from cbam_jax.catalogue.items import Copy
     >>> remark(Neighbour(7, "/b.jpg", {}, 0.0, (Copy(8, "/c.jpg"), Copy(9, "/d.jpg")), same=True))
     '(this photo, also as 8, 9)'
     """
-    ids = [str(copy.id) for copy in n.copies]
+    ids = [str(copy.id) for copy in n.copies if copy.id != n.copy_of]
     more = f" and {len(ids) - _COPIES} more" if len(ids) > _COPIES else ""
     also = f"also as {', '.join(ids[:_COPIES])}{more}" if ids else ""
-    told = ", ".join(filter(None, ["this photo" if n.same else "", also]))
+    own = "this photo" if n.copy_of is None else f"a copy of {n.copy_of}"
+    told = ", ".join(filter(None, [own if n.same else "", also]))
     return f"({told})" if told else ""
 
 

@@ -151,7 +151,7 @@ def test_find_answers_as_text_json_and_csv(run, shop, photos):
     assert [answer["query"] for answer in answers] == [str(photos[2]), "5"]
     assert answers[0]["neighbours"][0] == {
         "rank": None, "id": 3, "path": str(photos[2]), "distance": 0.0,
-        "payload": {"category": "dress"}, "copies": [], "same": True,
+        "payload": {"category": "dress"}, "copies": [], "same": True, "copy_of": None,
     }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(run("find", shop, photos[2], "-k", 3, "--csv")[1])))
     assert [int(row["id"]) for row in rows] == [n["id"] for n in answers[0]["neighbours"]]
@@ -171,6 +171,15 @@ def test_copies_are_one_unless_asked_for(run, shop, photos):
     assert (rows[0]["rank"], rows[0]["copies"]) == ("=", "13")
     (answer,) = json.loads(run("find", shop, photos[3], "-k", 2, "--json", "--copies")[1])
     assert [n["id"] for n in answer["neighbours"][:2]] == [4, 13]
+    for number, other, name in (("4", "13", photos[3]), ("13", "4", copy)):
+        line = run("find", shop, number, "-k2")[1].splitlines()[1]
+        assert line.split()[:4] == ["=", "0.0000", number, str(name)]
+        assert line.endswith(f"(this photo, also as {other})")
+        line = run("find", shop, number, "--copies")[1].splitlines()[1]
+        assert (line.split()[2], line[line.index("(") :]) == (other, f"(a copy of {number})")
+    run("add", shop, copy, "--set=category=shoe")
+    line = run("find", shop, "4", "--where=category=shoe")[1].splitlines()[1]
+    assert line.endswith("category=shoe  (a copy of 4)")
     assert [n["rank"] for n in answer["neighbours"]] == [None, None, 1, 2]
 
 

@@ -62,8 +62,8 @@ def test_a_search_answers_as_the_catalogue_does(client, folder, photos):
     assert pairs(filtered) == found(folder, 7, where=["category=dress", "category!=hat"])
     first = client.post("/search?k=1", content=content).json()["neighbours"][0]
     payload = {"category": "dress"}
-    assert first == {"id": 4, "distance": 0.0, "same": True, "copies": [], "name": "06.png",
-                     "payload": payload}  # fmt: skip
+    assert first == {"id": 4, "distance": 0.0, "same": True, "copies": [], "copy_of": None,
+                     "name": "06.png", "payload": payload}  # fmt: skip
 
 
 def test_searches_at_once_are_each_answered(client, folder, photos):

@@ -183,8 +183,8 @@ async def _sent(request: "Request", instead: str) -> bytes:
 def _told(n: Neighbour) -> dict[str, Any]:
     """A neighbour without paths."""
     copies = [{"id": c.id, "name": os.path.basename(c.path)} for c in n.copies]
-    about = {"id": n.id, "distance": n.distance, "same": n.same, "copies": copies}
-    return {**about, "name": os.path.basename(n.path), "payload": n.payload}
+    about = {"id": n.id, "distance": n.distance, "same": n.same, "copy_of": n.copy_of}
+    return {**about, "copies": copies, "name": os.path.basename(n.path), "payload": n.payload}
 
 
 def _add_why(app: "FastAPI", explainer: Explainer) -> None:

@@ -58,7 +58,8 @@ function card(n, rank) {
   find.title = "Find what looks like this";
   find.append(image);
   find.onclick = () => { location.hash = "id=" + n.id; };
-  text.textContent = [(rank ? rank + ". distance " : "This photo, distance ") +
+  const own = n.copy_of === null ? "This photo" : "A copy of photo " + n.copy_of;
+  text.textContent = [(rank ? rank + ". distance " : own + ", distance ") +
     n.distance.toFixed(4), known(n.payload), also(n)].filter(Boolean).join(", ");
   more.className = "more";
   more.textContent = "Enlarge";
