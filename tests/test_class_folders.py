@@ -171,7 +171,7 @@ def test_images_are_known_by_their_content_and_the_rest_is_counted(tmp_path, rng
     folder = "1 inner folder (photos lie directly in the class folders)"
     assert told == (
         f"{tmp_path}: passed over: 2 .heic {heic}, 1 .heif {heic}, 1 .png beside the class "
-        f"folders, 1 .txt, {folder}, 1 without an ending\n"
+        f"folders (stray.png), 1 .txt, {folder}, 1 without an ending\n"
     )
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from cbam_jax import InputError
 from cbam_jax.command_line import to_json
 from cbam_jax.datasets import is_manifest
-from cbam_jax.datasets.image_files import is_image_file, passed_over
-from cbam_jax.datasets.tables import BOX, at_home, read_lines
+from cbam_jax.datasets.image_files import is_photo, is_told, other_kind, passed_over
+from cbam_jax.datasets.tables import BOX, Row, at_home, read_lines, refuse
 from cbam_jax.foreign_files import expanded, is_gone, shown
+from cbam_jax.progress import few
 
 
 class Photo(NamedTuple):
@@ -151,7 +152,7 @@ def _of(path: Path, closed: list[str]) -> Iterator[Photo]:
 
 
 def _in_folder(root: Path, closed: list[str]) -> Iterator[Photo]:
-    """All photos below a folder, by path; hidden files and folders are left out.
+    """All photos below a folder, by path; what is none is counted as in a dataset's folder.
 
     Of folders that may not be read a line each is put into ``closed``.
     """
@@ -159,33 +160,76 @@ def _in_folder(root: Path, closed: list[str]) -> Iterator[Photo]:
     for folder, names, files in os.walk(root, onerror=lambda e: closed.append(_closed(e))):
         names[:] = sorted(name for name in names if not name.startswith("."))
         payload = {} if folder == str(root) else {"category": os.path.basename(folder)}
-        for name in sorted(file for file in files if not file.startswith(".")):
+        for name in sorted(files):
             path = os.path.join(folder, name)
-            if is_image_file(path):
+            if is_photo(path):
                 yield Photo(path, payload)
-            else:
-                others.append(path)
+            elif is_told(path):
+                others.append((other_kind(path), os.path.relpath(path, root)))
     if others:
-        print(f"{root}: passed over {passed_over(others)}: no photos", file=sys.stderr)
+        print(f"{root}: passed over: {passed_over(others)}", file=sys.stderr)
 
 
 def _in_manifest(path: Path) -> Iterator[Photo]:
+    """The photos of all rows; where a row is wrong, all that is wrong is told."""
     header, rows = _read(path)
+    _tell_texts(path, header, rows)
+    mistakes = [(number, told) for number, cells in rows for told in _mistakes(header, cells)]
+    if mistakes:  # Alone, files that are not there are kept as photos with that problem.
+        full = [(number, cells) for number, cells in rows if len(cells) == len(header)]
+        refuse(path, mistakes + list(_absent(path, header, full)))
+    for _, cells in rows:
+        row = dict(zip(header, cells, strict=True))
+        box, file = _box(row), _file(path, row)
+        yield Photo(file, {name: value_of(row[name]) for name in _known(header)}, box)
+
+
+def _known(header: Iterable[str]) -> list[str]:
+    """The columns that become the payload."""
+    return [name for name in header if name not in ("path", *BOX)]
+
+
+def _file(path: Path, row: Mapping[str, str]) -> str:
+    return os.path.abspath(path.parent / at_home(path.parent, row["path"]))
+
+
+def _mistakes(header: list[str], cells: list[str]) -> Iterator[str]:
+    if len(cells) != len(header):
+        yield (
+            f"it has {len(cells)} cells and the header {len(header)}: fill it up or remove it, "
+            "and put quotes around text that holds a comma"
+        )
+        return
+    row = dict(zip(header, cells, strict=True))
+    if not row["path"]:
+        yield "path is empty: fill it or remove the row"
+    try:
+        _box(row)
+    except InputError as error:
+        yield str(error)
+
+
+def _absent(path: Path, header: list[str], rows: list[Row]) -> Iterator[tuple[int, str]]:
     for number, cells in rows:
-        row = dict(zip(header, cells, strict=False))
-        if len(cells) != len(header):
-            raise InputError(
-                f"{path} row {number} has {len(cells)} cells of {len(header)}: fill it up or "
-                "remove it, and put quotes around text that holds a comma"
-            )
-        if not row["path"]:
-            raise InputError(f"{path} row {number} has no path: fill it in or remove the row")
-        box = _box(path, number, [row.pop(name, "") for name in BOX])
-        file = os.path.abspath(path.parent / at_home(path.parent, row.pop("path")))
-        yield Photo(file, {name: value_of(text) for name, text in row.items()}, box)
+        row = dict(zip(header, cells, strict=True))
+        if row["path"] and is_gone(_file(path, row)):
+            yield number, f"there is no file {shown(row['path'])}: correct the path or remove it"
 
 
-def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _tell_texts(path: Path, header: list[str], rows: list[Row]) -> None:
+    """Say on stderr which columns of numbers hold a text, which never compares as a number."""
+    for place, name in enumerate(header):
+        if name not in _known(header):
+            continue
+        cells = [(row, value_of(line[place])) for row, line in rows if place < len(line)]
+        texts = [f"'{shown(cell, 80)}' in row {n}" for n, cell in cells if isinstance(cell, str)]
+        numbers = sum(isinstance(cell, int | float) for _, cell in cells)
+        if 0 < len(texts) < numbers:
+            told = f"column {shown(name, 80)} has {numbers} numbers and {len(texts)} texts"
+            print(f"{path}: {told}: {few(texts)}", file=sys.stderr)
+
+
+def _read(path: Path) -> tuple[list[str], list[Row]]:
     """The header, and the rows that are not empty with their numbers, as a spreadsheet counts."""
     filled = [(number, line) for number, line in enumerate(read_lines(path), 1) if any(line)]
     header = filled[0][1] if filled else []
@@ -197,13 +241,9 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return header, filled[1:]
 
 
-def _box(path: Path, number: int, texts: list[str]) -> str:
-    if not any(texts):
-        return ""
-    try:
-        return box_text(parse_box(",".join(texts)))
-    except InputError as error:
-        raise InputError(f"{path} row {number}: {error}") from None
+def _box(row: Mapping[str, str]) -> str:
+    texts = [row.get(name, "") for name in BOX]
+    return box_text(parse_box(",".join(texts))) if any(texts) else ""
 
 
 def value_of(text: str) -> Any:

@@ -7,9 +7,9 @@ Either each split has its folder, or none has one::
 Equal class means "similar", and every image is query and gallery. A class folder's name is the
 class; images are the files directly inside it that end like one (``.jpg``, ``.png``, ``.webp`` and
 others) or, whatever their ending, begin like one. What else is there is passed over, and counted on
-stderr; hidden files and folders are ignored. Without split folders the images are split 80 %
-train, 10 % validation, 10 % test, as those of a manifest without a ``split`` column: see
-:func:`cbam_jax.datasets.manifest.assign_splits`.
+stderr; of what is hidden only files named like photos are counted. Without split folders the images
+are split 80 % train, 10 % validation, 10 % test, as those of a manifest without a ``split`` column:
+see :func:`cbam_jax.datasets.manifest.assign_splits`.
 """
 
 import os
@@ -25,7 +25,9 @@ from cbam_jax.datasets.image_files import (
     SUFFIXES,
     ImageFiles,
     good_images,
-    is_image_file,
+    is_photo,
+    is_told,
+    other_kind,
     passed_over,
     tell_copies,
 )
@@ -89,13 +91,13 @@ class _Listing(NamedTuple):
     """The folder that holds a split, all classes, the folder's files, and which are in the split.
 
     Images are paths inside the root, those of the split a bool [n]; ``others`` are passed over;
-    ``dealt`` are the splits of all images where no folder says them.
+    as what and their names; ``dealt`` are the splits of all images where no folder says them.
     """
 
     folder: Path
     classes: list[str]
     files: list[str]
-    others: list[str]
+    others: list[tuple[str, str]]
     here: np.ndarray
     dealt: Sequence[str] = ()
 
@@ -107,7 +109,8 @@ def _listing(root: Path, split: str) -> _Listing:
         everything = split == ALL and ALL not in splits
         names = splits if everything else [_split_folder(root, split)]
         parts = [_files(root, name) for name in names]
-        files, others = ([file for part in parts for file in part[i]] for i in (0, 1))
+        files = [file for images, _ in parts for file in images]
+        others = [other for _, part in parts for other in part]
         folder = root if everything else root / names[0]
         return _Listing(folder, classes, files, others, np.ones(len(files), bool))
     classes = sorted({_name(path) for path in _folders(root)})
@@ -225,26 +228,28 @@ def _check(found: _Listing) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(root / entry.name for entry in _visible(root) if entry.is_dir())
+    return [path for path in _entries(root) if path.is_dir()]
 
 
-def _files(root: Path, split: str) -> tuple[list[str], list[str]]:
+def _files(root: Path, split: str) -> tuple[list[str], list[tuple[str, str]]]:
     """The images of one folder of class folders, as paths inside ``root``, sorted; what else is."""
     images, others = [], []
     for folder in _folders(root / split):
-        for name in sorted(entry.name for entry in _visible(folder)):
-            path = folder / name
-            is_image = path.is_file() and is_image_file(path)
-            inside = path.relative_to(root).as_posix() + "/" * path.is_dir()
-            (images if is_image else others).append(inside)
-    others += [entry.name for entry in _visible(root / split) if not entry.is_dir()]
+        for path in _entries(folder):
+            inside = path.relative_to(root).as_posix()
+            if is_photo(path):
+                images.append(inside)
+            else:
+                others.append((other_kind(path), inside))
+    beside = [path for path in _entries(root / split) if not path.is_dir()]
+    others += [(f"{other_kind(path)} beside the class folders", path.name) for path in beside]
     return images, others
 
 
-def _visible(folder: Path) -> list[os.DirEntry]:
+def _entries(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if entry.name[0] != "."]
+            return sorted(folder / entry.name for entry in entries if is_told(entry.path))
     except PermissionError as error:
         raise InputError(
             f"{folder} may not be read ({error.strerror}): make it readable, or move it elsewhere"
@@ -252,7 +257,7 @@ def _visible(folder: Path) -> list[os.DirEntry]:
 
 
 def _holds_image(folder: Path) -> bool:
-    return any(entry.is_file() and is_image_file(entry.path) for entry in _visible(folder))
+    return any(map(is_photo, _entries(folder)))
 
 
 def _class(file: str) -> str:

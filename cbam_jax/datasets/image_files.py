@@ -1,6 +1,5 @@
 """Image files of one's own: checked when a dataset is opened, read when they are asked for."""
 
-import collections
 import dataclasses
 import hashlib
 import os
@@ -15,7 +14,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.datasets import decoding
-from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, open_regular, read_file, shown
+from cbam_jax.foreign_files import MOST_IMAGE, MOST_TABLE, is_gone, open_regular, read_file, shown
 from cbam_jax.progress import few, progress, tell
 
 # Endings that photos have; a file of another one is looked into.
@@ -200,25 +199,63 @@ def is_image_file(path: str | os.PathLike) -> bool:
     return not decoding.not_installed(kind) if kind else cv2.haveImageReader(str(path))
 
 
-def passed_over(paths: Iterable[str]) -> str:
-    """Count by ending what is no image of a class; a folder ends in ``/``.
+def is_photo(path: str | os.PathLike) -> bool:
+    """Whether what lies in a folder is one of its photos: a file, not hidden, that is an image.
 
-    >>> passed_over(["hat/a.txt", "hat/README", "hat/b.TXT", "hat/blue/"])
-    '2 .txt, 1 inner folder (photos lie directly in the class folders), 1 without an ending'
-    >>> passed_over(["a.jpg"])
-    '1 .jpg beside the class folders'
+    Also where it may not be looked at and is named like one: who reads it is told why not.
     """
-    kinds = [
-        "inner folder"
-        if path.endswith("/")
-        else (Path(path).suffix.lower() or "without an ending")
-        + " beside the class folders" * ("/" not in path)
-        for path in paths
-    ]
+    if os.path.basename(path).startswith("."):
+        return False
+    closed = not (os.path.exists(path) or is_gone(path))
+    return (closed or os.path.isfile(path)) and is_image_file(path)
+
+
+def is_told(entry: str | os.PathLike) -> bool:
+    """Whether something passed over is told: of what is hidden, only files named like photos.
+
+    >>> is_told("hat/notes.txt"), is_told("hat/.DS_Store"), is_told("hat/._IMG 1.JPG")
+    (True, False, True)
+    """
+    hidden = os.path.basename(entry).startswith(".")
+    return not hidden or (str(entry).lower().endswith(SUFFIXES) and not os.path.isdir(entry))
+
+
+def other_kind(path: str | os.PathLike) -> str:
+    """What something in a folder is counted as that is no photo.
+
+    >>> other_kind("hat/a.TXT"), other_kind("hat/README"), other_kind("hat/._IMG 1.JPG")
+    ('.txt', 'without an ending', 'hidden .jpg')
+    """
+    ending = Path(path).suffix.lower() or "without an ending"
+    if os.path.basename(path).startswith("."):  # Other systems leave ._IMG.jpg beside IMG.jpg.
+        return f"hidden {ending}"
+    if os.path.isdir(path):
+        return "inner folder"
+    if os.path.islink(path) and is_gone(path):
+        return f"{ending} that is a link to nothing"
+    special = os.path.exists(path) and not os.path.isfile(path)
+    return ending + " that is no regular file" * special
+
+
+def passed_over(others: Iterable[tuple[str, str]]) -> str:
+    """Counts what is no photo by its kind; of those named like photos the first has its name.
+
+    Args:
+        others: a kind, see `other_kind`, and a name for each.
+
+    >>> passed_over([(".txt", "hat/a.txt"), ("hidden .jpg", "hat/._b.jpg"), (".txt", "hat/c.TXT")])
+    '2 .txt, 1 hidden .jpg (hat/._b.jpg)'
+    """
+    names: dict[str, list[str]] = {}
+    for kind, name in others:
+        names.setdefault(kind, []).append(name)
     remedy = {kind: f" ({decoding.HEIC_REMEDY})" for kind in (".heic", ".heif", ".hif")}
     remedy["inner folder"] = " (photos lie directly in the class folders)"
-    counts = sorted(collections.Counter(kinds).items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {kind}{remedy.get(kind, '')}" for kind, count in counts)
+    for kind, (first, *more) in names.items():
+        if set(kind.split()) & set(SUFFIXES):
+            remedy[kind] = f" ({shown(first)}{', ...' * bool(more)})"
+    kinds = sorted(names, key=lambda kind: (-len(names[kind]), kind))
+    return ", ".join(f"{len(names[kind])} {kind}{remedy.get(kind, '')}" for kind in kinds)
 
 
 def _quick_problem(file: str) -> str | None:

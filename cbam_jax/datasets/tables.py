@@ -63,7 +63,7 @@ def read_table(path: Path) -> dict[str, list]:
     table["id"] = _spelled(path, [at_home(path.parent, name) for name in table["path"]])
     table["path"] = [os.path.join(path.parent, name) for name in table["id"]]
     _check_unique([number for number, _ in rows], table, mistakes)
-    _refuse(path, mistakes)
+    refuse(path, mistakes)
     _tell_misspelt(path, columns.get("split", []))
     return table
 
@@ -71,12 +71,12 @@ def read_table(path: Path) -> dict[str, list]:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Reads a manifest as it is written, a dict a row, with the columns that others ignore."""
     header, rows, mistakes = _read_rows(path)
-    _refuse(path, mistakes)
+    refuse(path, mistakes)
     return [dict(zip(header, cells, strict=True)) for _, cells in rows]
 
 
-def _refuse(path: Path, mistakes: Mistakes) -> None:
-    """Raises InputError with the first of the mistakes, in the order of the rows."""
+def refuse(path: Path, mistakes: Mistakes) -> None:
+    """Raises InputError with the first of the mistakes, in the order of the rows, if any are."""
     if not mistakes:
         return
     told = "; ".join(f"row {row}: {text}" for row, text in sorted(mistakes)[:_TOLD])

@@ -10,6 +10,7 @@ from fakes import FakeEmbedder, write_photo, write_photos
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue, indexing
+from cbam_jax.datasets import open_dataset
 
 
 @pytest.fixture
@@ -103,12 +104,12 @@ def test_what_vanished_is_told_and_stays(shop, photos):
 def test_unreadable_photos_are_rows_with_the_reason(shop, photos):
     (photos / "a.jpg").write_bytes(b"no picture")
     (photos / "b.png").write_bytes(b"")
-    os.mkfifo(photos / "c.jpg")
-    assert add(shop, photos)[0] == {"new": 12, "unreadable": 3}
+    os.mkfifo(photos / "c.jpg")  # In a folder it is passed over.
+    assert add(shop, photos, photos / "c.jpg")[0] == {"new": 12, "unreadable": 3}
     problems = [item.problem for item in shop.items() if item.problem]
     assert problems == ["cannot be decoded (10 bytes)", "cannot be decoded (0 bytes)", "not a file"]
     count = shop.embedder.embedded
-    assert add(shop, photos)[0] == {"unchanged": 12, "unreadable": 3}
+    assert add(shop, photos, photos / "c.jpg")[0] == {"unchanged": 12, "unreadable": 3}
     assert shop.embedder.embedded == count
     write_photo(photos / "a.jpg", 5)
     assert add(shop, photos)[0]["changed"] == 1
@@ -152,8 +153,8 @@ def test_a_manifest_says_what_is_known_and_where_the_garment_is(shop, photos, tm
     ("text", "message"),
     [
         ("label\nhat\n", "its first line must name the columns"),
-        ("path,price\na.jpg\n", "row 2 has 1 cells of 2"),
-        ("path,price\n\n,3\n", "row 3 has no path"),
+        ("path,price\na.jpg\n", "row 2: it has 1 cells and the header 2"),
+        ("path,price\n\n,3\n", "row 3: path is empty"),
         ("path,x1,y1,x2,y2\na.jpg,3,3,1,9\n", "row 2: --box=3,3,1,9 is empty"),
     ],
 )
@@ -163,6 +164,44 @@ def test_a_manifest_that_cannot_be_is_told(shop, tmp_path, text, message):
         add(shop, tmp_path / "list.csv")
     with pytest.raises(InputError, match="is not there"):
         add(shop, tmp_path / "none")
+
+
+def test_all_mistakes_of_a_manifest_are_told_at_once(shop, photos, tmp_path, capsys):
+    file = min(photos.glob("*/*")).relative_to(tmp_path)
+    lines = ["path,price,size", f"{file},9.5,M", "nope.jpg,8,38", ",7,L", f"{file},abc,", "a.jpg"]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join(lines))
+    with pytest.raises(InputError) as caught:
+        add(shop, manifest)
+    assert str(caught.value) == (
+        f"{manifest} has 3 mistakes: "
+        "row 3: there is no file nope.jpg: correct the path or remove it; "
+        "row 4: path is empty: fill it or remove the row; "
+        "row 6: it has 1 cells and the header 3: fill it up or remove it, and put quotes around "
+        "text that holds a comma"
+    )
+    # Sizes are numbers and letters; a price is a number.
+    assert capsys.readouterr().err == (
+        f"{manifest}: column price has 3 numbers and 1 texts: 'abc' in row 5\n"
+    )
+    manifest.write_text("\n".join(lines[:3]))  # Alone, a file that is not there is no mistake.
+    assert add(shop, manifest)[0] == {"new": 1, "unreadable": 1}
+
+
+def test_what_is_passed_over_is_told_as_in_a_dataset(shop, photos, capsys):
+    hat = photos / "hat"
+    for name in ("._IMG 1.jpg", ".DS_Store", "notes.txt"):
+        (hat / name).write_bytes(b"x")
+    (hat / "x.jpg").symlink_to("nowhere.jpg")
+    (hat / ".thumbnails.jpg").mkdir()
+    told = (
+        f"{photos}: passed over: 1 .jpg that is a link to nothing (hat/x.jpg), 1 .txt, "
+        "1 hidden .jpg (hat/._IMG 1.jpg)\n"
+    )
+    assert add(shop, photos) == ({"new": 12}, [])
+    assert capsys.readouterr().err == told
+    assert len(open_dataset(f"{photos}/", "all")) == 12
+    assert capsys.readouterr().err == told
 
 
 def test_batches_do_not_show(shop, photos, tmp_path, monkeypatch):

@@ -354,7 +354,7 @@ def test_a_refused_first_add_leaves_no_file_and_the_default_is_taken_later(
 ):
     install(monkeypatch, default=True)
     (tmp_path / "bad.csv").write_text("path,price\n,3\n")
-    assert "row 2 has no path" in run("add", "shop.db", "bad.csv")[2]
+    assert "row 2: path is empty" in run("add", "shop.db", "bad.csv")[2]
     assert not (tmp_path / "shop.db").exists()
     (tmp_path / "none").mkdir()
     run("add", "shop.db", "none")  # A catalogue, without a model.
