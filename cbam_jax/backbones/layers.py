@@ -327,7 +327,9 @@ def _normalize_jvp(epsilon: float, primals: Any, tangents: Any):
     # second derivatives do through these.
     y, mean, var = _normalized(epsilon, *primals)
     x, scale, _ = primals
-    change = jax.checkpoint(_normalized_change)  # Kept for the backward pass is x alone.
+    # Kept for the backward pass is x alone. No barrier (prevent_cse), which would keep it from being
+    # read once for this and for what stands before.
+    change = jax.checkpoint(_normalized_change, prevent_cse=False)
     changed = change(x, mean, lax.rsqrt(var + epsilon), scale, *tangents)
     return (y, mean, var), (changed, jnp.zeros_like(mean), jnp.zeros_like(var))
 
@@ -380,7 +382,8 @@ def _max_pool_jvp(window: Window, primals: tuple[jax.Array], tangents: tuple[jax
     (x,), (dx,) = primals, tangents
     y = _max_pool(x, window)
 
-    @jax.checkpoint  # Kept for the backward pass are x and y, not which views are the greatest.
+    # Kept for the backward pass are x and y, not which views are the greatest.
+    @partial(jax.checkpoint, prevent_cse=False)
     def change(x: jax.Array, y: jax.Array, dx: jax.Array) -> jax.Array:
         greatest = [view == y for view in views_of(x, window, -jnp.inf)]
         parts = zip(greatest, phased_views(dx, window), strict=True)
