@@ -68,7 +68,7 @@ def create_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     new_layer_multiple: float = 1.0,
-    is_new: Collection[str] | Callable[[tuple[str, ...]], bool] = NEW_LAYERS,
+    is_new: str | Collection[str] | Callable[[tuple[str, ...]], bool] = NEW_LAYERS,
     clip_norm: float | None = None,
     accumulate_steps: int = 1,
     layer_decay: float = 1.0,
@@ -92,9 +92,9 @@ def create_optimizer(
         new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
             pooling, classes) is multiplied by, since they start from nothing beside a pretrained
             backbone.
-        is_new: which layers those are: names, of which one is a whole part of a parameter's path
-            (``("backbone", "cbam", "kernel")`` is under ``"cbam"``, not under ``"bam"``), or a
-            function of that path.
+        is_new: which layers those are: a name or names, of which one is a whole part of a
+            parameter's path (``("backbone", "cbam", "kernel")`` is under ``"cbam"``, not under
+            ``"bam"``), or a function of that path.
         clip_norm: largest global norm of the gradient; None: unlimited.
         accumulate_steps: batches whose mean gradient makes one update.
         layer_decay: of a backbone with ``blocks``, what the learning rate is multiplied by once
@@ -128,6 +128,8 @@ def create_optimizer(
     else:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    # A name alone is also a collection, of its letters.
+    is_new = (is_new,) if isinstance(is_new, str) else is_new
     # Both updates are proportional to the learning rate, so scaling them is scaling the rate.
     multiple = optax.masked(optax.scale(new_layer_multiple), partial(_new_layers, is_new))
     chain = optax.chain(clip, update, multiple)
@@ -136,18 +138,20 @@ def create_optimizer(
         rates = partial(block_rates, layer_decay=layer_decay, frozen_blocks=frozen_blocks)
         chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, rates)))
     if accumulate_steps > 1:
-        chain = optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
+        micro: Any = optax.MultiSteps(chain, accumulate_steps)
+        chain = optax.GradientTransformationExtraArgs(micro.init, micro.update)
     return _promoting(chain)
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Let JAX promote: optax's Adam and MultiSteps mix integer counters with floats."""
+    inner = optax.with_extra_args_support(optimizer)
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(updates, state, params)
+            return inner.update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def block_rates(params: Any, *, layer_decay: float, frozen_blocks: int) -> Any:

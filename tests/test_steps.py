@@ -193,6 +193,7 @@ def test_unknown_optimizer():
     [
         ({}, {"pool"}),
         ({"is_new": ("head", "cbam")}, {"head", "cbam"}),
+        ({"is_new": "cbam"}, {"cbam"}),
         ({"is_new": lambda path: path[-1] == "scale"}, {"cbam"}),
     ],
 )
@@ -422,9 +423,21 @@ def test_a_loss_gets_what_it_has_an_argument_for(rng):
     assert seen["weight"] == 2.0
 
 
-def test_an_optimizer_that_asks_for_the_loss_gets_it(rng):
+def _plateau(learning_rate):
+    return optax.chain(optax.sgd(learning_rate), optax.contrib.reduce_on_plateau())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        _plateau(0.1),
+        steps.create_optimizer(_plateau, 0.1),
+        steps.create_optimizer(_plateau, 0.1, accumulate_steps=2),
+    ],
+    ids=["optax's", "a function's", "accumulated"],
+)
+def test_an_optimizer_that_asks_for_the_loss_gets_it(rng, optimizer):
     model, mesh = tiny(), steps.data_mesh()
-    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     state = steps.create_train_state(model, optimizer, mesh)
     step = steps.make_train_step(model, optimizer, squared, mesh=mesh)
     with jax.numpy_dtype_promotion("standard"):  # Optax's own counters.
