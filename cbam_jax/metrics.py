@@ -9,13 +9,20 @@ mAP@K are in use and differ a lot, so each has a name of its own; `METRIC_DEFINI
 apart, and every printed table should quote it.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbam_jax.relevance import count_relevant, label_matches, plain_labels, traced
+from cbam_jax.relevance import (
+    count_relevant,
+    label_matches,
+    over_any_mesh,
+    plain_labels,
+    traced,
+)
 
 __all__ = [
     "METRIC_DEFINITIONS",
@@ -88,7 +95,7 @@ def retrieval_metrics(
     """
     per_query = per_query_metrics(matches, num_relevant, ks)
     if xp := traced(matches, num_relevant):
-        return _traced_means(per_query, xp.asarray(num_relevant) > 0)
+        return over_any_mesh(_traced_means, (per_query, xp.asarray(num_relevant) > 0))
     return _means(per_query, np.asarray(num_relevant) > 0)
 
 
@@ -116,7 +123,8 @@ def per_query_metrics(
     """
     hits, relevant = _checked(matches, num_relevant, ks)
     if traced(hits, relevant):
-        return _traced_metrics(hits, relevant, ks)
+        find = functools.partial(_traced_metrics, ks=ks)
+        return over_any_mesh(find, (hits, relevant), by_rows=True)
     # Blocks of queries: the cumulative sums of 10,000 full rankings would take gigabytes.
     starts = range(0, max(len(hits), 1), _ROWS)
     complete = int(relevant.max(initial=0)) <= hits.shape[1]

@@ -26,19 +26,25 @@ def label_matches(indices: ArrayLike, query_labels: ArrayLike, gallery_labels: A
       ``[q, k]`` bool, False at index -1.
 
     Raises:
-      ValueError: For labels that are not ``[q]`` and ``[n]``, that could never be equal (numbers on
-        one side, text on the other), or that equal nothing (NaN, None).
+      ValueError: For indices and labels of other shapes, labels that could never be equal (numbers
+        on one side, text on the other), or that equal nothing (NaN, None).
 
     Example:
       >>> label_matches([[0, 2, -1]], [7], [7, 8, 8]).tolist()
       [[True, False, False]]
     """
-    xp = traced(indices, query_labels, gallery_labels)
-    if xp:
-        own, labels = xp.asarray(query_labels), xp.asarray(gallery_labels)
-    else:
-        own, labels = _comparable("labels", query_labels, gallery_labels)
-    items = (xp or np).asarray(indices)
+    found, own = np.shape(indices), np.shape(query_labels)
+    if len(found) != 2 or own != found[:1]:
+        raise ValueError(
+            f"indices have shape {found} and query_labels {own}, expected [q, k] and [q]"
+        )
+    if traced(indices, query_labels, gallery_labels):
+        return over_any_mesh(_matches, (indices, query_labels, gallery_labels), by_rows=True)
+    own, labels = _comparable("labels", query_labels, gallery_labels)
+    return _matches(np.asarray(indices), own, labels)
+
+
+def _matches(items: Any, own: Any, labels: Any) -> Any:
     return (labels[items] == own[:, None]) & (items >= 0)
 
 
@@ -66,15 +72,17 @@ def count_relevant(
       ``[q]`` int64, R of the metrics (int32 of traced arrays).
 
     Raises:
-      ValueError: As `label_matches` does, also of groups.
+      ValueError: As `label_matches` does, also of groups, and for one side's groups alone.
 
     Example:
       >>> count_relevant([7, 8], [7, 8, 8], query_in_gallery=True).tolist()
       [0, 1]
     """
+    if (query_group is None) != (gallery_group is None):
+        raise ValueError("query_group and gallery_group belong together: give both or neither")
     given = query_labels, gallery_labels, query_in_gallery, query_group, gallery_group
     if traced(*given):
-        return _traced_count(*given)
+        return over_any_mesh(_traced_count, given, by_rows=True)
     query_labels, gallery_labels = _comparable("labels", query_labels, gallery_labels)
     counts = _count(query_labels[:, None], gallery_labels[:, None])
     if query_group is None or gallery_group is None:
@@ -159,3 +167,21 @@ def traced(*arrays: Any) -> Any:
     if jax is None or not any(isinstance(a, jax.core.Tracer) for a in arrays):
         return None
     return jax.numpy
+
+
+def over_any_mesh(function: Any, arrays: Any, *, by_rows: bool = False) -> Any:
+    """Call a function of arrays of which some are traced, over mesh axes of whatever type.
+
+    Args:
+      function: Of ``arrays``.
+      arrays: A sequence of pytrees.
+      by_rows: True: over axes of type Explicit the results are split by rows, as the first array
+        is; False: they are whole on every device.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from cbam_jax.sharding import rows_spec, with_auto_axes
+
+    arrays = jax.tree.map(jnp.asarray, tuple(arrays))
+    return with_auto_axes(function, arrays, rows_spec(arrays[0]) if by_rows else None)(*arrays)

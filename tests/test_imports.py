@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "compiler_options": set(),
     "sharding": set(),
     "distances": {"sharding"},
-    "relevance": set(),
+    "relevance": {"sharding"},
     "metrics": {"relevance"},
     "model_state": set(),
     "gradcam": {"attention", "model_state"},

@@ -1,6 +1,7 @@
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -243,6 +244,19 @@ def test_bootstrap_interval(rng):
     assert bootstrap_interval([*values, np.nan], seed=3) == (low, high)
     assert bootstrap_interval([2.5] * 7) == (2.5, 2.5)
     assert all(math.isnan(bound) for bound in bootstrap_interval([np.nan]))
+
+
+@pytest.mark.parametrize("indices", [[[0, 1], [1, 0]], [0, 1]])
+@pytest.mark.parametrize("traced", [False, True])
+def test_labels_of_fewer_queries_than_were_searched_are_told_so(indices, traced):
+    find = lambda index: label_matches(index, [7], [7, 8])  # noqa: E731
+    with pytest.raises(ValueError, match=r"and query_labels \(1,\), expected \[q, k\] and \[q\]"):
+        (jax.jit(find) if traced else find)(np.array(indices))
+
+
+def test_groups_of_one_side_alone_are_told_so():
+    with pytest.raises(ValueError, match="belong together"):
+        count_relevant([7], [7, 8], query_group=[1])
 
 
 def test_label_matches_and_ragged_rows():

@@ -14,6 +14,8 @@ from cbam_jax.attention import CBAM
 from cbam_jax.backbones.layers import BatchNorm, Conv, DepthwiseConv
 from cbam_jax.distances import pairwise_distances
 from cbam_jax.losses import cross_entropy_loss, triplet_loss
+from cbam_jax.metrics import count_relevant, label_matches, retrieval_metrics
+from cbam_jax.search import top_k
 
 MESHES = {
     "explicit": ((8,), ("data",), AxisType.Explicit),
@@ -77,6 +79,19 @@ def test_cross_entropy_over_a_mesh(mesh, embedded):
     logits, labels = embedded
     find = jax.jit(jax.value_and_grad(cross_entropy_loss, has_aux=True))
     close(find(*sharded(mesh, logits, labels)), find(logits, labels))
+
+
+@pytest.mark.slow
+def test_a_program_over_a_mesh_evaluates_itself(mesh, embedded):
+    @jax.jit
+    def evaluate(x, labels):
+        _, indices = top_k(x, x, 3, exclude_self=True)
+        relevant = count_relevant(labels, labels, query_in_gallery=True)
+        apart = count_relevant(labels, labels, True, labels, jnp.arange(len(labels)))
+        matches = label_matches(indices, labels, labels)
+        return matches, apart, retrieval_metrics(matches, relevant, ks=(1, 3))
+
+    close(evaluate(*sharded(mesh, *embedded)), evaluate(*embedded))
 
 
 class Layers(nnx.Module):
