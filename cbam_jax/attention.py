@@ -30,9 +30,11 @@ def _gate_scale(init: str) -> float:
     return GATE_INITS[init]
 
 
-def _check_map(x: jax.Array, channels: int) -> None:
-    if x.ndim != 4 or x.shape[-1] != channels:
-        raise ValueError(f"a feature map has shape {x.shape}, expected [b, h, w, {channels}]")
+def _check_map(x: jax.Array, channels: int | None = None) -> None:
+    """Raise ValueError unless x is a feature map of so many channels; None: of any number."""
+    if x.ndim != 4 or channels not in (None, x.shape[-1]):
+        expected = "c" if channels is None else channels
+        raise ValueError(f"a feature map has shape {x.shape}, expected [b, h, w, {expected}]")
 
 
 def _squeezing_layers(
@@ -141,6 +143,7 @@ class SpatialGate(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to the gate [b, h, w, 1]."""
+        _check_map(x)
         average = jnp.mean(x, axis=-1, keepdims=True)
         maximum = jnp.max(x, axis=-1, keepdims=True)
         pooled = (maximum, average) if self.original else (average, maximum)

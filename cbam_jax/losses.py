@@ -93,8 +93,9 @@ def triplet_loss(
       0.75
     """
     margin = _checked_number(margin, "margin", "a number of at least 0", lambda m: m >= 0)
+    embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
     _check(embeddings, labels, mining)
-    arrays = jnp.asarray(embeddings), jnp.asarray(labels), memory
+    arrays = embeddings, labels, memory
     mined = functools.partial(_triplet_loss, margin=None if soft else margin, mining=mining)
     return with_auto_axes(mined, arrays)(*arrays)
 
@@ -134,7 +135,7 @@ def cross_entropy_loss(
 
     Args:
       logits: ``[b, n]``, any float dtype; computed in float32.
-      labels: ``[b]``, integers in [0, n).
+      labels: ``[b]``, integers in [0, n). One outside makes the loss NaN.
       label_smoothing: s, in [0, 1); traced, it is not checked.
 
     Returns:
@@ -149,17 +150,20 @@ def cross_entropy_loss(
       >>> round(float(loss), 3), float(stats["accuracy"])  # log(1 + exp(-2)) + 1 on average
       (1.127, 0.5)
     """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     _check_rows(logits, labels, "logits", "[b, n]")
     label_smoothing = _checked_number(
         label_smoothing, "label_smoothing", "a number in [0, 1)", lambda s: 0 <= s < 1
     )
-    return _cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing)
+    return _cross_entropy(logits, labels, label_smoothing)
 
 
 @jax.jit
 def _cross_entropy(logits, labels, label_smoothing):
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
-    correct = jnp.take_along_axis(log_probability, labels[:, None], axis=1)[:, 0]
+    # A negative label would count from the end; what is past the end is NaN.
+    place = jnp.where(labels < 0, logits.shape[1], labels.astype(jnp.int32))
+    correct = jnp.take_along_axis(log_probability, place[:, None], axis=1)[:, 0]
     per_row = (1 - label_smoothing) * correct + label_smoothing * jnp.mean(log_probability, axis=1)
     right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)
     accuracy = jnp.mean(right + _nan_unless_finite(logits))
@@ -241,6 +245,11 @@ def collapse_warning(
 def _pairs_with_memory(embeddings, labels, earlier, earlier_labels, filled):
     """Distances to the memory, and which are positives and negatives; each [b, n]."""
     _check_rows(earlier, earlier_labels, "the memory's embeddings", "[n, d]")
+    if filled.shape != earlier_labels.shape or filled.dtype != bool:
+        raise ValueError(
+            f"the memory's mask has shape {filled.shape} and dtype {filled.dtype}, expected "
+            f"{earlier_labels.shape} and bool"
+        )
     distances = pairwise_distances(embeddings, jax.lax.stop_gradient(earlier))
     same = labels[:, None] == earlier_labels[None, :]
     return distances, same & filled[None, :], ~same & filled[None, :]
@@ -417,11 +426,11 @@ def _checked_number(x, name, expected, holds):
 
 
 def _check_rows(rows, labels, name, expected):
-    shape, label_shape = jnp.shape(rows), jnp.shape(labels)
+    shape, label_shape = rows.shape, labels.shape
     if len(shape) != 2 or label_shape != shape[:1] or 0 in shape:
         raise ValueError(
             f"{name} have shape {shape} and labels {label_shape}, expected {expected} and "
             f"{expected[:2]}]"
         )
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise ValueError(f"labels have dtype {jnp.result_type(labels)}, expected integers")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels have dtype {labels.dtype}, expected integers")

@@ -141,6 +141,12 @@ def test_a_map_of_other_axes_or_channels_is_told_so(block):
             block(16, reduction, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 16), (2, 3, 5, 7, 16)])
+def test_a_spatial_gate_alone_is_told_of_other_axes_too(shape):
+    with pytest.raises(ValueError, match=r"a feature map has shape .*, expected \[b, h, w, c\]"):
+        SpatialGate(rngs=nnx.Rngs(0))(jnp.zeros(shape))
+
+
 def test_a_negative_kernel_size_is_told_so():
     with pytest.raises(ValueError, match="kernel_size must be odd .* got -1"):
         CBAM(16, kernel_size=-1, rngs=nnx.Rngs(0))

@@ -338,6 +338,11 @@ def test_wrong_arguments_are_named():
         ValueError, match=r"memory's embeddings have shape \(4, 2\) .* \[n, d\] and"
     ):
         triplet_loss(x, y, memory=(x, y[:3], y == 0))
+    for mask in (y[:3] == 0, y):
+        with pytest.raises(
+            ValueError, match=r"memory's mask has shape .* expected \(4,\) and bool"
+        ):
+            triplet_loss(x, y, memory=(x, y, mask))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -374,6 +379,17 @@ def test_cross_entropy_names_wrong_arguments():
         cross_entropy_loss(logits, labels[:2])
     with pytest.raises(ValueError, match="labels have dtype float32"):
         cross_entropy_loss(logits, jnp.zeros(3))
+
+
+@pytest.mark.parametrize("outside", [-1, 4])
+def test_a_label_that_is_no_class_makes_the_cross_entropy_nan(outside):
+    assert math.isnan(cross_entropy_loss(jnp.ones((3, 4)), jnp.array([0, outside, 3]))[0])
+
+
+def test_labels_may_be_a_list():
+    x = jnp.array([[0.0], [1.0], [1.5], [3.5]])
+    labels = [0, 0, 1, 1]
+    assert triplet_loss(x, labels)[0] == triplet_loss(x, jnp.array(labels))[0]
 
 
 # --- what is not finite ---
