@@ -27,7 +27,7 @@ from cbam_jax.catalogue.gallery import open_gallery
 from cbam_jax.catalogue.indexing import KINDS, Added
 from cbam_jax.catalogue.milvus import FORMS, INDEXES, did_you_mean, is_address
 from cbam_jax.catalogue.queries import Part, part_of
-from cbam_jax.catalogue.store import Store
+from cbam_jax.catalogue.store import Store, check_place
 from cbam_jax.datasets.image_files import SUFFIXES
 from cbam_jax.foreign_files import expanded, is_gone, map_array, shown
 from cbam_jax.whole_files import written_whole
@@ -87,6 +87,7 @@ def _check_catalogue(path: Path | None) -> None:
 
 def add(options: argparse.Namespace) -> int:
     """Add photos."""
+    check_place(options.catalogue)
     if options.from_:
         return _add_shards(options)
     if not options.photos:
@@ -432,6 +433,11 @@ def _one_answer(options: argparse.Namespace) -> None:
         raise InputError("no query: give photos or ids, --like=PHOTO, or --embedding=x.npy")
     if options.box and (len(options.queries) != 1 or options.like or options.embedding):
         raise InputError(f"--box={options.box} is of one photo: give that alone")
+    for flag, file in (("--html", options.html), ("--png", options.png)):
+        if file and is_gone(file.parent):
+            raise InputError(
+                f"{flag}={file}: the folder {file.parent} is not there: make it, or name another"
+            )
 
 
 def _asked(options: argparse.Namespace) -> tuple[list[list[Part]], list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cbam_jax import InputError, __version__
+from cbam_jax.catalogue import embedders
 from cbam_jax.catalogue.gallery import cache_path, read_gallery
 from cbam_jax.catalogue.store import Store
 
@@ -22,7 +23,8 @@ _EXTRAS = {
     "pillow_heif": "photos of iPhones, HEIC: pip install 'cbam_jax[heic]'",
 }
 
-WRONG = "catalogue: error: "  # How the line begins that says why there is none.
+# How the lines begin that say why there is none.
+WRONG = ("catalogue: error: ", "model: error: ")
 
 
 def doctor(path: Path | None, model: str | None) -> Iterator[str]:
@@ -36,7 +38,7 @@ def doctor(path: Path | None, model: str | None) -> Iterator[str]:
     yield f"not installed: {'; '.join(missing) or 'nothing that an extra brings'}"
     if path is None:
         yield "catalogue: none was named"
-        yield f"model: {model or 'none was named: give --model=RUN'}"
+        yield _model(model)
         return
     try:
         with Store(path) as store:
@@ -44,7 +46,7 @@ def doctor(path: Path | None, model: str | None) -> Iterator[str]:
             read_gallery(store)
             yield from _catalogue(store, model)
     except InputError as error:
-        yield f"{WRONG}{error}"
+        yield f"{WRONG[0]}{error}"
 
 
 def _catalogue(store: Store, model: str | None) -> Iterator[str]:
@@ -69,7 +71,24 @@ def _catalogue(store: Store, model: str | None) -> Iterator[str]:
     )
     kept = "" if cache_path(store.path).exists() else "not "
     yield f"copy of the embeddings for searches: {kept}there"
-    yield f"model: {model or store.about('model') or 'none was named: give --model=RUN'}"
+    known = store.about("model")
+    # What a catalogue remembers is a whole path, a published name, or an id of the hub.
+    own = known is not None and model is None and not os.path.isabs(known)
+    yield f"model: {known}" if own else _model(model or known)
+
+
+def _model(source: str | None) -> str:
+    """What would embed."""
+    if source is None:
+        if embedders.default_is_installed():
+            return f"model: {embedders.DEFAULT}, which a new catalogue takes; another: --model=RUN"
+        return "model: none was named: give --model=RUN"
+    if embedders.is_there(source):
+        return f"model: {source}"
+    return (
+        f"{WRONG[1]}{source} is not there: give a run's folder or a published model by --model "
+        "(an id of the hub is looked for only when it is used)"
+    )
 
 
 def _device() -> str:

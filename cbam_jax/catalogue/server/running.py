@@ -24,16 +24,18 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket that listens there, taken before anything slow begins.
 
     Raises:
-        InputError: the port is taken, or the host is none of this machine's.
+        InputError: the port is taken or none, or the host is none of this machine's.
     """
+    if not 0 <= port < 2**16:
+        raise InputError(f"--port={port}: give 1 to {2**16 - 1}, or 0, any that is free")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         made.close()
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror or error
         raise InputError(
             f"cannot listen on {host}:{port} ({reason}): give another --host or --port"
         ) from error
