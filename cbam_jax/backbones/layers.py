@@ -327,8 +327,8 @@ def _normalize_jvp(epsilon: float, primals: Any, tangents: Any):
     # second derivatives do through these.
     y, mean, var = _normalized(epsilon, *primals)
     x, scale, _ = primals
-    # Kept for the backward pass is x alone. No barrier (prevent_cse), which would keep it from being
-    # read once for this and for what stands before.
+    # Kept for the backward pass is x alone. Without a barrier (prevent_cse): it would be read once
+    # more behind it.
     change = jax.checkpoint(_normalized_change, prevent_cse=False)
     changed = change(x, mean, lax.rsqrt(var + epsilon), scale, *tangents)
     return (y, mean, var), (changed, jnp.zeros_like(mean), jnp.zeros_like(var))
