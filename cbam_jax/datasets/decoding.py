@@ -23,6 +23,7 @@ from cbam_jax.datasets.image_headers import (
     has_too_many_scans,
     holds_less_than_it_claims,
     image_format,
+    is_packed_otherwise,
 )
 
 HEAD = 64  # bytes at the beginning of a file that tell its format
@@ -207,12 +208,14 @@ def is_decodable(encoded: bytes) -> bool:
 def _is_hollow(encoded: bytes) -> bool:
     """Whether a JPEG or PNG has fewer bytes than any of its size, or a JPEG goes over it for ever.
 
+    Or a TIFF is compressed as nothing here reads.
+
     A JPEG's block of 8 x 8 pixels takes a bit at least, of Huffman's code; what is not there would
     be decoded as grey.
     """
     size = jpeg_size(encoded)
     if size is None:
-        return holds_less_than_it_claims(encoded)
+        return holds_less_than_it_claims(encoded) or is_packed_otherwise(encoded)
     return size[0] * size[1] > 1024 * len(encoded) or has_too_many_scans(encoded, *size)
 
 

@@ -20,6 +20,8 @@ _COMMON_SCANS = 20
 # Within a scan's data a 0xFF is followed by zero, or by what says where to begin anew.
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 MOST_PIXELS_VARIABLE = "CBAM_JAX_MAX_PIXELS"
+# Not at all, fax, LZW, JPEG old and new, Deflate twice, PackBits, LZMA, Zstandard and WebP.
+_TIFF_PACKED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32946, 32773, 34925, 50000, 50001))
 
 
 def check_pixels(sizes: Iterable[tuple[int, int]], name: str) -> None:
@@ -157,22 +159,43 @@ def _webp(encoded: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _tiff(encoded: bytes) -> Iterator[tuple[int, int]]:
-    """Of the first page. 43 in place of 42 is BigTIFF, whose numbers have eight bytes."""
+    """Of the first page."""
+    found = _tiff_tags(encoded)
+    yield max(found.get(257, [0])), max(found.get(256, [0]))
+
+
+def is_packed_otherwise(encoded: bytes) -> bool:
+    """Whether a TIFF is compressed as OpenCV does not read: it makes black pixels of it."""
+    if image_format(encoded[:64]) != "TIFF":
+        return False
+    try:
+        return not _TIFF_PACKED.issuperset(_tiff_tags(encoded).get(259, ()))
+    except struct.error:  # Cut off.
+        return True
+
+
+def _tiff_tags(encoded: bytes) -> dict[int, list[int]]:
+    """The first page's tags of one number; decoders differ in which of two of a kind they take.
+
+    43 in place of 42 is BigTIFF, whose numbers have eight bytes.
+    """
     order = "<" if encoded[:2] == b"II" else ">"
     big = struct.unpack_from(f"{order}H", encoded, 2) == (43,)
     start, count, entry = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
     (place,) = struct.unpack_from(order + start, encoded, 8 if big else 4)
     (number,) = struct.unpack_from(order + count, encoded, place)
-    found = {}
+    found: dict[int, list[int]] = {}
     place += struct.calcsize(order + count)
     width = struct.calcsize(order + entry)
     for _ in range(min(number, 4096)):
         tag, kind, _ = struct.unpack_from(order + entry, encoded, place)
         form = {3: "H", 4: "I", 16: "Q"}.get(kind)
         if form:
-            (found[tag],) = struct.unpack_from(order + form, encoded, place + width)
+            found.setdefault(tag, []).extend(
+                struct.unpack_from(order + form, encoded, place + width)
+            )
         place += width + (8 if big else 4)
-    yield found.get(257, 0), found.get(256, 0)
+    return found
 
 
 def _boxes(encoded: bytes) -> Iterator[tuple[int, int]]:

@@ -45,6 +45,19 @@ def patched(data, place, replacement):
     return data[:place] + replacement + data[place + len(replacement) :]
 
 
+def tiff(width=20, height=20, packed=1, more=()):
+    """Grey, of one strip; with ``more`` tags and their numbers."""
+    tags = [(256, width), *more, (257, height), (258, 8), (259, packed), (262, 1), (273, 200)]
+    tags += [(277, 1), (278, height), (279, 400)]
+    listed = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + bytes(4)
+    return head.ljust(200, b"\0") + bytes(range(1, 201)) * 2
+
+
+def test_a_tiff_without_compression_is_read():
+    assert decode_image(tiff()).tobytes() == bytes(n for n in [*range(1, 201)] * 2 for _ in "RGB")
+
+
 LARGE, DAMAGED = "pixels, more than the 134217728", "cannot be decoded"
 # What is in each file, and a part of the line that refuses it.
 IMAGES = {
@@ -94,6 +107,9 @@ IMAGES = {
         + bytes(4),
         LARGE,
     ),
+    "a TIFF that claims two sizes": (tiff(width=60_000, more=((256, 20),), height=60_000), LARGE),
+    "a TIFF in a compression that is not read": (tiff(packed=34712), DAMAGED),
+    "a TIFF in a compression that is none": (tiff(packed=65_000), DAMAGED),
     "a TIFF whose list of tags is itself": (b"II*\0" + struct.pack("<I", 4) * 9, DAMAGED),
     "a WebP that claims 16,383 x 16,383": (patched(WEBP, 26, b"\xff\x3f\xff\x3f"), LARGE),
     "an AVIF that claims 40,000 x 40,000": (
