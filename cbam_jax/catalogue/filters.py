@@ -81,7 +81,8 @@ def photos_of(store: Store) -> Photos:
         return bool(store.rows(f"SELECT 1 {_KNOWN} WHERE key = ? AND {_NUMERIC} LIMIT 1", [name]))
 
     def names() -> list[str]:
-        return [name for (name,) in store.rows(f"SELECT DISTINCT key {_KNOWN} ORDER BY key")]
+        sql = f"SELECT DISTINCT key {_KNOWN} WHERE typeof(key) = 'text' ORDER BY key"
+        return [name for (name,) in store.rows(sql)]  # Of a payload that is no object it is none.
 
     def values(name: str) -> list[str]:
         sql = f"SELECT DISTINCT value, type {_KNOWN} WHERE key = ? ORDER BY 1 LIMIT {_MOST_VALUES}"

@@ -144,6 +144,14 @@ def test_what_is_known_of_another_type_is_told(what, sums, shop):
                 reading()
 
 
+@pytest.mark.parametrize("payload", ["5", "[1]", "null"])
+def test_a_name_that_is_looked_for_where_a_payload_is_no_object(payload, shop):
+    with Store(shop) as store, store.transaction():
+        store.run("UPDATE item SET payload = ? WHERE id = 2", [payload])
+    with Catalogue.open(shop) as catalogue, pytest.raises(InputError, match="no photo has 'hat'"):
+        list(catalogue.items("hat=x"))
+
+
 def test_a_payload_nested_900_deep_is_told(shop):
     payload = f'{{"a": {"[" * 900}{"]" * 900}}}'
     with Store(shop) as store, store.transaction():
