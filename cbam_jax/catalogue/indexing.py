@@ -5,9 +5,11 @@ the photos in the order given, so that an ended process loses the batch under wa
 and the same command again ends in the same catalogue.
 """
 
+import contextlib
 import itertools
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
 BATCH = 256  # Photos of a transaction.
+_FIRST = 64  # Of the first: the model is prepared then, and who waits sees that it goes on.
 _AHEAD = 64  # Photos read while a batch is embedded.
 _BYTES = 2**27  # Of a batch's files, beyond which it ends.
 _RACE = 2 * 10**9  # Nanoseconds: a file written later than this before it was read is read again.
@@ -99,6 +102,7 @@ def add_photos(
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         batches = read_ahead(pool, photos)
         if progress:
+            print("preparing the model, up to a minute, then adding", file=sys.stderr, flush=True)
             batches = telling(batches, "adding", total=len(photos), unit=" photos", size=len)
         for batch in batches:
             counts += _write(store, embedder, batch, lookout)
@@ -159,7 +163,13 @@ def lost_folder(path: str, folders: Sequence[str]) -> str | None:
     ('/nowhere', None)
     """
     parents = [str(folder) for folder in reversed(Path(path).parents)]
-    return next((f for f in parents if is_gone(f) or (f in folders and not os.listdir(f))), None)
+    return next((f for f in parents if is_gone(f) or (f in folders and _is_empty(f))), None)
+
+
+def _is_empty(folder: str) -> bool:
+    with contextlib.suppress(OSError):  # It may not be read.
+        return not os.listdir(folder)
+    return False
 
 
 def _same(photo: Photo, known: tuple) -> bool:
@@ -178,7 +188,8 @@ def _storable(path: str) -> str:
 
 
 def read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[list[Read]]:
-    """Batches of files, of which the next is read meanwhile."""
+    """Batches of files, of which the next is read meanwhile; the first is a small one."""
+    most = min(_FIRST, BATCH)
     waiting: list[Future[Read]] = []
     given = iter(photos)
 
@@ -189,11 +200,12 @@ def read_ahead(pool: ThreadPoolExecutor, photos: Sequence[Photo]) -> Iterator[li
     try:
         while waiting:
             batch, size = [], 0
-            while waiting and len(batch) < BATCH and size < _BYTES:
+            while waiting and len(batch) < most and size < _BYTES:
                 batch.append(waiting.pop(0).result())
                 size += len(batch[-1].content)
                 ask(1)
             yield batch
+            most = BATCH
     finally:
         for future in waiting:
             future.cancel()

@@ -273,3 +273,22 @@ def test_embeddings_made_elsewhere_are_added_all_or_none(shop, photos, rng):
     assert len(shop) == 13
     assert shop.verify() == []
     assert add(shop, photos)[0] == {"unchanged": 11, "changed": 1}
+
+
+def test_the_first_batch_is_small_and_what_is_slow_is_told(shop, photos, monkeypatch, capsys):
+    monkeypatch.setattr(indexing, "_FIRST", 2)
+    monkeypatch.setattr(indexing, "BATCH", 5)
+    embed, sizes = shop.embedder.embed_files, []
+
+    def embed_files(files, **options):
+        sizes.append(len(files))
+        if len(sizes) == 1:
+            assert "preparing the model" in capsys.readouterr().err  # Before it is.
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return embed(files, **options)
+
+    monkeypatch.setattr(shop.embedder, "embed_files", embed_files)
+    with pytest.raises(KeyboardInterrupt):
+        shop.add([photos])
+    assert (sizes, len(shop)) == ([2, 5, 5], 7)
