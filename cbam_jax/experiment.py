@@ -201,7 +201,9 @@ def with_fitting_batch(config: Config, dataset: RetrievalDataset) -> Config:
         print(
             f"batches of {classes} classes x {images} images in place of "
             f"{config.data.classes_per_batch} x {config.data.images_per_class}: split "
-            f"{dataset.split!r} has {classes} classes",
+            f"{dataset.split!r} has {classes} classes"
+            + " of two images or more"
+            * config.data.skip_singletons,
             flush=True,
         )
     config = config.copy_and_resolve_references()

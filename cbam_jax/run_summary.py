@@ -1,4 +1,4 @@
-"""What a training says at its end: the JSON line, and the same in plain words."""
+"""What a training says of its data, and at its end: the JSON line, and the same in plain words."""
 
 import shlex
 import sys
@@ -8,8 +8,26 @@ from typing import Any
 from cbam_jax import evaluation, experiment, named_parts, runs
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.config_files import Config
-from cbam_jax.datasets import is_path
+from cbam_jax.datasets import RetrievalDataset, is_path
 from cbam_jax.runlog import StepMonitor
+
+
+def images_of(training: RetrievalDataset, validation: RetrievalDataset) -> str:
+    """Say how many images there are, and of how many classes: a split may lack some that exist."""
+    splits = {"training": training, "validation": validation}
+    classes, known = (
+        [len(set(s.label.tolist())) for s in splits.values()],
+        len(training.label_names),
+    )
+    if classes == [known, known]:
+        return (
+            f"{len(training)} training and {len(validation)} validation images of {known} classes"
+        )
+    told = [
+        f"{len(split)} {name} images of {count} classes"
+        for (name, split), count in zip(splits.items(), classes, strict=True)
+    ]
+    return f"{' and '.join(told)} (the dataset names {known})"
 
 
 def summarize(
@@ -43,7 +61,8 @@ def tell(summary: dict[str, Any]) -> str:
     lines = [f"{summary['step']} steps, {summary['images_seen']} images seen"]
     before, after = summary["untrained"], summary["best"]
     if before and after:
-        lines[0] += f"; {summary['split']}, untrained -> best (step {summary['best_step']}):"
+        name = "trained" if _worse(before, after) else "best"
+        lines[0] += f"; {summary['split']}, untrained -> {name} (step {summary['best_step']}):"
         lines += [f"  {name:14}{_number(before[name])} -> {_number(after[name])}" for name in after]
         if summary["finished"] and _worse(before, after):
             lines.append(

@@ -401,8 +401,7 @@ def describe(run: Run, position: Position) -> str:
     size = sum(leaf.size for leaf in jax.tree.leaves(position.state.params))
     return (
         f"{config.model.name} ({size / 1e6:.1f} M parameters) on {config.data.name}: "
-        f"{len(training)} training and {len(validation)} validation images of "
-        f"{len(training.label_names)} classes, {jax.device_count()} "
+        f"{run_summary.images_of(training, validation)}, {jax.device_count()} "
         f"{jax.devices()[0].platform} device(s), {steps_left(position.step, config.train.steps)}"
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import write_photos
 
-from cbam_jax import InputError, config_checks, evaluation, experiment, training
+from cbam_jax import InputError, config_checks, evaluation, experiment, run_summary, training
 from cbam_jax.configs import default
 from cbam_jax.datasets import RetrievalDataset
 
@@ -66,10 +66,43 @@ def test_batches_need_no_more_classes_than_there_are(
         fitted = experiment.with_fitting_batch(config, dataset).data
         if count == classes:
             assert (fitted.classes_per_batch, fitted.images_per_class) == expected
-            assert capsys.readouterr().out.count("\n") == (expected != (8, 4))
+            told = capsys.readouterr().out
+            assert told.count("\n") == (expected != (8, 4))
+            # One class more has a single image.
+            assert not told or f"'validation' has {classes} classes of two images or more" in told
         capsys.readouterr()
     config.data.classes_per_batch = 12  # The user's own, which is refused if it cannot be.
     assert experiment.with_fitting_batch(config, dataset) is config
+
+
+def test_classes_are_those_that_a_split_has_images_of():
+    training_set, validation = make_dataset([0, 0, 2]), make_dataset([0, 0])
+    assert run_summary.images_of(training_set, validation) == (
+        "3 training images of 2 classes and 2 validation images of 1 classes (the dataset names 3)"
+    )
+    every = make_dataset([0, 2, 1, 1])
+    assert run_summary.images_of(every, every) == "4 training and 4 validation images of 3 classes"
+
+
+def test_a_mistake_in_the_config_is_told_before_the_data_is_opened(tmp_path, monkeypatch):
+    config = make_config(**{"train.steps": 4, "optimizer.warmup_steps": 20})
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(experiment, "open_split", None)  # Would prepare it, which is slow.
+    monkeypatch.setattr(experiment, "build_model", None)
+    with pytest.raises(InputError, match=r"warmup_steps=20 must be below train\.steps=4"):
+        training.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("after", "name"), [(0.7, "best"), (0.6, "trained")])
+def test_what_training_made_worse_is_not_called_the_best(after, name):
+    summary = {
+        "step": 4, "images_seen": 64, "split": "validation", "finished": True,
+        "untrained": {"map@10": 0.65}, "best": {"map@10": after}, "best_step": 4,
+    }  # fmt: skip
+    told = run_summary.tell(summary)
+    assert f"untrained -> {name} (step 4):" in told
+    assert ("made it worse" in told) == (name == "trained")
 
 
 def test_few_classes_are_no_mistake_when_the_data_is_opened(tmp_path, monkeypatch):
