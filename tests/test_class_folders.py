@@ -216,7 +216,7 @@ def test_copies_across_splits_are_told_with_the_command_that_lists_them(
     open_dataset("./my photos/", "train", on_bad_image="skip")
     told = capsys.readouterr().err
     # What is skipped is no photo that training has seen.
-    assert "1 images are in two splits" in told
+    assert "1 image is in two splits" in told
     typed = told.partition("python -m cbam_jax.datasets ")[2].partition(" lists them")[0]
     assert typed == "verify './my photos/'"
     assert command.main(shlex.split(typed)) == 1

@@ -98,7 +98,7 @@ MAY_IMPORT = {
         "pretrained",
         "steps",
     },
-    "workdirs": {"config_files", "experiment", "file_locks"},
+    "workdirs": {"config_files", "experiment", "file_locks", "foreign_files"},
     "run_figures": {
         "command_line",
         "config_files",

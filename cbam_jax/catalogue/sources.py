@@ -213,7 +213,7 @@ def _absent(path: Path, header: list[str], rows: list[Row]) -> Iterator[tuple[in
     for number, cells in rows:
         row = dict(zip(header, cells, strict=True))
         if row["path"] and is_gone(_file(path, row)):
-            yield number, f"there is no file {shown(row['path'])}: correct the path or remove it"
+            yield number, f"there is no file {shown(row['path'])}: correct it or remove the row"
 
 
 def _tell_texts(path: Path, header: list[str], rows: list[Row]) -> None:
@@ -225,8 +225,8 @@ def _tell_texts(path: Path, header: list[str], rows: list[Row]) -> None:
         texts = [f"'{shown(cell, 80)}' in row {n}" for n, cell in cells if isinstance(cell, str)]
         numbers = sum(isinstance(cell, int | float) for _, cell in cells)
         if 0 < len(texts) < numbers:
-            told = f"column {shown(name, 80)} has {numbers} numbers and {len(texts)} texts"
-            print(f"{path}: {told}: {few(texts)}", file=sys.stderr)
+            told = f"column {shown(name, 80)} has {numbers} numbers, and texts: {few(texts)}"
+            print(f"{path}: {told}", file=sys.stderr)
 
 
 def _read(path: Path) -> tuple[list[str], list[Row]]:

@@ -95,9 +95,10 @@ def tell_copies(
     """
     groups = [group for group in equal_files(files) if len({splits[i] for i in group}) > 1]
     if groups:
+        count = "1 image is" if len(groups) == 1 else f"{len(groups)} images are"
         told = few([" = ".join(f"{shown(names[i])} ({splits[i]})" for i in g) for g in groups])
         tell(
-            f"{shown(dataset)}: {len(groups)} images are in two splits, equal to the byte, so that "
+            f"{shown(dataset)}: {count} in two splits, equal to the byte, so that "
             f"evaluation asks for what training has seen: {told}; "
             f"python -m cbam_jax.datasets verify {shown(shlex.quote(dataset))} lists them"
         )

@@ -175,14 +175,14 @@ def test_all_mistakes_of_a_manifest_are_told_at_once(shop, photos, tmp_path, cap
         add(shop, manifest)
     assert str(caught.value) == (
         f"{manifest} has 3 mistakes: "
-        "row 3: there is no file nope.jpg: correct the path or remove it; "
+        "row 3: there is no file nope.jpg: correct it or remove the row; "
         "row 4: path is empty: fill it or remove the row; "
         "row 6: it has 1 cells and the header 3: fill it up or remove it, and put quotes around "
         "text that holds a comma"
     )
     # Sizes are numbers and letters; a price is a number.
     assert capsys.readouterr().err == (
-        f"{manifest}: column price has 3 numbers and 1 texts: 'abc' in row 5\n"
+        f"{manifest}: column price has 3 numbers, and texts: 'abc' in row 5\n"
     )
     manifest.write_text("\n".join(lines[:3]))  # Alone, a file that is not there is no mistake.
     assert add(shop, manifest)[0] == {"new": 1, "unreadable": 1}
