@@ -78,6 +78,8 @@ def parsed(
         return parser.parse_args(typed)  # Its help, or that a command is missing.
     options, unknown = parser.parse_known_intermixed_args(typed)
     if unknown:
+        # What stands after an unknown flag is not read either, and is no mistake.
+        unknown = [text for text in unknown if text.startswith("-")] or unknown
         names = re.findall(r"--?[a-z][a-z-]*", parser.format_usage())
         told = closest(unknown[0].partition("=")[0], names)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{told}")

@@ -132,6 +132,7 @@ def test_flags_may_stand_before_the_photos_and_unknown_ones_are_told(run, shop, 
     for wrong, told in (
         (["find", shop, "5", "--modle=x"], "arguments: --modle=x; did you mean --model?"),
         (["list", shop, "--zzz"], "arguments: --zzz\n"),
+        (["add", shop, "--modle=x", "photos"], "arguments: --modle=x; did you mean --model?"),
         (["ad", shop, "photos"], "unknown command 'ad'; did you mean add?"),
     ):
         with pytest.raises(SystemExit):
