@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import shlex
 import sys
 from collections import Counter
@@ -75,10 +76,11 @@ def _check_catalogue(path: Path | None) -> None:
     if path is None:
         return
     ending = path.suffix.lower()
-    if path.is_dir() and ending == ".db":  # As Milvus Lite makes.
+    is_folder = os.path.isdir(path)  # Not `Path.is_dir`, which raises where it may not look.
+    if is_folder and ending == ".db":  # As Milvus Lite makes.
         raise InputError(f"{path} is a folder, no catalogue's file{did_you_mean(path)}")
-    what = "a folder" if path.is_dir() else f"named {ending}"
-    if path.is_dir() or ending in (*SUFFIXES, ".csv"):
+    what = "a folder" if is_folder else f"named {ending}"
+    if is_folder or ending in (*SUFFIXES, ".csv"):
         raise InputError(
             f"the first argument is the catalogue's file, such as shop.db, and "
             f"{shlex.quote(str(path))} is {what}: give the catalogue before it"

@@ -89,6 +89,8 @@ class Store:
     def __init__(self, path: str | os.PathLike, *, create: bool = False):
         self.path = expanded(path)
         there = os.path.lexists(self.path)
+        if not there and not is_gone(self.path):
+            raise InputError(f"the catalogue {self.path} may not be read: make its folder readable")
         if not os.path.isfile(self.path) and (there or not create):  # SQLite waits for a pipe.
             what = "is no file" if there else "is not there"
             raise InputError(

@@ -96,4 +96,5 @@ def lock(monkeypatch, folder):
         return call
 
     monkeypatch.setattr(os, "stat", locked(stat, None))
+    monkeypatch.setattr(os, "lstat", locked(os.lstat, None))
     monkeypatch.setattr(os, "scandir", locked(scandir, str(folder)))

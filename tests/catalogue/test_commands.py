@@ -105,6 +105,9 @@ def test_what_may_not_be_looked_at_is_not_taken_for_gone(run, shop, photos, tmp_
         assert run("add", shop, "more")[1].startswith("1 copy; ")
     run("remove", shop, "13")
     assert run("list", shop, "--json")[1] == before
+    with monkeypatch.context() as patch:
+        lock(patch, tmp_path)
+        assert run("list", tmp_path / shop)[2].count("shop.db may not be read: make its fold") == 1
 
 
 def test_a_folder_that_is_gone_is_told_and_nothing_of_it_is_to_be_forgotten(run, shop, tmp_path):
