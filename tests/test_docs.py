@@ -58,15 +58,21 @@ class ParsedError(Exception):
 
 def parse(module, arguments, monkeypatch):
     """The flags of a command as it reads them, and the rest; nothing of it is run."""
-    whole = argparse.ArgumentParser.parse_known_args
+    names = ("parse_known_args", "parse_known_intermixed_args")
+    whole = {name: getattr(argparse.ArgumentParser, name) for name in names}
 
-    def parse_and_leave(parser, *given, **options):
-        # Inside it subcommands' parsers are called likewise.
-        with monkeypatch.context() as inner:
-            inner.setattr(argparse.ArgumentParser, "parse_known_args", whole)
-            raise ParsedError(whole(parser, *given, **options))
+    def leaving(name):
+        def parse_and_leave(parser, *given, **options):
+            # Inside it parsers, also of subcommands, are called likewise.
+            with monkeypatch.context() as inner:
+                for other in names:
+                    inner.setattr(argparse.ArgumentParser, other, whole[other])
+                raise ParsedError(whole[name](parser, *given, **options))
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_leave)
+        return parse_and_leave
+
+    for name in names:
+        monkeypatch.setattr(argparse.ArgumentParser, name, leaving(name))
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     monkeypatch.setattr(command_line, "keep_compiled_programs", lambda: None)
     with pytest.raises(ParsedError) as parsed:
