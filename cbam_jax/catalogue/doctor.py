@@ -38,7 +38,7 @@ def doctor(path: Path | None, model: str | None) -> Iterator[str]:
     yield f"not installed: {'; '.join(missing) or 'nothing that an extra brings'}"
     if path is None:
         yield "catalogue: none was named"
-        yield _model(model)
+        yield _model(model, new=True)
         return
     try:
         with Store(path) as store:
@@ -74,13 +74,13 @@ def _catalogue(store: Store, model: str | None) -> Iterator[str]:
     known = store.about("model")
     # What a catalogue remembers is a whole path, a published name, or an id of the hub.
     own = known is not None and model is None and not os.path.isabs(known)
-    yield f"model: {known}" if own else _model(model or known)
+    yield f"model: {known}" if own else _model(model or known, new=not fingerprint)
 
 
-def _model(source: str | None) -> str:
-    """What would embed."""
+def _model(source: str | None, *, new: bool) -> str:
+    """What would embed; in a new catalogue, or one without embeddings, also the default."""
     if source is None:
-        if embedders.default_is_installed():
+        if new and embedders.default_is_installed():
             return f"model: {embedders.DEFAULT}, which a new catalogue takes; another: --model=RUN"
         return "model: none was named: give --model=RUN"
     if embedders.is_there(source):

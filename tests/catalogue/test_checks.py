@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeEmbedder, write_photo, write_photos
 
 from cbam_jax import InputError
-from cbam_jax.catalogue import Catalogue, indexing
+from cbam_jax.catalogue import Catalogue, embedders, indexing
 from cbam_jax.catalogue.doctor import doctor
 from cbam_jax.catalogue.gallery import cache_path
 
@@ -171,7 +171,8 @@ def test_duplicates_are_listed_exact_and_near(shop, photos, tmp_path):
     assert [[item.id for item in group] for group in shop.duplicates(near=False)] == [exact]
 
 
-def test_doctor_says_in_ten_lines_what_there_is(shop, tmp_path):
+def test_doctor_says_in_ten_lines_what_there_is(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedders, "default_is_installed", lambda: True)
     lines = list(doctor(tmp_path / "shop.db", None))
     assert len(lines) == 10
     text = "\n".join(lines)
@@ -185,4 +186,6 @@ def test_doctor_says_in_ten_lines_what_there_is(shop, tmp_path):
     assert "embeddings: 48 numbers, of the model ffffffffffff" in text
     assert "model: none was named" in text
     assert "is not there" in list(doctor(tmp_path / "none.db", None))[-1]
+    assert list(doctor(None, None))[-1].startswith("model: efficientnet_lite0, which a new cat")
+    monkeypatch.setattr(embedders, "default_is_installed", lambda: False)
     assert "none was named" in list(doctor(None, None))[-1]
