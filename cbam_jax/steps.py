@@ -251,6 +251,22 @@ def _loss_arguments(loss_fn: Callable[..., Any]) -> list[str]:
     return [name for name in _LOSS_ARGUMENTS if name in asked[2:]]
 
 
+def _check_model(model: nnx.Module) -> None:
+    if not callable(getattr(model, "preprocess", None)):
+        raise ValueError(
+            f"{type(model).__name__} has no method preprocess(images), which makes what the model "
+            "takes of a batch's images; one that returns them as they are will do"
+        )
+
+
+def _check_batch(batch: Batch, *names: str) -> None:
+    if missing := [name for name in names if name not in batch]:
+        raise ValueError(
+            f"the batch has no {' or '.join(map(repr, missing))} but {sorted(batch)}: give a dict "
+            f"with {' and '.join(map(repr, names))}"
+        )
+
+
 def _check_average(state: TrainState, ema_decay: float) -> None:
     if (state.ema is None) == (ema_decay > 0):
         has = "no moving average" if state.ema is None else "a moving average"
@@ -314,10 +330,12 @@ def make_train_step(
         mesh: keeps the state whole on each of its devices. Left out, XLA chooses, and splits a
             memory.
 
-    The step raises ValueError where the state has a moving average and ``ema_decay`` is 0 or the
+    Raises ValueError where the model has no ``preprocess``; the step, where the batch has no
+    ``image`` or ``label``, where the state has a moving average and ``ema_decay`` is 0 or the
     other way round, where a scalar of the loss has the name of one of its own (``loss``,
     ``gradient_norm``), and where an output has no row for each image of a chunk.
     """
+    _check_model(model)
     view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
     merge, asked = model_state.merger(view), _loss_arguments(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
@@ -350,6 +368,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         _check_average(state, ema_decay)
+        _check_batch(batch, "image", "label")
         gradient = jax.value_and_grad(compute_loss, has_aux=True)
         (loss, aux), grads = gradient(state.params, state, batch)
         scalars, (batch_stats, rngs), outputs = aux
@@ -378,9 +397,11 @@ def make_embed_step(
     It gives ``embedding`` [b, d] beside the batch's other entries, whole on every device, so that
     each process holds the global batch.
     """
+    _check_model(model)
     merge = model_state.merger(model_state.evaluation_view(model))
 
     def embed_step(params: Any, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
+        _check_batch(batch, "image")
         model = merge(params, batch_stats)
         rest = {name: value for name, value in batch.items() if name != "image"}
         return {"embedding": model(model.preprocess(batch["image"])), **rest}

@@ -407,6 +407,24 @@ def test_chunks_refuse_an_output_that_has_no_row_for_each_image():
     traced_scalars(loss, forward=forward)
 
 
+def test_what_a_model_and_a_batch_lack_is_told(rng):
+    model, optimizer = tiny(), steps.create_optimizer("sgd", 0.1)
+    mesh, batch = steps.data_mesh(jax.devices()[:1]), batch_of(rng, 4)
+    state = steps.create_train_state(model, optimizer, mesh)
+    step = steps.make_train_step(model, optimizer, squared)
+    with pytest.raises(ValueError, match="the batch has no 'label' but .*'image'.*: give a dict"):
+        step(state, {"image": batch["image"]})
+    with pytest.raises(ValueError, match="the batch has no 'image' but"):
+        steps.make_embed_step(model, mesh)(state.params, state.batch_stats, {})
+    plain = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    for make in (
+        lambda: steps.make_train_step(plain, optimizer, squared),
+        lambda: steps.make_embed_step(plain, mesh),
+    ):
+        with pytest.raises(ValueError, match="Linear has no method preprocess"):
+            make()
+
+
 def test_a_loss_gets_what_it_has_an_argument_for(rng):
     seen = {}
 
