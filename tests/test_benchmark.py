@@ -61,6 +61,7 @@ def test_the_face_hands_on_what_its_rooms_have():
         _ = benchmark.speed
 
 
+@pytest.mark.slow
 def test_embed_counts_parameters_and_operations(capsys):
     result = run(capsys, "embed", "--model=vgg16", "--image_size=32", "--batch_size=2")
     # torchvision's vgg16 has 14,714,688 parameters in its features.
@@ -79,6 +80,7 @@ def small(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "resnet18", SmallBackbone)
 
 
+@pytest.mark.slow
 def test_embed_beside_the_plain_model(capsys, small, tmp_path):
     arguments = ("--model=resnet18_cbam", "--image_size=8", "--batch_size=8", "--devices=2")
     result = run(capsys, "embed", *arguments, "--steps_per_repeat=3", f"--trace={tmp_path}/trace")

@@ -86,6 +86,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_fresh_beside_pretrained_weights():
     model = nnx.eval_shape(lambda: experiment.build_model(read("imagenet_cbam")))
     arrays = nnx.eval_shape(lambda: experiment.build_model(read("resnet50")))

@@ -538,7 +538,8 @@ CHECKSUM_BY_IMAGE = "65370add1691d31a89a0c45e4729b06921d9790401f0cbd4d1e78508eba
 NAMES = [f"Category {i}" for i in range(46)]
 
 
-@pytest.mark.parametrize("by_folder", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("by_folder", [True, False])
 def test_paper_splits_of_as_many_rows_as_the_official(by_folder):
     rows = official_like_rows()
     drawn = draw_paper_splits(rows, by_folder=by_folder)

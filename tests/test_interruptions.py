@@ -269,6 +269,7 @@ def test_the_last_sound_step_is_saved_before_an_error_leaves(
     assert_goes_on_to_the_same(config, tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_what_needs_less_memory_is_what_a_run_would_take(monkeypatch):
     fields = {"data.classes_per_batch": 9, "data.images_per_class": 5, "model.name": "resnet18"}
     for devices, batch, flags in (

@@ -125,6 +125,7 @@ def test_chunks_draw_one_after_the_other(rng):
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_random_in_an_embedding(rng):
     model, mesh = Normalized(nnx.Rngs(0)), steps.data_mesh()
     _, *arrays, _ = model_state.split(model)

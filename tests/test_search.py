@@ -233,6 +233,7 @@ def test_masks_hold_for_queries_that_are_searched_again(rng):
         assert found[1][i].tolist() == np.flatnonzero(~ignored[i])[:20].tolist()
 
 
+@pytest.mark.slow
 def test_k_equal_to_the_gallery_and_one_query(rng):
     gallery = rng.normal(size=(1040, 3)).astype(np.float32)
     found = search(gallery[:1], gallery, 1040)

@@ -265,6 +265,7 @@ def test_scalars_are_loss_gradient_norm_and_the_losss_own(rng):
         np.testing.assert_allclose(scalars[name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_moving_average_of_the_parameters_and_statistics(rng):
     model, mesh, decay = tiny(), steps.data_mesh(), 0.75
     optimizer = steps.create_optimizer("sgd", 0.1)

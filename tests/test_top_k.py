@@ -101,6 +101,7 @@ def test_more_near_ties_than_candidates(rng, monkeypatch):
     assert unproven == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_masks(rng):
     n, q = 700, 8
     gallery = rng.normal(size=(n, 6)).astype(np.float32)

@@ -23,6 +23,7 @@ from cbam_jax.pretrained import (
 )
 
 
+@pytest.mark.slow
 def test_resnet_features_and_logits_are_torchvisions():
     golden = np.load(FOLDER / "backbones.npz")
     model = seeded_model("resnet18", num_classes=NUM_CLASSES)
