@@ -145,7 +145,7 @@ def _refine(x: jax.Array, y: jax.Array, squares: jax.Array, near: jax.Array) -> 
         jnp.pad(a, padding).reshape(count, _REFINED_ROWS, a.shape[1]) for a in (x, squares, near)
     )
     has_near = masks.any(axis=(1, 2))
-    order, total = jnp.argsort(~has_near), jnp.sum(has_near.astype(jnp.int32))
+    order, total = jnp.argsort(~has_near), jnp.sum(has_near, dtype=jnp.int32)
 
     def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, refined = carry

@@ -267,7 +267,7 @@ def _semi_hard(distances, positive, negative, margin):
     # side="right" skips negatives at the positive's own distance: strictly farther is asked for.
     farther = jax.vmap(lambda row, d: jnp.searchsorted(row, d, side="right"))
     rank = farther(jax.lax.stop_gradient(ascending), jax.lax.stop_gradient(distances))
-    last = jnp.sum(negative, axis=1, keepdims=True) - 1
+    last = jnp.sum(negative, axis=1, keepdims=True, dtype=rank.dtype) - 1
     mined = jnp.take_along_axis(ascending, jnp.clip(rank, 0, jnp.maximum(last, 0)), axis=1)
     return _mean_loss(distances, jnp.where(positive, mined, 0.0), positive, margin)
 
@@ -311,8 +311,8 @@ def _pass_over_all(soft, distances, margin, positive, negative):
 
     Turn i takes each anchor's i-th positive: as many turns as one has positives, a few of b.
     """
-    rank = jnp.cumsum(positive.astype(jnp.int32), axis=1)
-    turns = jnp.max(jnp.sum(positive.astype(jnp.int32), axis=1))
+    rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
+    turns = jnp.max(jnp.sum(positive, axis=1, dtype=jnp.int32))
 
     def turn(carry):
         i, costs, slopes, active = carry

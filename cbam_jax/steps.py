@@ -124,8 +124,9 @@ def create_train_state(
     """Split a model into its arrays, start the optimizer's, and replicate all over the mesh.
 
     ``ema`` starts a moving average of the parameters, ``ema_batch_stats`` beside it one of
-    BatchNorm's statistics. ``memory_shape`` is [n, d] of a memory of embeddings, which starts
-    empty; n = 0: none.
+    BatchNorm's statistics: at the values that the model has, so that nothing is debiased; it moves
+    once a batch, also where several make an update. ``memory_shape`` is [n, d] of a memory of
+    embeddings, which starts empty; n = 0: none.
 
     Raises:
         ValueError: ``ema_batch_stats`` without ``ema``: nothing would be evaluated by them.

@@ -320,6 +320,18 @@ def test_traced_smoothing_and_weight(rng):
     np.testing.assert_allclose(slopes[1], (loss(0.1, 1.3) - loss(0.1, 0.3)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("mining", MININGS)
+def test_float64_is_computed_in_float32(rng, mining):
+    x, y = rng.normal(size=(9, 4)), jnp.asarray(LABELS)
+    (expected, _), slope = compiled(mining)(x.astype(np.float32), y)
+    with jax.enable_x64(True):
+        (loss, _), gradient = compiled(mining)(jnp.asarray(x), y)
+        distances = pairwise_distances(jnp.asarray(x), jnp.asarray(x))
+    assert (loss.dtype, distances.dtype, gradient.dtype) == (jnp.float32, jnp.float32, jnp.float64)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
+
+
 def test_wrong_arguments_are_named():
     x, y = jnp.ones((4, 2)), jnp.zeros(4, jnp.int32)
     with pytest.raises(ValueError, match="'hard'; choose one of batch_hard, semi_hard, batch_all"):
