@@ -206,7 +206,7 @@ def _depthwise_backward(window: Window, residuals: tuple[jax.Array, jax.Array], 
     if window.strides == 1:  # Padded alike before and after, so turned round it is the same window.
         return _depthwise(dy, kernel[::-1, ::-1], window), d_kernel
     products = _products([dy] * window.size**2, kernel)
-    return add_views(products, window, x.shape[1], x.shape[2]), d_kernel
+    return add_views(products, window, x), d_kernel
 
 
 def _depthwise_kernel_gradient(x: jax.Array, dy: jax.Array, window: Window) -> jax.Array:

@@ -3,7 +3,7 @@
 Products and sums over views are what XLA's CPU backend runs faster than some of its convolutions.
 """
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -94,33 +94,10 @@ def phased_views(x: jax.Array, window: Window) -> list[jax.Array]:
     ]
 
 
-def add_views(views: list[jax.Array], window: Window, height: int, width: int) -> jax.Array:
-    """Add up what the views say of each pixel: the transpose of `views_of`, [b, height, width, c].
-
-    With strides s, pixel s q + a of the padded map is seen by window q - (o - a) / s at offset o,
-    for o = a, a + s, ... So for each pair of remainders a few shifted views are added, and these
-    sums are interleaved. XLA's own transpose of a strided view is a whole map of mostly zeros.
-    """
-    size, s, ((top, _), (left, _)), *_ = window
-    rows, columns = -(-(height + top) // s), -(-(width + left) // s)
-
-    def shifted(i: int, j: int) -> jax.Array:
-        """A view, its window (0, 0) moved to (i // s, j // s) of [rows, columns]."""
-        view = views[size * i + j]
-        down, right = i // s, j // s
-        view = view[:, : rows - down, : columns - right]
-        rest = rows - down - view.shape[1], columns - right - view.shape[2]
-        return jnp.pad(view, ((0, 0), (down, rest[0]), (right, rest[1]), (0, 0)))
-
-    def remainder(a: int, b: int) -> jax.Array:
-        offsets = [(i, j) for i in range(a, size, s) for j in range(b, size, s)]
-        none = jnp.zeros((views[0].shape[0], rows, columns, views[0].shape[3]), views[0].dtype)
-        return reduce(jnp.add, [shifted(i, j) for i, j in offsets], none)
-
-    phases = [jnp.stack([remainder(a, b) for b in range(s)], axis=3) for a in range(s)]
-    padded = jnp.stack(phases, axis=2)  # [b, rows, s, columns, s, c]
-    padded = padded.reshape(padded.shape[0], rows * s, columns * s, -1)
-    return padded[:, top : top + height, left : left + width]
+def add_views(views: list[jax.Array], window: Window, like: jax.Array) -> jax.Array:
+    """Add up what the views say of each pixel of ``like``: the transpose of `phased_views`."""
+    (total,) = jax.linear_transpose(lambda x: phased_views(x, window), like)(views)
+    return total
 
 
 def on_cpu() -> bool:
