@@ -1,6 +1,6 @@
 """Seconds of the triplet loss over all triplets, with its gradient, beside the obvious programs.
 
-python benchmarks/batch_all.py [--batches 64 128 256 512 --seconds=3]
+python benchmarks/batch_all.py [--batches 64 128 256 512 --repeats=15]
 
 Value and gradient of ``triplet_loss(mining="batch_all")`` for embeddings [b, 128] of eight images a
 class, hinge and soft; beside it the naive jnp form, which writes all b^3 costs, and PyTorch Metric
@@ -13,10 +13,6 @@ line is one JSON document.
 import argparse
 import functools
 import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbam_jax.benchmark import machine, seconds
 from cbam_jax.losses import triplet_loss
 
 _DIM, _IMAGES_PER_CLASS, _MARGIN = 128, 8, 0.2
-_FEWEST, _MOST = 3, 25  # Turns.
 
 
 def naive(embeddings: jax.Array, labels: jax.Array, *, soft: bool) -> jax.Array:
@@ -78,20 +74,7 @@ def torch_program(arrays: Any, *, soft: bool) -> Callable[[], Any] | None:
     return run
 
 
-def alternating(programs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """The seconds of each call, the programs by turns, in another order every time."""
-    found: dict[str, list[float]] = {name: [] for name in programs}
-    rng, start, turns = np.random.default_rng(0), time.perf_counter(), 0
-    while turns < _FEWEST or (turns < _MOST and time.perf_counter() - start < seconds):
-        for name in rng.permutation(list(programs)):
-            began = time.perf_counter()
-            programs[name]()
-            found[name].append(time.perf_counter() - began)
-        turns += 1
-    return found
-
-
-def measure(batch: int, soft: bool, seconds: float) -> dict[str, Any]:
+def measure(batch: int, soft: bool, repeats: int) -> dict[str, Any]:
     """Time one batch size and one cost."""
     rng = np.random.default_rng(batch)
     embeddings = rng.normal(size=(batch, _DIM)).astype(np.float32)
@@ -104,23 +87,20 @@ def measure(batch: int, soft: bool, seconds: float) -> dict[str, Any]:
     peer = torch_program(arrays, soft=soft)
     if peer is not None:
         programs["PyTorch Metric Learning"] = peer
-    results = {name: program() for name, program in programs.items()}  # Not counted.
+    results = {name: program() for name, program in programs.items()}
     value, gradient = results["cbam_jax"]
     for other, other_gradient in results.values():
         np.testing.assert_allclose(other, value, rtol=1e-4)
         np.testing.assert_allclose(other_gradient, gradient, rtol=1e-2, atol=1e-5)
-    record = {"batch": batch, "cost": "soft" if soft else "hinge", "seconds": {}, "memory": memory}
-    for name, times in alternating(programs, seconds).items():
-        spread = {"median": statistics.median(times), "least": min(times), "most": max(times)}
-        record["seconds"][name] = spread | {"calls": len(times)}
-    return record
+    times = seconds(programs, repeats)
+    return {"batch": batch, "cost": "soft" if soft else "hinge", "seconds": times, "memory": memory}
 
 
 def row(record: dict[str, Any]) -> str:
     """One case as a row of a table: milliseconds, least to most, and megabytes."""
     cells = [f"{record['batch']}, {record['cost']}"]
     for spread in record["seconds"].values():
-        median, least, most = (spread[key] * 1e3 for key in ("median", "least", "most"))
+        median, least, most = (spread[key] * 1e3 for key in ("median", "min", "max"))
         cells.append(f"{median:.3g} ({least:.3g} to {most:.3g})")
     megabytes = (f"{record['memory'][name] / 1e6:.3g}" for name in ("cbam_jax", "naive jnp"))
     return f"| {' | '.join(cells)} | {' / '.join(megabytes)} |"
@@ -130,18 +110,17 @@ def main() -> None:
     """Print a table, and JSON."""
     parser = argparse.ArgumentParser(description="Seconds of the loss over all triplets.")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring, for each case")
+    parser.add_argument("--repeats", type=int, default=15, help="turns, for each case")
     flags = parser.parse_args()
     records = []
     for batch in flags.batches:
         for soft in (False, True):
-            records.append(measure(batch, soft, flags.seconds))
+            records.append(measure(batch, soft, flags.repeats))
             if len(records) == 1:
                 names = " | ".join(records[0]["seconds"])
                 print(f"| b, cost | {names} | MB |\n|{'---|' * (2 + len(records[0]['seconds']))}")
             print(row(records[-1]), flush=True)
-    about = {"jax": jax.__version__, "cpus": os.cpu_count(), "machine": platform.machine()}
-    print(json.dumps(about | {"cases": records}))
+    print(json.dumps({**machine(), "cases": records}))
 
 
 if __name__ == "__main__":

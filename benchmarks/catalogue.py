@@ -27,7 +27,15 @@ import cv2
 import faiss
 import numpy as np
 
-from cbam_jax.benchmark import embed_step, embeddings, machine, photos, random_batch, seconds
+from cbam_jax.benchmark import (
+    embed_step,
+    embeddings,
+    judged,
+    machine,
+    photos,
+    random_batch,
+    seconds,
+)
 from cbam_jax.catalogue import Catalogue
 from cbam_jax.data import cut_file
 
@@ -132,15 +140,6 @@ BARS = {  # The most of each figure.
 }
 
 
-def judged(result: dict) -> dict:
-    """Each figure that is promised, its most, and whether it holds."""
-    return {
-        name: {"value": result[name], "most": most, "holds": result[name] <= most}
-        for name, most in BARS.items()
-        if name in result
-    }
-
-
 def compare(items: int, dim: int, k: int, repeats: int, added: int) -> dict:
     rows = embeddings(items, dim, seed=2)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -166,7 +165,7 @@ def compare(items: int, dim: int, k: int, repeats: int, added: int) -> dict:
             drawn = write_photos(Path(folder) / "photos", added)
             result |= add_turns(embedder, drawn, added, repeats)
     return {"benchmark": "catalogue", "items": items, "dim": dim, "k": k, "repeats": repeats,
-            **result, "bars": judged(result), **machine(),
+            **result, "bars": judged(result, BARS), **machine(),
             "faiss_version": faiss.__version__}  # fmt: skip
 
 

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cbam_jax.benchmark import machine
+from cbam_jax.benchmark import judged, machine
 
-GROWTH = 1.02  # Of the server's memory from the thousandth search to the last, at most.
+# The most of each figure; growth is of the server's memory from the thousandth search to the last.
+BARS = {"lost": 0, "memory_growth": 1.02}
 
 
 async def post(reader, writer, address: str, body: bytes) -> dict:
@@ -148,15 +149,14 @@ def measure(options: argparse.Namespace) -> dict:
 def compared(result: dict) -> dict:
     """The figures against each other, and whether what is promised holds."""
     one, many = result["one"], result["many"]
-    lost = sum(result[name]["lost"] for name in ("one", "many", "early", "by_id"))
-    growth = result["memory_end"] / result["memory_1000"]
+    promised = {
+        "lost": sum(result[name]["lost"] for name in ("one", "many", "early", "by_id")),
+        "memory_growth": result["memory_end"] / result["memory_1000"],
+    }
     return {
         "many_to_one": {name: many[name] / one[name] for name in ("p50", "p99", "per_second")},
         "served_to_embedder": many["per_second"] / max(result["embedder"].values()),
-        "bars": {
-            "lost": {"value": lost, "most": 0, "holds": not lost},
-            "memory_growth": {"value": growth, "most": GROWTH, "holds": growth <= GROWTH},
-        },
+        "bars": judged(promised, BARS),
     }
 
 

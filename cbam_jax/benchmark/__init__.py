@@ -3,7 +3,7 @@
 Every run warms up first, apart from what is measured, and ends with one JSON document as the last
 line on stdout. No dataset is needed. To be read in this order:
 
-* ``timing``: functions that take turns; median and spread
+* ``timing``: functions that take turns; median and spread; whether figures hold
 * ``compiled``: what a program costs; ``workloads``: the steps, and the machine's own limits
 * ``environment``: what the numbers depend on
 * ``step``, ``search`` and ``data``: what the commands measure
@@ -17,7 +17,7 @@ import importlib
 from typing import Any
 
 _ROOMS = {
-    "timing": ("seconds", "spread"),
+    "timing": ("judged", "seconds", "spread"),
     "compiled": ("collectives", "compile_cold"),
     "workloads": ("copy", "embed_step", "matrix_product", "random_batch", "train_step"),
     "environment": ("machine", "peak_memory"),

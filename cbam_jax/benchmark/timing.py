@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 _PAUSE_S = 0.1
 
@@ -48,3 +49,17 @@ def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str,
       ['max', 'median', 'min']
     """
     return {name: spread(times) for name, times in take_turns(functions, repeats).items()}
+
+
+def judged(figures: Mapping[str, Any], bars: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Each figure that is promised and was measured, its most, and whether it holds.
+
+    Example:
+      >>> judged({"lost": 2, "p50": 0.1}, {"lost": 0, "open": 2.0})
+      {'lost': {'value': 2, 'most': 0, 'holds': False}}
+    """
+    return {
+        name: {"value": figures[name], "most": most, "holds": figures[name] <= most}
+        for name, most in bars.items()
+        if name in figures
+    }
