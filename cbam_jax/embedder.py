@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from cbam_jax import InputError, data, hub, model_state, runs, steps
 from cbam_jax.foreign_files import expanded, read_file, shown
-from cbam_jax.models import EmbeddingModel, create_model
+from cbam_jax.models import FORM, EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import IMAGENET
 from cbam_jax.progress import progress as telling
@@ -110,8 +110,7 @@ class Embedder:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         arguments = defaults | self.arguments
         del arguments["num_classes"], arguments["drop_path"]  # No embedding depends on these.
-        later = ("activation", "transformer", "reduction", "kernel_size", "original")
-        for name in later:  # As before there were these.
+        for name in ("activation", "transformer", *FORM):  # As before there were these.
             if arguments[name] == defaults[name]:
                 del arguments[name]
         return {

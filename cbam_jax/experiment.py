@@ -21,7 +21,7 @@ from flax import nnx
 from cbam_jax import InputError, data, evaluation, losses, named_parts, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset, is_path, open_dataset
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import expanded, shown
 from cbam_jax.models import (
     ANY_TRANSFORMER,
     EmbeddingModel,
@@ -72,11 +72,8 @@ def is_published(source: str) -> bool:
 
 
 def _whole(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    if path.startswith("~") and expanded == path and not os.path.lexists(path):
-        raise InputError(f"{path}: there is no such home folder; give the whole path")
     # A closing slash is what tells a folder of class folders from a dataset's name.
-    return os.path.abspath(expanded) + "/" * path.endswith("/")
+    return os.path.abspath(expanded(path)) + "/" * path.endswith("/")
 
 
 def trust_named_parts(config: Config) -> None:

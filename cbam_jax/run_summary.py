@@ -14,20 +14,15 @@ from cbam_jax.runlog import StepMonitor
 
 def images_of(training: RetrievalDataset, validation: RetrievalDataset) -> str:
     """Say how many images there are, and of how many classes: a split may lack some that exist."""
-    splits = {"training": training, "validation": validation}
-    classes, known = (
-        [len(set(s.label.tolist())) for s in splits.values()],
-        len(training.label_names),
-    )
+    known = len(training.label_names)
+    counts = f"{len(training)} training", f"{len(validation)} validation images of"
+    classes = [len(set(split.label.tolist())) for split in (training, validation)]
     if classes == [known, known]:
-        return (
-            f"{len(training)} training and {len(validation)} validation images of {known} classes"
-        )
-    told = [
-        f"{len(split)} {name} images of {count} classes"
-        for (name, split), count in zip(splits.items(), classes, strict=True)
-    ]
-    return f"{' and '.join(told)} (the dataset names {known})"
+        return f"{' and '.join(counts)} {known} classes"
+    return (
+        f"{counts[0]} images of {classes[0]} classes and {counts[1]} {classes[1]} classes "
+        f"(the dataset names {known})"
+    )
 
 
 def summarize(

@@ -36,7 +36,7 @@ def with_statistics(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [64, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [64, 4096])
 def test_chunks_on_eight_devices_give_the_gradient_of_the_whole_batch_on_one(rng, size):
     model, batch = with_statistics(rng), batch_of(rng, size)
     step = functools.partial(run, model, DESCENT, loss=SOFT, batches=[batch])

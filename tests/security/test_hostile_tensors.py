@@ -138,7 +138,7 @@ INDEXES = {
     "a map to a list": ({"weight_map": {"a": [SHARD]}}, DAMAGED),
     "a map to a number": ({"weight_map": {"a": 5}}, DAMAGED),
     "a map out of the folder": ({"weight_map": {"a": f"../{SHARD}"}}, DAMAGED),
-    "a map to a whole path": ({"weight_map": {"a": f"/tmp/{SHARD}"}}, DAMAGED),
+    "a map to a whole path": ({"weight_map": {"a": f"/elsewhere/{SHARD}"}}, DAMAGED),
     "a map to an address": ({"weight_map": {"a": "http://evil/x.safetensors"}}, DAMAGED),
     "a map to a pickle": ({"weight_map": {"a": "model.bin"}}, DAMAGED),
     "a map to the index": ({"weight_map": {"a": "model.safetensors.index.json"}}, DAMAGED),
