@@ -18,13 +18,14 @@ from cbam_jax.metrics import (
     per_query_metrics,
     retrieval_metrics,
 )
-from cbam_jax.search import search
+from cbam_jax.search import first_ranks, search
 from cbam_jax.whole_files import written_whole
 
 ACCURACY_DEFINITIONS = {
     "accuracy": "fraction of all images whose largest logit is the label's",
     "accuracy@5": "fraction of all images whose label's logit is among the largest 5",
 }
+_MRR = "1 / rank of the first relevant item in the whole gallery"
 _RANKED = 4096
 _COLUMNS = (
     "query", "query_category", "rank", "neighbour", "neighbour_category", "distance",
@@ -226,23 +227,52 @@ def evaluate_embeddings(
         gallery_group=protocol.gallery_group,
     )
     match = label_matches(index, query_label, gallery_label)
+    first = _first_ranks(embeddings, label, protocol, match, relevant)
     chosen = headline(f"map@{k}" for k in ks)
     by_query = per_query_metrics(match, relevant, ks)[chosen]
-    categories = per_category_metrics(match, relevant, query_label, ks)
+    categories = per_category_metrics(match, relevant, query_label, ks, first_rank=first)
     report = {
         "protocol": protocol.name,
         "num_gallery": len(protocol.gallery),
         "ks": list(ks),
-        "metrics": retrieval_metrics(match, relevant, ks),
+        "metrics": retrieval_metrics(match, relevant, ks, first_rank=first),
         "chance": {f"precision@{k}": chance_precision(relevant, searched, k) for k in ks},
         "possible": {f"precision@{k}": possible_precision(relevant, k) for k in ks},
         "interval": {"metric": chosen, "confidence": 0.95, "of": bootstrap_interval(by_query)},
         "per_category": {label_names[i]: metrics for i, metrics in categories.items()},
-        "definitions": dict(METRIC_DEFINITIONS),
+        "definitions": {**METRIC_DEFINITIONS, "mrr": _MRR},
     }
     k = max(ks)
     neighbour = np.where(index[:, :k] >= 0, protocol.gallery[index[:, :k]], -1)
     return Evaluation(report, protocol.query, neighbour, distance[:, :k], match[:, :k], by_query)
+
+
+def _first_ranks(
+    embeddings: np.ndarray,
+    label: np.ndarray,
+    protocol: Protocol,
+    match: np.ndarray,
+    relevant: np.ndarray,
+) -> np.ndarray:
+    """The rank of each query's first relevant image in the whole gallery, int64 [q], 0 for none.
+
+    Most are among those found; for the other queries what is nearer is counted.
+    """
+    first = np.where(match.any(axis=1), np.argmax(match, axis=1) + 1, 0)
+    beyond = np.flatnonzero((first == 0) & (relevant > 0))
+    if not len(beyond):
+        return first
+    query, group = protocol.query[beyond], protocol.query_group
+    first[beyond] = first_ranks(
+        embeddings[query],
+        embeddings[protocol.gallery],
+        label[query],
+        label[protocol.gallery],
+        exclude_self=protocol.own[beyond],
+        query_group=None if group is None else group[beyond],
+        gallery_group=protocol.gallery_group,
+    )
+    return first
 
 
 def classification_metrics(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:

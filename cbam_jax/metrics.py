@@ -29,6 +29,7 @@ __all__ = [
     "bootstrap_interval",
     "count_relevant",
     "label_matches",
+    "ndcg",
     "per_category_metrics",
     "per_query_metrics",
     "retrieval_metrics",
@@ -43,15 +44,22 @@ METRIC_DEFINITIONS: Mapping[str, str] = {
     "recall@K": "share of queries with a hit among the first K (CMC)",
     "map@R": "(sum of P_i at hit ranks i <= R) / R",
     "r_precision": "hits among the first R / R",
-    "mrr": "1 / rank of the first hit among those retrieved; 0 without a hit",
+    "mrr": "1 / rank of the first hit; 0 without one among the ranks given",
+    "ndcg@K": "DCG among the first K / the DCG of the best order of the gallery; an item's gain is "
+    "its grade (linear) or 2^grade - 1 (exp2), divided by log2(rank + 1)",
     "num_queries": "number of queries, those left out included",
     "num_left_out": "queries without a relevant item in the gallery, left out of every mean",
 }
+_GAINS = ("linear", "exp2")
 _ROWS = 1024
 
 
 def retrieval_metrics(
-    matches: ArrayLike, num_relevant: ArrayLike, ks: Sequence[int] = (5, 10, 20)
+    matches: ArrayLike,
+    num_relevant: ArrayLike,
+    ks: Sequence[int] = (5, 10, 20),
+    *,
+    first_rank: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """Means of all metrics over the queries that have a relevant item.
 
@@ -59,12 +67,15 @@ def retrieval_metrics(
     `METRIC_DEFINITIONS`: ``map@K`` as in the paper, ``map_min@K``, ``map_all@K`` (for K the whole
     ranking, scikit-learn's average precision), ``precision@K``, ``recall@K``, ``mrr``, ``map@R``
     and ``r_precision``. The last two look at the first R ranks: they are left out of the result
-    where the ranking is shorter than the largest R, since they would come out too low.
+    where the ranking is shorter than the largest R, since they would come out too low. So does
+    ``mrr`` where a query's first relevant item lies beyond the ranking: give ``first_rank``.
 
     Args:
       matches: ``[q, k]`` bool, nearest first; False where a row has no item left (index -1).
       num_relevant: ``[q]`` integers, relevant items in the gallery, ignored ones not counted.
       ks: The K to report, at most k each.
+      first_rank: ``[q]`` integers, the rank of each query's first relevant item in the whole
+        gallery, 0 for none, as `cbam_jax.search.first_ranks` counts it; None: that of the hits.
 
     Returns:
       A dict of floats, with ``num_queries`` and ``num_left_out``. A mean over no query is NaN. Of
@@ -93,14 +104,18 @@ def retrieval_metrics(
       >>> float(metrics["precision@2"]), float(metrics["num_queries"])
       (1.0, 4.0)
     """
-    per_query = per_query_metrics(matches, num_relevant, ks)
+    per_query = per_query_metrics(matches, num_relevant, ks, first_rank=first_rank)
     if xp := traced(matches, num_relevant):
         return over_any_mesh(_traced_means, (per_query, xp.asarray(num_relevant) > 0))
     return _means(per_query, np.asarray(num_relevant) > 0)
 
 
 def per_query_metrics(
-    matches: ArrayLike, num_relevant: ArrayLike, ks: Sequence[int] = (5, 10, 20)
+    matches: ArrayLike,
+    num_relevant: ArrayLike,
+    ks: Sequence[int] = (5, 10, 20),
+    *,
+    first_rank: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """The metrics of `retrieval_metrics` for each query.
 
@@ -108,6 +123,7 @@ def per_query_metrics(
       matches: ``[q, k]`` bool.
       num_relevant: ``[q]`` integers.
       ks: The K to report, at most k each.
+      first_rank: ``[q]`` integers, or None.
 
     Returns:
       A dict of ``[q]`` float64 arrays (float32 of traced ones), NaN for the queries without a
@@ -124,7 +140,8 @@ def per_query_metrics(
     hits, relevant = _checked(matches, num_relevant, ks)
     if traced(hits, relevant):
         find = functools.partial(_traced_metrics, ks=ks)
-        return over_any_mesh(find, (hits, relevant), by_rows=True)
+        given = (hits, relevant) if first_rank is None else (hits, relevant, first_rank)
+        return over_any_mesh(find, given, by_rows=True)
     # Blocks of queries: the cumulative sums of 10,000 full rankings would take gigabytes.
     starts = range(0, max(len(hits), 1), _ROWS)
     complete = int(relevant.max(initial=0)) <= hits.shape[1]
@@ -132,9 +149,18 @@ def per_query_metrics(
         _block(np, hits[i : i + _ROWS], relevant[i : i + _ROWS], ks, complete) for i in starts
     ]
     values = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    if first_rank is not None:
+        values["mrr"] = _reciprocal(np, first_rank)
     for value in values.values():
         value[relevant == 0] = np.nan
     return values
+
+
+def _reciprocal(xp: Any, rank: Any) -> Any:
+    """1 / rank, 0 for none."""
+    real = np.float64 if xp is np else np.float32
+    rank = xp.asarray(rank).astype(real)
+    return xp.where(rank > 0, 1 / xp.maximum(rank, 1), 0)
 
 
 def per_category_metrics(
@@ -142,6 +168,8 @@ def per_category_metrics(
     num_relevant: ArrayLike,
     categories: ArrayLike,
     ks: Sequence[int] = (5, 10, 20),
+    *,
+    first_rank: ArrayLike | None = None,
 ) -> dict:
     """The metrics of `retrieval_metrics` for the queries of each category; on the host alone.
 
@@ -150,6 +178,7 @@ def per_category_metrics(
       num_relevant: ``[q]`` integers.
       categories: ``[q]``, the category of each query (integers or strings).
       ks: The K to report, at most k each.
+      first_rank: ``[q]`` integers, or None.
 
     Returns:
       Category -> metrics, in ascending order of the categories.
@@ -164,7 +193,7 @@ def per_category_metrics(
       {'coat': 1.0, 'dress': 0.0}
     """
     _on_host("per_category_metrics", matches, num_relevant, categories)
-    per_query = per_query_metrics(matches, num_relevant, ks)
+    per_query = per_query_metrics(matches, num_relevant, ks, first_rank=first_rank)
     categories, counted = plain_labels("categories", categories), np.asarray(num_relevant) > 0
     if categories.shape != counted.shape:
         raise ValueError(f"categories have shape {categories.shape}, expected {counted.shape}")
@@ -178,6 +207,82 @@ def per_category_metrics(
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     means = (dict(zip(columns, row, strict=True)) for row in rows)
     return dict(zip(names.tolist(), means, strict=True))
+
+
+def ndcg(grades: ArrayLike, gallery_grades: ArrayLike, k: int, *, gain: str = "linear") -> Any:
+    """Normalised discounted cumulative gain at K of each query, for relevance that has grades.
+
+    DCG@K is the sum over the ranks i <= K of gain / log2(i + 1); nDCG@K divides it by that of the
+    best order of the gallery (Jarvelin and Kekalainen 2002). Two gains are in use, so each has a
+    name: ``"linear"``, the grade itself, as in trec_eval, BEIR and scikit-learn; ``"exp2"``,
+    2^grade - 1 (Burges et al. 2005), as in much of the literature on learning to rank. Of grades 0
+    and 1 both are the same.
+
+    Ties are broken by the ranking's own order, which is (distance, gallery index) of `search`.
+    scikit-learn's ``ndcg_score`` takes the mean over all orders of a tie instead, so the two agree
+    where no two scores are equal; and it counts a query without a relevant item as 0, which is
+    left out here.
+
+    Args:
+      grades: ``[q, k']`` numbers, not negative, grades of the items found, nearest first; 0 where a
+        row has no item left. K is at most k'.
+      gallery_grades: ``[q, n]``, grades of the whole gallery in any order, ignored items at 0; the
+        K highest suffice.
+      k: K.
+      gain: ``"linear"`` or ``"exp2"``.
+
+    Returns:
+      ``[q]`` float64 (float32 of traced arrays), NaN for queries without a relevant item; the mean
+      is ``np.nanmean``.
+
+    Raises:
+      ValueError: For wrong shapes, a K out of range, an unknown gain, a grade that is negative or
+        not finite, or a row that found more than the gallery holds (of traced arrays not checked).
+
+    Example:
+      >>> ndcg([[1, 0, 2]], [[0, 2, 1, 0]], k=3).round(4).tolist()
+      [0.7602]
+      >>> ndcg([[1, 0, 2]], [[0, 2, 1, 0]], k=3, gain="exp2").round(4).tolist()
+      [0.6885]
+    """
+    xp = traced(grades, gallery_grades) or np
+    found, best = xp.asarray(grades), xp.asarray(gallery_grades)
+    if found.ndim != 2 or best.ndim != 2 or len(found) != len(best):
+        raise ValueError(
+            f"grades have shape {found.shape} and gallery_grades {best.shape}, expected [q, k'] "
+            "and [q, n]"
+        )
+    if gain not in _GAINS or not 1 <= k <= found.shape[1]:
+        raise ValueError(
+            f"ndcg: K is {k} of {found.shape[1]} ranks, gain {gain!r}; expected 1 to that, and one "
+            f"of {', '.join(_GAINS)}"
+        )
+    values, ideal = (_discounted(xp, a, k, gain) for a in (found, -xp.sort(-best, axis=1)))
+    if xp is np:
+        _check_grades(found, best, values, ideal)
+    return xp.where(ideal > 0, values / xp.where(ideal > 0, ideal, 1), np.nan)
+
+
+def _discounted(xp: Any, grades: Any, k: int, gain: str) -> Any:
+    """DCG@K of each row, [q]."""
+    real = np.float64 if xp is np else np.float32
+    gains = grades[:, :k].astype(real)
+    if gain == "exp2":
+        gains = xp.exp2(gains) - 1
+    return gains @ (1 / np.log2(np.arange(2, gains.shape[1] + 2))).astype(real)
+
+
+def _check_grades(found: np.ndarray, best: np.ndarray, values: Any, ideal: Any) -> None:
+    """ValueError for grades that no gallery could have."""
+    for name, grades in (("grades", found), ("gallery_grades", best)):
+        if not np.all(np.isfinite(grades)) or np.any(grades < 0):
+            raise ValueError(f"{name} hold numbers that are negative or not finite")
+    wrong = np.flatnonzero(values > ideal * (1 + 1e-9))
+    if len(wrong):
+        raise ValueError(
+            f"query {wrong[0]} found grades that are higher than those of its gallery: give the "
+            "grades of the whole gallery"
+        )
 
 
 def _group_means(values: np.ndarray, group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -304,8 +409,8 @@ def _block(
         values["map@R"] = xp.take_along_axis(sums, last, axis=1)[:, 0] / all_relevant
         found = xp.take_along_axis(hits, last, axis=1)[:, 0]
         values["r_precision"] = found.astype(real) / all_relevant
-    first = xp.argmax(matches, axis=1)
-    values["mrr"] = xp.where(matches.any(axis=1), 1.0 / (first + 1).astype(real), 0.0)
+    first = xp.where(matches.any(axis=1), xp.argmax(matches, axis=1) + 1, 0)
+    values["mrr"] = _reciprocal(xp, first)
     return values
 
 
@@ -329,11 +434,15 @@ def _traced_means(per_query: dict[str, Any], counted: Any) -> dict[str, Any]:
     return {**means, "num_queries": queries, "num_left_out": queries - count}
 
 
-def _traced_metrics(matches: Any, num_relevant: Any, ks: Sequence[int]) -> dict[str, Any]:
+def _traced_metrics(
+    matches: Any, num_relevant: Any, first_rank: Any = None, *, ks: Sequence[int]
+) -> dict[str, Any]:
     """`per_query_metrics` of traced arrays: a result's names cannot depend on values."""
     import jax.numpy as jnp
 
     values = _block(jnp, matches, num_relevant, ks, True)
+    if first_rank is not None:
+        values["mrr"] = _reciprocal(jnp, first_rank)
     complete = jnp.max(num_relevant, initial=0) <= matches.shape[1]
     for name in ("map@R", "r_precision"):
         values[name] = jnp.where(complete, values[name], jnp.nan)

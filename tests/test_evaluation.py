@@ -32,10 +32,7 @@ def split(rng):
 def brute_force(embeddings, label, is_query, is_gallery, ignored):
     """The metrics of the counted queries by label, and (query, ranking, distances) of each."""
     points = embeddings.astype(np.float64)
-    values, rankings, depth = {}, [], max(KS)
-    for query in np.flatnonzero(is_query):
-        same = np.flatnonzero(is_gallery & (label == label[query]))
-        depth = max(depth, sum(not ignored(query, i) for i in same))
+    values, rankings = {}, []
     for query in np.flatnonzero(is_query):
         distance = np.sqrt(np.sum((points - points[query]) ** 2, axis=1))
         among = [i for i in np.flatnonzero(is_gallery) if not ignored(query, i)]
@@ -46,9 +43,7 @@ def brute_force(embeddings, label, is_query, is_gallery, ignored):
         if not relevant:
             continue
         precision = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits))]
-        # No more is ranked than the metrics at K and at R need: a hit beyond that counts as none.
-        first = hits.index(True)
-        one = {"mrr": 1 / (first + 1) if first < depth else 0.0}
+        one = {"mrr": 1 / (hits.index(True) + 1)}
         one["r_precision"] = sum(hits[:relevant]) / relevant
         for k in (*KS, relevant):
             at_hits = [p for p, hit in zip(precision[:k], hits[:k], strict=True) if hit]

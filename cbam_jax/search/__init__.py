@@ -18,7 +18,8 @@ The rooms, in the order to read them: `passes` (`search`: bounds, candidates, pr
 is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
 block), `candidates` and `pairs` (distances in float64), `clusters` (each searched alone), `spread`
 (how embeddings lie), `exhaustive` (every pair); and what they stand on: `types`, `order` (of ties),
-`shards` (the gallery in memory), `sums`, `arguments`.
+`shards` (the gallery in memory), `sums`, `arguments`. `counting`: what is nearer than the first
+relevant item.
 
 `top_k` finds the same inside other JAX programs: `traced` (the function, its gradient, shards),
 `streamed` (bounds, candidates, proof under `jax.jit`), `compensated` (distances as exact as
@@ -26,7 +27,8 @@ float64's without float64).
 """
 
 from cbam_jax.search.arguments import FIRST_PASSES, METRICS
+from cbam_jax.search.counting import first_ranks
 from cbam_jax.search.passes import search
 from cbam_jax.search.traced import top_k
 
-__all__ = ["FIRST_PASSES", "METRICS", "search", "top_k"]
+__all__ = ["FIRST_PASSES", "METRICS", "first_ranks", "search", "top_k"]

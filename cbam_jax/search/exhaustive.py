@@ -29,7 +29,7 @@ def exhaustive_search(
                 ignored = ignores(queries.labels.taken(t).column(), labels)
                 ignored = np.broadcast_to(ignored, (len(x[t]), len(y))).copy()
                 ignored[:, :fresh] = True
-                low, high = _double_bounds(x[t], y, metric)
+                low, high = double_bounds(x[t], y, metric)
                 # A later item wins against the k-th so far only if it is strictly nearer.
                 limit = np.partition(np.where(ignored, np.inf, high), min(k, len(y)) - 1, axis=1)
                 limit = limit[:, min(k, len(y)) - 1, None]
@@ -45,7 +45,7 @@ def exhaustive_search(
     return unpacked(keys)
 
 
-def _double_bounds(x: np.ndarray, y: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def double_bounds(x: np.ndarray, y: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper bounds of the float32 distances, [q, n], from a float64 product."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     error = (x.shape[1] + 32) * float(np.finfo(np.float64).eps)
