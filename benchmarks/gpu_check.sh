@@ -4,9 +4,10 @@
 #   benchmarks/gpu_check.sh
 #
 # Speed of training and embedding beside PyTorch, what each costs, the search and its peer, and the
-# tests of the numerics on the GPU itself, the most important first. Needs jax with CUDA, flax and
-# optax; what PyTorch, torchvision or pytest is needed for fails without them, and the rest goes
-# on. Datasets, grain and ml_collections are not needed, nor a network.
+# tests of the numerics on the GPU itself, the most important first. Needs jax with CUDA, flax, optax
+# and orbax-checkpoint; and torch, torchvision (timm does not replace it), timm and pytest, without
+# which the parts that need them fail, and the rest goes on. Datasets, grain and ml_collections are
+# not needed, nor a network.
 #
 # Each part leaves OUT/PART.json (the tests: tests.xml) and OUT/PART.log. A part that fails or runs
 # out of time is named at the end, and the exit status is then 1.
@@ -17,8 +18,9 @@
 #   SMOKE=1      sizes that a CPU can do, one file of tests, and no limit for a single part: to see
 #                that all parts run
 #
-# XLA_FLAGS is left as it is: autotuning is on by default, and the latency hiding scheduler moves
-# collectives, of which one GPU has none.
+# XLA_FLAGS is added to by one: what one part has autotuned, the next reads from OUT/autotune.
+# Autotuning is on by default, and the latency hiding scheduler moves collectives, of which one GPU
+# has none.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -26,7 +28,8 @@ OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python}
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-530}))
 failed=()
-mkdir -p "$OUT" || exit 1
+mkdir -p "$OUT/autotune" || exit 1
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_per_fusion_autotune_cache_dir=$OUT/autotune"
 # The checkout is used as it lies there, installed or not.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 

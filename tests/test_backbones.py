@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cbam_jax.backbones import resnet
+from cbam_jax.backbones import layers, resnet
 from cbam_jax.backbones.layers import (
     BatchNorm,
     Conv,
@@ -65,6 +65,16 @@ def test_conv_pads_as_torch(rng, kernel_size, strides, shape):
     layer = Conv(5, 4, kernel_size, strides, dtype=jnp.float32, rngs=nnx.Rngs(1))
     expected = direct_conv(x, np.asarray(layer.kernel[...], np.float64), strides)
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_of_a_small_map_are_a_cpus_form_alone(rng, monkeypatch):
+    layer = Conv(5, 4, 3, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    x = jnp.asarray(rng.normal(size=(2, 2, 3, 5)), jnp.float32)
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(layer)(x))
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    assert "conv_general_dilated" in str(jax.make_jaxpr(lambda x: layer(x))(x))
+    expected = direct_conv(np.asarray(x), np.asarray(layer.kernel[...], np.float64), 1)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

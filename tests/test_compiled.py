@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cbam_jax import steps
-from cbam_jax.benchmark import collectives, compile_cold
+from cbam_jax.benchmark import collectives, compile_cold, given_flops, kernels
 
 # As a GPU's programs write them: started and waited for, operands before results.
 STARTED = """
@@ -42,6 +42,55 @@ def test_collectives_of_a_product_over_a_sharded_axis(rng):
         "all-reduce": {"count": 1, "bytes": 3 * 3 * 4},
     }
     np.testing.assert_allclose(program(jax.device_put(x, rows))[0], x.T @ x, rtol=1e-5)
+
+
+# A convolution as cuDNN's call, with its workspace; a fusion that is given one array twice.
+CALLED = """
+HloModule jit_step
+
+%body (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %square = f32[2]{0} multiply(%p, %p)
+}
+
+ENTRY %main {
+  %x = bf16[8,4]{1,0} parameter(0), metadata={op_name="f32[99]"}
+  %w = f32[4,4]{1,0} parameter(1)
+  %conv = (bf16[8,4]{1,0}, u8[1000]{0}) custom-call(%x, %w), custom_call_target="__cudnn$conv"
+  %y = bf16[8,4]{1,0} get-tuple-element(%conv), index=0
+  ROOT %sum = f32[] fusion(%y, %x, %y), kind=kInput, calls=%body
+}
+"""
+
+
+def test_kernels_of_a_gpus_text():
+    assert kernels(CALLED) == (2, (64 + 64 + 1000 + 64) + (64 + 64 + 4))
+
+
+def test_operations_of_the_program_that_xla_is_given(rng, monkeypatch):
+    """Where it counts none of its own, as on a GPU: those of all devices, shared out."""
+    mesh = steps.data_mesh()
+    rows, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
+    x = jax.device_put(rng.normal(size=(16, 3)).astype(np.float32), rows)
+    w = jax.device_put(rng.normal(size=(3, 5)).astype(np.float32), whole)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    _, cost = compile_cold(jax.jit(lambda x, w: x @ w), x, w)
+    assert cost["flops_per_device"] == 2 * 16 * 3 * 5 / 8
+    assert cost["bytes_per_device"] >= 4 * (2 * 3 + 3 * 5 + 2 * 5)
+
+
+def test_operations_given_are_those_compiled_on_a_cpu(rng):
+    """Of a convolution, whose padding counts for nothing in both."""
+
+    def convolve(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout)
+
+    x, kernel = jnp.zeros((2, 9, 8, 3)), jnp.zeros((3, 3, 3, 4))
+    lowered = jax.jit(convolve).lower(x, kernel)
+    assert given_flops(lowered) == lowered.compile().cost_analysis()["flops"]
+    # 5 x 4 places; an edge row or column has 2 of 3 taps.
+    assert given_flops(lowered) == 2 * (2 * 3 * 4) * (5 * 3 - 2) * (4 * 3 - 1)
 
 
 @pytest.fixture

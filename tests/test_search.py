@@ -400,6 +400,30 @@ def test_first_pass_suits_the_device(monkeypatch):
         assert passes._fastest_pass(Device) == expected
     Device.platform = "gpu"
     assert passes._fastest_pass(Device) == "bfloat16"
+    # A T4's, an A100's, an H100's, a Blackwell's, and AMD's MI300's.
+    capabilities = {"7.5": "float32", "8.0": "bfloat16", "9.0": "bfloat16", "12.0": "bfloat16"}
+    for capability, expected in (capabilities | {"gfx942": "bfloat16"}).items():
+        Device.compute_capability = capability
+        assert passes._fastest_pass(Device) == expected
+
+
+def test_an_accelerator_selects_seldom_and_within_its_memory():
+    """10,000 queries, 1,000,000 items: 2 selections of each of 3 tiles, where there were 16."""
+
+    class Device:
+        platform = "gpu"
+
+    def kept(q, d=512):
+        blocks = passes._block_sizes(Device, (q, d), None, None)
+        parts = shards.query_tiles(q, blocks[0])
+        count = groups._blocks_kept("gpu", parts, blocks[1], 16)
+        # Two int32 of each query and group of 16 items.
+        gigabytes = 8 * sum(map(len, parts)) * count * blocks[1] / 16 / 2**30
+        return -(-1_000_000 // (count * blocks[1])) * len(parts), gigabytes
+
+    assert kept(10_000)[0] == 6
+    assert kept(4096)[0] == 1
+    assert max(kept(q)[1] for q in (1, 100, 4096, 10_000, 50_000)) <= 3
 
 
 def test_wrong_arguments_are_named(rng):

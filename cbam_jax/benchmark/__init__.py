@@ -18,7 +18,7 @@ from typing import Any
 
 _ROOMS = {
     "timing": ("judged", "seconds", "spread"),
-    "compiled": ("collectives", "compile_cold"),
+    "compiled": ("collectives", "compile_cold", "given_flops", "kernels"),
     "workloads": ("copy", "embed_step", "matrix_product", "random_batch", "train_step"),
     "environment": ("machine", "peak_memory"),
     "step": ("DTYPES", "benchmark_step"),

@@ -19,6 +19,9 @@ from cbam_jax.search.shards import GROUP, blocks_of, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
 _KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
+# The same of all tiles together, 3 GiB, and blocks, at most, where a product takes less time than a
+# selection, which sorts as much whatever the number of blocks.
+_KEPT_ON_ACCELERATOR = 3 * 2**27, 16
 
 
 def group_size(k: int, n: int) -> int:
@@ -48,7 +51,7 @@ def lowest_bounds(
     best = [jax.device_put(nothing, s.device) for s in shards]
     kept = [[[] for _ in parts] for _ in shards]
     minima = _minima_program(preparation.dtype)
-    most = max(1, min(_KEPT * size // (len(parts[0]) * blocks[1]), 64 // len(parts)))
+    most = _blocks_kept(shards[0].device.platform, parts, blocks[1], size)
     # Devices run at the same time: each is given its next block before any result is waited for.
     waiting = []
     for number, step in enumerate(zip_longest(*(blocks_of(s, blocks[1]) for s in shards)), 1):
@@ -69,6 +72,14 @@ def lowest_bounds(
     if preparation.dtype == "float64":
         shares = [np.zeros(len(rows)) for rows in parts]  # They are in the bounds.
     return lowest, _untiled(shares, parts, q)
+
+
+def _blocks_kept(platform: str, parts: list[np.ndarray], rows: int, size: int) -> int:
+    """Blocks of ``rows`` items of which the bounds are kept, of each tile, between selections."""
+    if platform == "cpu":
+        return max(1, min(_KEPT * size // (len(parts[0]) * rows), 64 // len(parts)))
+    kept, most = _KEPT_ON_ACCELERATOR
+    return max(1, min(kept * size // (sum(map(len, parts)) * rows), most))
 
 
 def _tiles(parts: list[Queries], preparation: Preparation) -> tuple[list, list]:

@@ -220,9 +220,14 @@ def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.nda
 
 
 def _fastest_pass(device: Any) -> str:
-    """bfloat16 where the device has instructions for it: accelerators, some CPUs under Linux."""
+    """bfloat16 where the device has instructions for it: most accelerators, some Linux CPUs.
+
+    Of NVIDIA's, those from compute capability 8.0 (Ampere) on; others, and AMD's ("gfx942"), do not
+    say their capability as a number.
+    """
     if device.platform != "cpu":
-        return "bfloat16"
+        major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+        return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
