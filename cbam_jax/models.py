@@ -22,7 +22,7 @@ from cbam_jax.backbones import efficientnet, googlenet, resnet, vgg
 from cbam_jax.backbones.vit import Variant, VisionTransformer
 from cbam_jax.backbones.vit_published import PUBLISHED
 from cbam_jax.distances import l2_normalize
-from cbam_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_images
+from cbam_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_images, checked_scaling
 
 BACKBONES = {
     "resnet10": resnet.ResNet10,
@@ -82,7 +82,7 @@ def pixel_scaling(
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """
     if transformer is not None:
-        return tuple(transformer["mean"]), tuple(transformer["std"])
+        return checked_scaling(transformer["mean"], transformer["std"])
     if backbone in PUBLISHED:
         return PUBLISHED[backbone].scaling
     return _SCALINGS.get(backbone, (IMAGENET_MEAN, IMAGENET_STD))

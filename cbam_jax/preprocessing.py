@@ -5,16 +5,21 @@ the device.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import shown
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], as torchvision's weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZES = ("crop", "squash", "letterbox")
 INTERPOLATIONS = ("bilinear", "bicubic")
+# What scaling can be meant, of pixels in [0, 1]: a mean of 0 and a deviation of 1 / 255 undo that.
+_MEANS, _DEVIATIONS = (0, 1), (0.001, 10)
+_LONGEST = 1 << 14  # Pixels of a short side: of a strip's long one there are many times as many.
 _VERSION = 2
 
 
@@ -61,6 +66,16 @@ class Preprocessing:
             raise InputError(f"image_size={self.image_size}: give a positive number of pixels")
         if not 0 < self.crop_fraction <= 1:
             raise InputError(f"crop_fraction={self.crop_fraction}: give a fraction in (0, 1]")
+        if self.image_size / self.crop_fraction > _LONGEST:
+            raise InputError(
+                f"image_size={self.image_size}, crop_fraction={self.crop_fraction}: photos would "
+                f"be resized to more than {_LONGEST} pixels: give a smaller size, or a larger "
+                "fraction"
+            )
+        try:
+            checked_scaling(self.mean, self.std)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         for name, choices in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
             if getattr(self, name) not in choices:
                 value = repr(getattr(self, name))[:80]
@@ -136,6 +151,29 @@ class Preprocessing:
         resize = fields.get("resize", cls.resize)
         interpolation = fields.get("interpolation", cls.interpolation)
         return cls(size, fraction, mean, std, resize, interpolation, color)
+
+
+def checked_scaling(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return a mean and a deviation by channel, of pixels in [0, 1], as numbers.
+
+    Raises:
+        ValueError: they are not three numbers each, of 0 to 1 and of 0.001 to 10.
+
+    >>> checked_scaling([0, 0.5, 1], (1, 1, 1))
+    ((0.0, 0.5, 1.0), (1.0, 1.0, 1.0))
+    """
+    for name, given, (least, most) in (("mean", mean, _MEANS), ("std", std, _DEVIATIONS)):
+        listed = given if isinstance(given, list | tuple) else ()
+        if len(listed) != 3 or not all(_is_within(number, least, most) for number in listed):
+            raise ValueError(
+                f"{name}={shown(repr(given), 80)}: give three numbers from {least} to {most}"
+            )
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _is_within(number: Any, least: float, most: float) -> bool:
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    return real and least <= number <= most  # pyright: ignore[reportOperatorIssue]
 
 
 def check_images(images: Any) -> None:

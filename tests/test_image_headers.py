@@ -1,10 +1,15 @@
 """What image files claim to be, and how much is decoded of those that claim too much."""
 
 import io
+import json
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
+import cost
 import cv2
 import numpy as np
 import pytest
@@ -13,7 +18,14 @@ from PIL import Image
 from cbam_jax import InputError
 from cbam_jax.datasets import decode_image, decoding, jpeg_size
 from cbam_jax.datasets.decoding import is_decodable
-from cbam_jax.datasets.image_headers import claimed_sizes, holds_less_than_it_claims, scan_count
+from cbam_jax.datasets.image_headers import (
+    check_pixels,
+    claimed_sizes,
+    holds_less_than_it_claims,
+    keeps_coefficients,
+    png_of_pixels_alone,
+    scan_count,
+)
 
 PILLOW = ("PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "AVIF")
 OPENCV = ("hdr", "ras", "pam", "pfm", "pgm", "tiff", "webp", "jp2")
@@ -112,7 +124,7 @@ def test_what_claims_too_much_is_not_decoded(kind, rng):
     side = 16_000 if kind == "webp" else 32_000
     encoded = claiming(rng, side, side, kind)
     tracemalloc.start()
-    with pytest.raises(InputError, match=f"a.x claims {side} x {side} pixels, more than the 1342"):
+    with pytest.raises(InputError, match=f"a.x claims {side} x {side} pixels, more than the "):
         decode_image(encoded, name="a.x")
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
@@ -188,3 +200,78 @@ def test_the_limit_can_be_set(rng, monkeypatch):
     monkeypatch.setenv("CBAM_JAX_MAX_PIXELS", "much")
     with pytest.raises(InputError, match="CBAM_JAX_MAX_PIXELS=much: give a number"):
         decode_image(encoded)
+
+
+def test_what_decoding_holds_is_what_is_allowed_for(tmp_path):
+    encoded = zlib.compress(bytes(8 * 1000 * 1000 + 1000))
+    header = struct.pack(">IIBBBBB", 1000, 1000, 16, 6, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", encoded), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d))
+        for name, d in chunks
+    )
+    assert decoding.affordable(png, 1000) == 800
+    with pytest.raises(InputError, match="1000 x 1000 pixels, more than the 960000 of its kind"):
+        check_pixels([(1000, 1000)], "a.png", decoding.affordable(png, 1_200_000))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cost.STATUS.exists(), reason="no account of a process, as Linux has it")
+def test_no_kind_of_image_takes_more_memory_than_is_allowed_for(tmp_path):
+    script = Path(__file__).with_name("decoding_memory.py")
+    lines = subprocess.run(
+        [sys.executable, "-W", "ignore", script, tmp_path / "image"],
+        capture_output=True, check=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    measured = [json.loads(line) for line in lines]
+    assert len(measured) > 35
+    assert [one for one in measured if not one.get("held", 99) <= one.get("allowed", 0)] == []
+
+
+def test_a_decoder_keeps_what_several_scans_hold_parts_of(rng):
+    image = np.ascontiguousarray(drawn(rng, 40, 50))
+    for options, keeps in (([], False), ([cv2.IMWRITE_JPEG_PROGRESSIVE, 1], True)):
+        encoded = cv2.imencode(".jpg", image, options)[1].tobytes()
+        assert keeps_coefficients(encoded) == keeps
+        scan = encoded.index(b"\xff\xda")
+        of_one_colour = encoded[:scan] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + encoded[scan + 14 :]
+        assert keeps_coefficients(of_one_colour)
+        assert keeps_coefficients(encoded[:scan])
+
+
+def test_a_frame_and_a_tile_may_be_larger_than_the_image():
+    frame = b"!\xf9\4\0\0\0\0\0" + b"," + struct.pack("<HHHH", 0, 0, 60_000, 50_000)
+    gif = b"GIF89a" + struct.pack("<HH", 8, 9) + b"\x80\0\0" + bytes(6) + frame
+    assert list(claimed_sizes(gif)) == [(9, 8), (50_000, 60_000)]
+    tags = [(256, 20), (257, 30), (322, 40_000), (323, 50_000)]
+    listed = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags)
+    assert list(claimed_sizes(b"II*\0" + struct.pack("<IH", 8, 4) + listed + bytes(4))) == [
+        (30, 20), (50_000, 40_000)
+    ]  # fmt: skip
+
+
+CHUNKS = {"text": (b"tEXt", b"a\0b"), "a profile of another's": (b"iCCP", b"x"),
+          "a date that is none": (b"tIME", b"\xff" * 7)}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHUNKS)
+def test_what_is_no_pixel_of_a_png_is_passed_over_in_silence(what, rng, capfd):
+    name, data = CHUNKS[what]
+    image = drawn(rng, 20, 30)
+    whole = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+    damaged = struct.pack(">I", len(data)) + name + data + b"none"  # Its checksum.
+    more = whole[:33] + damaged + whole[33:]
+    assert png_of_pixels_alone(more) == png_of_pixels_alone(whole)
+    np.testing.assert_array_equal(decode_image(more), image)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [".png", ".webp", ".gif", ".jp2", ".avif", ".ppm", ".bmp"])
+def test_decoders_say_nothing_of_a_damaged_image(kind, rng, capfd):
+    whole = cv2.imencode(kind, drawn(rng, 40, 50))[1].tobytes()
+    for _ in range(40):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 3):
+            data[place] = rng.integers(256)
+        is_decodable(bytes(data[: rng.integers(len(data) // 2, len(data) + 1)]))
+    assert capfd.readouterr() == ("", "")

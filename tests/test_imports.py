@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "optimizers": set(),
     "steps": {"compiler_options", "model_state", "optimizers", "sharding"},
     "datasets": {"file_locks", "foreign_files", "progress", "whole_files"},
-    "preprocessing": set(),
+    "preprocessing": {"foreign_files"},
     "data": {"datasets", "preprocessing"},
     "losses": {"distances", "sharding"},
     "search": {"compiler_options", "distances", "sharding"},

@@ -8,10 +8,12 @@ of them are Pillow's, and the rule is the same for all: turned as EXIF says, lai
 import contextlib
 import functools
 import io
+import logging
 import os
 import struct
+import warnings
 from collections.abc import Iterable
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import cv2
 import numpy as np
@@ -24,14 +26,31 @@ from cbam_jax.datasets.image_headers import (
     holds_less_than_it_claims,
     image_format,
     is_packed_otherwise,
+    keeps_coefficients,
+    most_pixels,
+    png_of_pixels_alone,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What OpenCV tells of a damaged image names no file, and what is told here does.
+if "OPENCV_LOG_LEVEL" not in os.environ:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 HEAD = 64  # bytes at the beginning of a file that tell its format
 HEIC_REMEDY = "HEIC, which is read after pip install 'cbam_jax[heic]'"
 
 _JPEG = b"\xff\xd8"
-_AT_ONCE = 1 << 20  # Pixels that are computed with in float32, of a large image.
+_AT_ONCE = 1 << 16  # Pixels that are converted at once, and laid over white in float32.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+# Bytes that decoding holds of a pixel, at most, as measured: three of the result, three of a copy
+# that OpenCV makes of it, and the pixels as Pillow has them, or a decoder before it.
+_USUAL = 8
+_HELD = {
+    "PNG": 10, "GIF": 8, "TIFF": 16, "HEIC": 16, "AVIF": 20, "WebP": 20, "JPEG 2000": 28,
+    "JPEG": 12, "PNM": 16, "Radiance": 16,
+}  # fmt: skip
 # Neither transparent nor turned, or both by OpenCV; None: of no known format.
 _BY_OPENCV = (None, "JPEG", "PNM", "Radiance", "Sun raster")
 # 16 bits and more a pixel, which Pillow keeps where OpenCV scales them to 8.
@@ -65,8 +84,8 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
 
     Raises:
         InputError: the bytes are not a complete image, or HEIC without ``cbam_jax[heic]``, or
-            claim more than 2**27 pixels (``$CBAM_JAX_MAX_PIXELS`` sets another limit), which are
-            not decoded.
+            claim more than 2**27 pixels (``$CBAM_JAX_MAX_PIXELS`` sets another limit), or fewer
+            whose decoding would take as much memory, which are not decoded: see `affordable`.
 
     Example:
         >>> import cv2, numpy as np
@@ -74,7 +93,7 @@ def decode_image(encoded: bytes, *, name: str = "an image", reduction: int = 1) 
         >>> decode_image(encoded).shape
         (4, 6, 3)
     """
-    check_pixels(_claimed_sizes(encoded), name)
+    check_pixels(_claimed_sizes(encoded), name, affordable(encoded, most_pixels()))
     image = None if _is_hollow(encoded) else _pixels(encoded, reduction)
     if image is None and not_installed(image_format(encoded)):
         raise InputError(f"{name} is {HEIC_REMEDY}")
@@ -196,7 +215,7 @@ def is_decodable(encoded: bytes) -> bool:
     resolution; in full only where that fails, as it does for images of less than 8 px.
     """
     try:
-        check_pixels(_claimed_sizes(encoded), "an image")
+        check_pixels(_claimed_sizes(encoded), "an image", affordable(encoded, most_pixels()))
     except InputError:
         return False
     reductions = (8, 1) if encoded[:2] == _JPEG else (1,)
@@ -217,6 +236,24 @@ def _is_hollow(encoded: bytes) -> bool:
     if size is None:
         return holds_less_than_it_claims(encoded) or is_packed_otherwise(encoded)
     return size[0] * size[1] > 1024 * len(encoded) or has_too_many_scans(encoded, *size)
+
+
+def affordable(encoded: bytes, most: int) -> int:
+    """How many pixels of a file's kind take no more memory to decode than ``most`` usual ones.
+
+    As many, of nearly all photos. Pixels with transparency take more, and decoders that keep
+    all they read, in numbers of more than a byte, take more still.
+
+    >>> affordable(cv2.imencode(".jpg", np.zeros((4, 6, 3), np.uint8))[1].tobytes(), 1000)
+    1000
+    >>> affordable(cv2.imencode(".png", np.zeros((4, 6, 4), np.uint8))[1].tobytes(), 1000)
+    800
+    """
+    kind = image_format(encoded[:HEAD])
+    moves = encoded[12:16] == b"VP8X" and encoded[20] & 0x02  # Of a WebP: its canvas is kept.
+    usual = kind in ("PNG", "WebP") and not (moves or _may_need_more(encoded))
+    usual = usual or (kind == "JPEG" and not keeps_coefficients(encoded))
+    return most if usual else most * _USUAL // _HELD.get(kind or "", _USUAL)
 
 
 def _claimed_sizes(encoded: bytes) -> Iterable[tuple[int, int]]:
@@ -262,15 +299,15 @@ def _by_pillow(encoded: bytes) -> np.ndarray | None:
     with opened:
         if opened.mode in _DEEP:
             return None
-        image = ImageOps.exif_transpose(opened)
-        if image.has_transparency_data:
-            return _over_white(np.array(image.convert("RGBA")))
-        return np.array(image.convert("RGB"))
+        ImageOps.exif_transpose(opened, in_place=True)
+        return _over_white(opened)
 
 
 @functools.cache
 def _reads_heic() -> bool:
-    """Let Pillow read HEIC, where the extra is installed."""
+    """Let Pillow read HEIC, where the extra is installed, and keep its remarks to itself."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # Of tags that nobody here reads.
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     try:
         import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -280,6 +317,8 @@ def _reads_heic() -> bool:
 
 
 def _by_opencv(encoded: bytes, reduction: int) -> np.ndarray | None:
+    if image_format(encoded[:HEAD]) == "PNG":
+        encoded = png_of_pixels_alone(encoded) or b""
     if not encoded:  # OpenCV asserts instead of returning None
         return None
     flag = _COLOR[reduction if encoded[:2] == _JPEG else 1]
@@ -289,11 +328,19 @@ def _by_opencv(encoded: bytes, reduction: int) -> np.ndarray | None:
         return None
 
 
-def _over_white(image: np.ndarray) -> np.ndarray:
-    result = np.empty((*image.shape[:2], 3), np.uint8)
-    rows = max(1, _AT_ONCE // image.shape[1])
-    for start in range(0, len(image), rows):
-        part = image[start : start + rows].astype(np.float32)
-        color, alpha = part[..., :3], part[..., 3:] / np.float32(255)
-        result[start : start + rows] = np.rint(color * alpha + 255 * (1 - alpha))
+def _over_white(image: "Image") -> np.ndarray:
+    """Pillow's image, uint8 [h, w, 3]; by strips, since each conversion makes a copy."""
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    result = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _AT_ONCE // image.width)
+    for start in range(0, image.height, rows):
+        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+        part = np.asarray(strip.convert(mode))
+        result[start : start + rows] = _laid_over_white(part) if mode == "RGBA" else part
     return result
+
+
+def _laid_over_white(part: np.ndarray) -> np.ndarray:
+    part = part.astype(np.float32)
+    color, alpha = part[..., :3], part[..., 3:] / np.float32(255)
+    return np.rint(color * alpha + 255 * (1 - alpha))

@@ -9,37 +9,45 @@ import contextlib
 import os
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from cbam_jax import InputError
 
-# Of photos, 2**27 are 134 megapixels: a decoded image takes 0.4 GB, with transparency 0.5 GB.
+# Of photos, 2**27 are 134 megapixels: such an image takes 0.4 GB, and up to 1.1 GB meanwhile.
 MOST_PIXELS = 1 << 27
 _COMMON_SCANS = 20
 # Within a scan's data a 0xFF is followed by zero, or by what says where to begin anew.
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 MOST_PIXELS_VARIABLE = "CBAM_JAX_MAX_PIXELS"
+# Of a PNG, beside those that none can do without: transparency, orientation, other frames.
+_OF_PIXELS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 # Not at all, fax, LZW, JPEG old and new, Deflate twice, PackBits, LZMA, Zstandard and WebP.
 _TIFF_PACKED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32946, 32773, 34925, 50000, 50001))
 
 
-def check_pixels(sizes: Iterable[tuple[int, int]], name: str) -> None:
+def check_pixels(sizes: Iterable[tuple[int, int]], name: str, most: int) -> None:
     """Raise InputError where one of the sizes that an image claims is more than is decoded.
 
-    At most 2**27 pixels are, or ``$CBAM_JAX_MAX_PIXELS``.
+    Args:
+        sizes: height and width.
+        name: of the image, for the message.
+        most: pixels that are decoded of its kind.
     """
-    most = most_pixels()
     for height, width in sizes:
         if height * width > most:
             raise InputError(
-                f"{name} claims {width} x {height} pixels, more than the {most} that are decoded: "
-                f"shrink it, leave it out, or set {MOST_PIXELS_VARIABLE}"
+                f"{name} claims {width} x {height} pixels, more than the {most} of its kind that "
+                f"are decoded: shrink it, leave it out, or set {MOST_PIXELS_VARIABLE}"
             )
 
 
 def most_pixels() -> int:
-    """Return how many pixels of an image are decoded at most."""
+    """Return how many pixels of a usual image are decoded at most.
+
+    2**27, or ``$CBAM_JAX_MAX_PIXELS``.
+    """
     text = os.environ.get(MOST_PIXELS_VARIABLE, str(MOST_PIXELS))
     if not re.fullmatch(r"[1-9]\d{0,11}", text):
         raise InputError(f"{MOST_PIXELS_VARIABLE}={text}: give a number of pixels, or unset it")
@@ -69,6 +77,24 @@ def _ends_with_its_chunks(encoded: bytes) -> bool:
     return False
 
 
+def png_of_pixels_alone(encoded: bytes) -> bytes | None:
+    """A PNG without what is no pixel, None where a checksum differs.
+
+    libpng compares the checksums too, and tells on stderr, without a name, what it dislikes of a
+    profile, a date or a text.
+    """
+    place, kind, kept = 8, b"", [encoded[:8]]
+    while kind != b"IEND" and place + 12 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, place)
+        chunk = encoded[place : place + 12 + length]
+        place += len(chunk)
+        if kind[:1].isupper() or kind in _OF_PIXELS:
+            if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+                return None
+            kept.append(chunk)
+    return b"".join(kept)
+
+
 def has_too_many_scans(encoded: bytes, height: int, width: int) -> bool:
     """Whether a progressive JPEG goes over its pixels so often that decoding would take for ever.
 
@@ -91,6 +117,24 @@ def scan_count(encoded: bytes) -> int:
         progressive = progressive or kind in b"\xc2\xc6\xca\xce"
         place += int.from_bytes(encoded[place : place + 2])  # The segment, or a scan's header.
     return scans
+
+
+def keeps_coefficients(encoded: bytes) -> bool:
+    """Whether a decoder of a JPEG holds all its coefficients: no scan has all of a part of it.
+
+    A progressive one's have a part of the numbers, and other ones' may have one colour each.
+    """
+    place, colours = 2, 0
+    while found := _MARKER.search(encoded, place):
+        kind, place = found[1][0], found.end()
+        if kind == 0xDA:
+            return encoded[place + 2 : place + 3] != bytes([colours])
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            colours = (encoded[place + 7 : place + 8] or b"\0")[0]
+            if kind & 3 == 2:
+                return True
+        place += int.from_bytes(encoded[place : place + 2])
+    return True  # Damaged.
 
 
 def claimed_sizes(encoded: bytes) -> Iterator[tuple[int, int]]:
@@ -145,6 +189,19 @@ def _jpeg(encoded: bytes) -> Iterator[tuple[int, int]]:
         yield struct.unpack(">HH", frame[1])
 
 
+def _gif(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Of the screen, and of the first frame, which may be larger."""
+    yield from _at("<HH", 6)(encoded)
+    place = 13 + (3 << (encoded[10] & 7) + 1 if encoded[10] & 0x80 else 0)
+    while encoded[place : place + 1] == b"!":  # Extensions, of blocks that begin with their length.
+        place += 2
+        while length := int.from_bytes(encoded[place : place + 1]):
+            place += 1 + length
+        place += 1
+    if encoded[place : place + 1] == b",":
+        yield from _at("<HH", place + 5)(encoded)
+
+
 def _webp(encoded: bytes) -> Iterator[tuple[int, int]]:
     kind = encoded[12:16]
     if kind == b"VP8X":
@@ -159,9 +216,11 @@ def _webp(encoded: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _tiff(encoded: bytes) -> Iterator[tuple[int, int]]:
-    """Of the first page."""
+    """Of the first page, and of its tiles, one of which may be larger."""
     found = _tiff_tags(encoded)
     yield max(found.get(257, [0])), max(found.get(256, [0]))
+    if {322, 323} <= found.keys():
+        yield max(found[323]), max(found[322])
 
 
 def is_packed_otherwise(encoded: bytes) -> bool:
@@ -234,7 +293,7 @@ _FORMATS = (
     _Format("JPEG", rb"\xff\xd8", _jpeg),
     _Format("PNG", rb"\x89PNG\r\n\x1a\n", _at(">II", 16)),
     _Format("WebP", rb"RIFF....WEBP", _webp),
-    _Format("GIF", rb"GIF8", _at("<HH", 6)),
+    _Format("GIF", rb"GIF8", _gif),
     _Format("BMP", rb"BM", _bmp),
     _Format("TIFF", rb"II[*+]\0|MM\0[*+]", _tiff),
     _Format("JPEG 2000", rb"\0\0\0\x0cjP|\xff\x4f\xff\x51", _boxes),

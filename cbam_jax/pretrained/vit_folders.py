@@ -17,7 +17,7 @@ from cbam_jax import InputError
 from cbam_jax.backbones.vit import Variant
 from cbam_jax.backbones.vit_published import CLIP, DINOV3, sized
 from cbam_jax.foreign_files import read_json, shown
-from cbam_jax.preprocessing import Preprocessing
+from cbam_jax.preprocessing import Preprocessing, checked_scaling
 from cbam_jax.pretrained.sources import WEIGHTS
 
 
@@ -201,16 +201,16 @@ def _transformers_variant(kind: str, fields: Mapping[str, Any]) -> Variant:
     mlp_width = fields.get("intermediate_size") or int(width * fields["mlp_ratio"])
     if kind == "siglip_vision_model":
         options["pool"] = "map"
-        if not fields["vision_use_head"]:
+        if not _flag(fields, "vision_use_head"):
             raise ValueError("vision_use_head is false: without it there is no embedding")
     elif kind == "clip_vision_model":
         options |= CLIP | {"projection": fields["projection_dim"]}
     elif kind.startswith("dinov2"):
-        options |= {"layer_scale": True, "qkv_bias": fields["qkv_bias"]}
+        options |= {"layer_scale": True, "qkv_bias": _flag(fields, "qkv_bias")}
         if kind == "dinov2_with_registers":
             options |= {"registers": fields["num_register_tokens"]}
             options["interpolation"] = "bicubic_antialias"
-        if fields["use_swiglu_ffn"]:
+        if _flag(fields, "use_swiglu_ffn"):
             options |= {"gated": True}
             mlp_width = (int(mlp_width * 2 / 3) + 7) // 8 * 8
     else:
@@ -224,20 +224,22 @@ def _transformers_variant(kind: str, fields: Mapping[str, Any]) -> Variant:
         image_size=_side(fields["image_size"]),
         mlp_width=mlp_width,
         activation="silu" if gated_silu else _activation(fields["hidden_act"]),
-        epsilon=float(options.pop("epsilon", fields["layer_norm_eps"])),
+        epsilon=options.pop("epsilon", fields["layer_norm_eps"]),
         **options,
     )
 
 
 def _dinov3_options(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if fields["rope_theta"] != 100.0 or not (fields["proj_bias"] and fields["mlp_bias"]):
+    if fields["rope_theta"] != 100.0 or not (
+        _flag(fields, "proj_bias") and _flag(fields, "mlp_bias")
+    ):
         raise ValueError("rope_theta is not 100, or proj_bias or mlp_bias is false: not built here")
-    if fields["query_bias"] != fields["value_bias"]:
+    if _flag(fields, "query_bias") != _flag(fields, "value_bias"):
         raise ValueError("query_bias and value_bias differ: not built here")
     return DINOV3 | {
         "epsilon": fields["layer_norm_eps"],
         "registers": fields["num_register_tokens"],
-        "gated": fields["use_gated_mlp"],
+        "gated": _flag(fields, "use_gated_mlp"),
         "qkv_bias": fields["query_bias"],
     }
 
@@ -246,25 +248,34 @@ def _transformers_preprocessing(fields: Mapping[str, Any], image_size: int) -> P
     if not math.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
         raise ValueError(f"rescale_factor {fields['rescale_factor']}: not 1 / 255")
     size = fields.get("size", image_size)
-    cropped = fields.get("do_center_crop", "crop_size" in fields)
+    cropped = _flag(fields, "do_center_crop", "crop_size" in fields)
     side = _side(fields["crop_size"]) if cropped else _side(size)
     short = isinstance(size, Mapping) and "shortest_edge" in size
     short = short or (cropped and not isinstance(size, Mapping))
-    return Preprocessing(
+    return _preprocessing(
         side,
         side / _side(size) if short else 1.0,
-        *_scaling(fields["image_mean"], fields["image_std"]),
+        fields["image_mean"],
+        fields["image_std"],
         resize="crop" if short else "squash",
         interpolation={2: "bilinear", 3: "bicubic"}[fields.get("resample", 3)],
     )
 
 
-def _scaling(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    scaling = tuple(map(float, mean)), tuple(map(float, std))
-    finite = all(map(math.isfinite, (*scaling[0], *scaling[1])))
-    if any(len(numbers) != 3 for numbers in scaling) or not finite or min(scaling[1]) <= 0:
-        raise ValueError(f"mean {mean} and std {std}: not three numbers each")
-    return scaling
+def _preprocessing(side: int, fraction: float, mean: Any, std: Any, **how: Any) -> Preprocessing:
+    """Raise a ValueError, to which the folder's name is added, for what is out of range."""
+    try:
+        return Preprocessing(side, fraction, *checked_scaling(mean, std), **how)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool | None = None) -> bool:
+    """A field that is true or false: of other values Python takes most for true."""
+    value = fields[name] if default is None else fields.get(name, default)
+    if type(value) is not bool:
+        raise ValueError(f"{name} {value!r}: neither true nor false")
+    return value
 
 
 def timm_variant(name: str) -> Variant:
@@ -319,14 +330,18 @@ def _timm(config: Mapping[str, Any], folder: Path) -> Description:
     side = _side(cut["input_size"][1:])
     mode = cut.get("crop_mode") or "center"
     resize = {"center": "crop", "squash": "squash", "border": "letterbox"}[mode]
-    short = math.floor(side / cut.get("crop_pct", 1.0))
+    share = cut.get("crop_pct", 1.0)
+    if type(share) not in (int, float):
+        raise ValueError(f"crop_pct {share!r}: no number")
+    short = math.floor(side / share)
     interpolation = {"bicubic": "bicubic", "bilinear": "bilinear"}[cut["interpolation"]]
     return Description(
         variant,
-        Preprocessing(
+        _preprocessing(
             side,
             side / short if resize == "crop" else 1.0,
-            *_scaling(cut["mean"], cut["std"]),
+            cut["mean"],
+            cut["std"],
             resize=resize,
             interpolation=interpolation,
         ),
@@ -387,7 +402,7 @@ def _open_clip_variant(model: Mapping[str, Any], vision: Mapping[str, Any]) -> V
         patch_size=_side(vision.get("patch_size", 16)),
         image_size=_side(vision.get("image_size", 224)),
         mlp_width=int(width * vision.get("mlp_ratio", 4.0)),
-        activation="quick_gelu" if model.get("quick_gelu", False) else "gelu",
+        activation="quick_gelu" if _flag(model, "quick_gelu", False) else "gelu",
         epsilon=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         interpolation="bicubic_antialias",
         projection=model["embed_dim"],
@@ -400,10 +415,11 @@ def _open_clip_preprocessing(cut: Mapping[str, Any], side: int) -> Preprocessing
     std = cut.get("std", (0.26862954, 0.26130258, 0.27577711))
     mode = cut.get("resize_mode") or "shortest"
     fill = cut.get("fill_color", 0)
-    return Preprocessing(
+    return _preprocessing(
         side,
         1.0,
-        *_scaling(mean, std),
+        mean,
+        std,
         resize={"shortest": "crop", "squash": "squash", "longest": "letterbox"}[mode],
         interpolation=cut.get("interpolation", "bicubic"),
         pad_color=tuple(fill) if isinstance(fill, list) else (fill,) * 3,

@@ -39,6 +39,18 @@ def cut(**values):
     return {"cut": CUT | values}
 
 
+def timm(**values):
+    fields = {"input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+    cut = fields | {"interpolation": "bicubic", "crop_pct": 0.9} | values
+    return {"config": {"architecture": "vit_base_patch14_dinov2", "pretrained_cfg": cut}}
+
+
+def clip(fields=None, **values):
+    vision = {"layers": 2, "width": 64, "patch_size": 32}
+    cut = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, **(fields or {})}}
+    return {"open_clip": {**cut, "preprocess_cfg": values}}
+
+
 BUILT = "no vision transformer that can be built"
 # What is given in place of a folder's files, and a part of the line that refuses it.
 FOLDERS = {
@@ -69,6 +81,27 @@ FOLDERS = {
     "a tower that is a list": ({"config": {"model_type": "clip", "vision_config": [1]}}, BUILT),
     "a tower that is not there": ({"config": {"model_type": "clip"}}, BUILT),
     "timm's name that is none": ({"config": {"architecture": "vit_evil_patch16_clip"}}, BUILT),
+    "means of digits in a text": (cut(image_mean="123"), BUILT),
+    "means of 10**300": (cut(image_mean=[1e300] * 3), BUILT),
+    "means that are true": (cut(image_mean=[True] * 3), BUILT),
+    "means of texts": (cut(image_mean=["0.5"] * 3), BUILT),
+    "means by colour": (cut(image_mean={"a": 0.5, "b": 0.5, "c": 0.5}), BUILT),
+    "a deviation of 10**-300": (cut(image_std=[1e-300] * 3), BUILT),
+    "a deviation below zero": (cut(image_std=[-0.5] * 3), BUILT),
+    "a share of 10**-300": (timm(crop_pct=1e-300), BUILT),
+    "a share of nothing": (timm(crop_pct=0), BUILT),
+    "a share of NaN": (timm(crop_pct=float("nan")), BUILT),
+    "a share of 10**9 pixels": (timm(crop_pct=1e-7), BUILT),
+    "a share of text": (timm(crop_pct="0.9"), BUILT),
+    "a share that is true": (timm(crop_pct=True), BUILT),
+    "timm's means of texts": (timm(mean=["0", "0", "0"]), BUILT),
+    "a crop that is text": (cut(do_center_crop="no"), BUILT),
+    "biases that are text": (model(qkv_bias="false"), BUILT),
+    "an epsilon of text": (model(layer_norm_eps="1e-6"), BUILT),
+    "a border of text": (clip(resize_mode="longest", fill_color="black"), BUILT),
+    "a border of 256": (clip(resize_mode="longest", fill_color=256), BUILT),
+    "open_clip's means of NaN": (clip(mean=[float("nan")] * 3), BUILT),
+    "open_clip's text in the place of true": (clip({"quick_gelu": "false"}), BUILT),
     "a means of NaN": (cut(image_mean=[float("nan")] * 3), BUILT),
     "a deviation of nothing": (cut(image_std=[0, 0, 0]), BUILT),
     "a deviation of NaN": (cut(image_std=[float("nan")] * 3), BUILT),
@@ -102,6 +135,13 @@ def test_a_whole_folder_is_described(tmp_path):
     described = vit_folders.describe(folder_of(tmp_path))
     assert (described.variant.width, described.variant.depth) == (32, 2)
     assert described.preprocessing.image_size == 28
+
+
+@pytest.mark.parametrize(
+    "given", [timm(), clip(), clip(fill_color=[1, 2, 3]), cut(image_mean=[0] * 3)]
+)
+def test_what_the_hostile_ones_are_changed_from_is_described(given, tmp_path):
+    assert vit_folders.describe(folder_of(tmp_path, **given)).preprocessing.image_size in (28, 224)
 
 
 @pytest.mark.parametrize("what", FOLDERS)

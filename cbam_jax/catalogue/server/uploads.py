@@ -10,7 +10,7 @@ from typing import Any
 
 from cbam_jax import InputError
 from cbam_jax.datasets import jpeg_size
-from cbam_jax.datasets.decoding import image_format
+from cbam_jax.datasets.decoding import affordable, image_format
 from cbam_jax.datasets.image_headers import claimed_sizes
 
 Message = MutableMapping[str, Any]
@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 LARGEST = 32 << 20  # Bytes of a photo that is sent.
-PIXELS = 64 << 20  # Of a photo that is sent, by its header: 67 megapixels.
+PIXELS = 64 << 20  # Of a usual photo that is sent, by its header: 67 megapixels.
 SECONDS = 30  # That a request may take to arrive.
 REQUESTS = 512  # That may be answered at once: beyond them the answer is 503.
 _HEADERS = {
@@ -57,9 +57,9 @@ def check_photo(content: bytes, kind: str = "", instead: str = "id") -> None:
             remedy = f"send one, curl --data-binary @FILE, or give {instead}=ID of one"
             raise InputError(f"no photo: {remedy}")
         raise InputError("this is no photo: send a JPEG, PNG, WebP or another image file")
-    size = jpeg_size(content)
+    size, most = jpeg_size(content), affordable(content, PIXELS)
     for height, width in [size] if size else claimed_sizes(content):
-        if height * width > PIXELS:
+        if height * width > most:
             raise InputError(f"the photo has {width} x {height} pixels: shrink it first")
 
 
