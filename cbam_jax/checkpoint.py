@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from cbam_jax import InputError
 from cbam_jax.foreign_files import read_json, shown
+from cbam_jax.sharding import on_host
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -46,12 +47,13 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Copy a pytree's arrays to the host under dotted names.
 
     Copies, since a step that donates its state may reuse the memory while a save is under way.
+    Arrays that are shared among processes are gathered, so that all of these have to call it.
 
     >>> flatten({"a": [np.zeros(2), np.ones(3)]}).keys()
     dict_keys(['a.0', 'a.1'])
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): np.array(leaf) for path, leaf in leaves}
+    return {_name(path): on_host(leaf) for path, leaf in leaves}
 
 
 def unflatten(tree: Any, arrays: Arrays) -> Any:

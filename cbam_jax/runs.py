@@ -43,6 +43,7 @@ from cbam_jax.models import EmbeddingModel
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.run_figures import Measured
 from cbam_jax.runlog import read_log
+from cbam_jax.sharding import on_host
 from cbam_jax.stopping import Stop
 from cbam_jax.whole_files import save_arrays
 
@@ -213,7 +214,7 @@ def evaluate_split(
 
 def class_logits(params: Any, embeddings: np.ndarray) -> np.ndarray:
     """Apply a model's class_head to embeddings [n, d]: [n, classes] float32."""
-    head = jax.device_get(nnx.to_pure_dict(params)["class_head"])
+    head = jax.tree.map(on_host, nnx.to_pure_dict(params)["class_head"])
     return embeddings @ head["kernel"] + head["bias"]
 
 

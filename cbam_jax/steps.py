@@ -4,14 +4,16 @@ The only jit boundaries of training. A model is split once into a graph definiti
 the state is donated to the step and merged inside, which costs a sixth of ``nnx.jit``'s Python
 time a call. The batch is sharded over the mesh's axis ``data`` (its first, where none is called so)
 and everything else is replicated, so that mining and BatchNorm see the global batch: n devices give
-the loss of one. The mesh may be `data_mesh` or one's own, its axes Auto or Explicit.
+the loss of one. With ``shard_state`` the devices share the parameters and what the optimizer keeps
+too, and the step gathers them (ZeRO: Rajbhandari et al. 2020). The mesh may be `data_mesh` or one's
+own, its axes Auto or Explicit. What a step changes is in ``train_state``.
 """
 
 import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cbam_jax import model_state
 from cbam_jax.compiler_options import compiler_options
 from cbam_jax.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, learning_rate_schedule
-from cbam_jax.sharding import batch_spec, with_auto_axes
+from cbam_jax.sharding import (
+    batch_spec,
+    constrain,
+    gathered,
+    place,
+    replicate,
+    shareable,
+    shared,
+    with_auto_axes,
+)
+from cbam_jax.train_state import (
+    Memory,
+    TrainState,
+    create_train_state,
+    evaluation_arrays,
+    evaluation_params,
+    state_shardings,
+)
 
 __all__ = [
     "OPTIMIZERS",
@@ -42,58 +61,19 @@ __all__ = [
     "learning_rate_schedule",
     "make_embed_step",
     "make_train_step",
+    "place",
     "replicate",
+    "state_shardings",
     "to_devices",
 ]
 
 Batch = dict[str, Any]
 
 
-class Memory(NamedTuple):
-    """The last embeddings of earlier batches, the oldest first, as the loss takes them.
-
-    ``embeddings`` [n, d] float32, ``labels`` [n] int32, ``filled`` [n] bool: where one has entered.
-    """
-
-    embeddings: Any
-    labels: Any
-    filled: Any
-
-
-class TrainState(NamedTuple):
-    """All that a step changes.
-
-    ``ema`` is None, or a moving average of ``params``; ``memory`` is None, or a ``Memory``.
-    ``rngs`` is None, or the random state of a model that has one (dropout, drop path), keys as
-    their uint32 data. ``ema_batch_stats`` is None, or a moving average of ``batch_stats``.
-    """
-
-    step: Any
-    params: Any
-    batch_stats: Any
-    opt_state: optax.OptState
-    ema: Any
-    memory: Memory | None = None
-    rngs: Any = None
-    ema_batch_stats: Any = None
-
-
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Devices, by default all of all processes, along one axis, ``data``."""
     size = jax.device_count() if devices is None else len(devices)
     return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Put every array of a pytree whole on every device of the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-            return leaf
-        return jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__)
-
-    return jax.tree.map(put, tree)
 
 
 def to_devices(batches: Iterable[Batch], mesh: Mesh, depth: int = 2) -> Iterator[Batch]:
@@ -110,45 +90,6 @@ def to_devices(batches: Iterable[Batch], mesh: Mesh, depth: int = 2) -> Iterator
         if len(queue) >= depth:
             yield queue.popleft()
     yield from queue
-
-
-def create_train_state(
-    model: nnx.Module,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    ema: bool = False,
-    ema_batch_stats: bool = False,
-    memory_shape: tuple[int, int] = (0, 0),
-) -> TrainState:
-    """Split a model into its arrays, start the optimizer's, and replicate all over the mesh.
-
-    ``ema`` starts a moving average of the parameters, ``ema_batch_stats`` beside it one of
-    BatchNorm's statistics: at the values that the model has, so that nothing is debiased; it moves
-    once a batch, also where several make an update. ``memory_shape`` is [n, d] of a memory of
-    embeddings, which starts empty; n = 0: none.
-
-    Raises:
-        ValueError: ``ema_batch_stats`` without ``ema``: nothing would be evaluated by them.
-    """
-    if ema_batch_stats and not ema:
-        raise ValueError("ema_batch_stats=True is of a moving average: give ema=True too")
-    _, params, batch_stats, rngs = model_state.split(model)
-    # Donation gives each buffer away once: the average must own its copy.
-    average = jax.tree.map(np.array, params) if ema else None
-    average_stats = jax.tree.map(np.array, batch_stats) if ema_batch_stats else None
-    step, opt_state = np.zeros((), np.int32), optimizer.init(params)
-    memory = _empty_memory(*memory_shape) if memory_shape[0] else None
-    # Split from the model's own, whose buffers a donation would take with it.
-    rngs = jax.tree.map(np.array, rngs) if jax.tree.leaves(rngs) else None
-    model_arrays = step, params, batch_stats
-    state = TrainState(*model_arrays, opt_state, average, memory, rngs, average_stats)
-    return replicate(state, mesh)
-
-
-def _empty_memory(size: int, dim: int) -> Memory:
-    rows = np.zeros((size, dim), np.float32)
-    return Memory(rows, np.zeros(size, np.int32), np.zeros(size, bool))
 
 
 def _remember(memory: Memory, embeddings: jax.Array, labels: jax.Array, enters: Any) -> Memory:
@@ -171,10 +112,18 @@ class Step:
     """A function of arrays, jitted; inside ``jit``, ``scan`` or ``grad`` it is the function itself.
 
     (JAX refuses compiler options in a ``jit`` within another.) ``__wrapped__`` is the function,
-    ``lower`` that of ``jax.jit``.
+    ``lower`` that of ``jax.jit``. Results are whole on every device of the mesh, but for a state
+    that the function places itself, the first of two results.
     """
 
-    def __init__(self, function: Callable[..., Any], mesh: Mesh | None, **options: Any):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mesh: Mesh | None,
+        *,
+        places_state: bool = False,
+        **options: Any,
+    ):
         @functools.wraps(function)
         def placed(*arrays: Any) -> Any:
             return with_auto_axes(function, arrays)(*arrays)
@@ -182,7 +131,9 @@ class Step:
         functools.update_wrapper(self, placed)
         self._function = placed
         self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        options |= {"out_shardings": self._whole, "compiler_options": compiler_options()}
+        self._places_state = places_state
+        results = (None, self._whole) if places_state else self._whole
+        options |= {"out_shardings": results, "compiler_options": compiler_options()}
         self._jitted = jax.jit(placed, **options)
 
     def __call__(self, *arrays: Any) -> Any:
@@ -190,7 +141,7 @@ class Step:
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
             return self._jitted(*arrays)
         results = self._function(*arrays)
-        if self._whole is None or self._whole.mesh.explicit_axes:
+        if self._whole is None or self._places_state or self._whole.mesh.explicit_axes:
             return results
         return jax.lax.with_sharding_constraint(results, self._whole)
 
@@ -297,6 +248,7 @@ def make_train_step(
     memory_start_step: int = 0,
     seed: int = 0,
     mesh: Mesh | None = None,
+    shard_state: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted ``train_step(state, batch) -> state, scalars``; the state is donated.
 
@@ -330,8 +282,12 @@ def make_train_step(
         seed: of the loss's ``key``.
         mesh: keeps the state whole on each of its devices. Left out, XLA chooses, and splits a
             memory.
+        shard_state: keep the state's large arrays shared among the mesh's devices, as
+            ``create_train_state`` does with this; parameters are gathered for the step. What it
+            computes is the same, to rounding.
 
-    Raises ValueError where the model has no ``preprocess``; the step, where the batch has no
+    Raises ValueError where the model has no ``preprocess``, and for ``shard_state`` without a mesh
+    of axes of type Auto; the step, where the batch has no
     ``image`` or ``label``, where the state has a moving average and ``ema_decay`` is 0 or the
     other way round, where a scalar of the loss has the name of one of its own (``loss``,
     ``gradient_norm``), and where an output has no row for each image of a chunk.
@@ -340,20 +296,23 @@ def make_train_step(
     view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
     merge, asked = model_state.merger(view), _loss_arguments(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
+    over = shareable(mesh) if shard_state else None
 
     def loss_options(params: Any, state: TrainState, batch: Batch) -> dict[str, Any]:
         options = {"batch": batch, "step": state.step}
         if "key" in asked:
             options["key"] = jax.random.fold_in(jax.random.key(seed), state.step)
         if "model" in asked:
-            options["model"] = merge(params, state.batch_stats, state.rngs, copy=True)
+            options["model"] = merge(
+                gathered(params, over), state.batch_stats, state.rngs, copy=True
+            )
         memory = {} if state.memory is None else {"memory": state.memory}
         return {name: options[name] for name in asked} | memory
 
     def compute_loss(params: Any, state: TrainState, batch: Batch):
         def embed(written: Any, images: jax.Array) -> tuple[Any, Any]:
             # A copy: what the model writes to is of the outer trace, and it writes in this.
-            model = merge(params, *written, copy=True)
+            model = merge(gathered(params, over), *written, copy=True)
             outputs = forward(model, model.preprocess(images))
             rngs = None if state.rngs is None else model_state.random_state(model)
             return (nnx.state(model, nnx.BatchStat), rngs), outputs
@@ -373,6 +332,8 @@ def make_train_step(
         gradient = jax.value_and_grad(compute_loss, has_aux=True)
         (loss, aux), grads = gradient(state.params, state, batch)
         scalars, (batch_stats, rngs), outputs = aux
+        if over is not None:
+            grads = constrain(grads, shared(grads, over))
         updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         ema, average_stats, memory = state.ema, state.ema_batch_stats, state.memory
@@ -385,9 +346,12 @@ def make_train_step(
             memory = _remember(memory, outputs, batch["label"], enters)
         scalars = _with_scalars({"loss": loss, "gradient_norm": optax.tree.norm(grads)}, scalars)
         arrays = state.step + 1, params, batch_stats
-        return TrainState(*arrays, opt_state, ema, memory, rngs, average_stats), scalars
+        state = TrainState(*arrays, opt_state, ema, memory, rngs, average_stats)
+        if over is not None:
+            state = constrain(state, state_shardings(state, over, shard_state=True))
+        return state, scalars
 
-    return Step(train_step, mesh, donate_argnums=0)
+    return Step(train_step, mesh, places_state=shard_state, donate_argnums=0)
 
 
 def make_embed_step(
@@ -403,22 +367,11 @@ def make_embed_step(
 
     def embed_step(params: Any, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
         _check_batch(batch, "image")
-        model = merge(params, batch_stats)
+        model = merge(gathered(params, mesh), batch_stats)
         rest = {name: value for name, value in batch.items() if name != "image"}
         return {"embedding": model(model.preprocess(batch["image"])), **rest}
 
     return Step(embed_step, mesh)
-
-
-def evaluation_params(state: TrainState) -> Any:
-    """Return the moving average where there is one, else the parameters."""
-    return state.params if state.ema is None else state.ema
-
-
-def evaluation_arrays(state: TrainState) -> tuple[Any, Any]:
-    """Return what ``embed_step`` takes: the parameters and statistics, or what averages them."""
-    averaged = state.ema_batch_stats is not None
-    return evaluation_params(state), state.ema_batch_stats if averaged else state.batch_stats
 
 
 def embed_batches(

@@ -225,6 +225,7 @@ def first_state(config: Config, model: EmbeddingModel, optimizer: Any, mesh: Any
         ema=config.train.ema_decay > 0,
         ema_batch_stats=config.train.ema_batch_stats,
         memory_shape=(config.loss.memory_size, model.embedding_dim),
+        shard_state=config.train.shard_state,
     )
 
 
@@ -244,6 +245,7 @@ def make_train_step(
         memory_start_step=config.loss.memory_start_step,
         seed=config.seed,
         mesh=mesh,
+        shard_state=config.train.shard_state,
     )
 
 
@@ -345,7 +347,8 @@ def restore(
         ema_batch_stats=model.get("ema_batch_stats"),
     )
     window = read.data.get("window", [])  # Older runs kept none.
-    return Position(steps.replicate(restored, mesh), read.data["next_step"], window)
+    placed = steps.state_shardings(restored, mesh, shard_state=config.train.shard_state)
+    return Position(steps.place(restored, placed), read.data["next_step"], window)
 
 
 def stop_requested(run: Run, step: int) -> str | None:

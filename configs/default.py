@@ -119,6 +119,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Images of the batch, over all devices, whose activations are in memory at a time, for a third
     # more computation; None: all. BatchNorm then normalises each chunk by itself.
     train.chunk_size = placeholder(int)
+    # Let the devices share the parameters, the optimizer's state and their moving average, in place
+    # of a copy on each: a model larger than one device's memory holds, for more communication.
+    train.shard_state = False
     train.ema_decay = 0.0  # moving average of the parameters that is evaluated; 0: none
     train.ema_batch_stats = False  # average BatchNorm's running statistics likewise
 
