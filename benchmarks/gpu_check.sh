@@ -44,7 +44,7 @@ else
     compared=()
     search=(--queries=10000 --gallery=1000000 --dim=512)
     peer=(--case=gpu --repeats=3)
-    tests=(tests/test_attention.py tests/test_distances.py tests/test_losses.py)
+    tests=(tests/test_attention.py tests/test_distances.py tests/losses)
 fi
 
 # part NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, and no longer than there is time;

@@ -6,6 +6,7 @@ weights to start from, the data's classes, and the run that a workdir already ho
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from cbam_jax.foreign_files import read_json
 from cbam_jax.models import FORM, MODELS, EmbeddingModel, parts_of
 from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
-LOSSES = ("triplet", "cross_entropy")
+# These compare directions, and retrieval compares Euclidean distances: of unit vectors they agree.
+OF_DIRECTIONS = ("multi_similarity", "sup_con", "nt_xent", "circle")
 # Pixels from which on every backbone, of at most five halvings, has some of them left.
 _SMALLEST_FOR_ALL = 32
 
@@ -90,10 +92,9 @@ def check_large_batch(config: Config, batch: int, devices: int) -> None:
             f"train.chunk_size={chunk}: give a divisor of the batch of {batch} images that is a "
             f"multiple of {devices} devices"
         )
-    if size and (size < batch or experiment.classifies(config)):
+    if size and size < batch:
         raise InputError(
-            f"loss.memory_size={size}: give 0, or with loss.name=triplet at least the {batch} "
-            "images of a batch"
+            f"loss.memory_size={size}: give 0, or at least the {batch} images of a batch"
         )
     if start < 0 or (size and start >= config.train.steps):
         raise InputError(
@@ -106,7 +107,7 @@ def check_choices(config: Config) -> None:
     """Raise InputError where a field is none of its choices."""
     for field, value, choices in (
         ("model.dtype", config.model.dtype, experiment.DTYPES),
-        ("loss.name", config.loss.name, LOSSES),
+        ("loss.name", config.loss.name, ("cross_entropy", *experiment.LOSSES)),
         ("loss.mining", config.loss.mining, losses.MININGS),
         ("optimizer.name", config.optimizer.name, steps.OPTIMIZERS),
         ("optimizer.schedule", config.optimizer.schedule, steps.SCHEDULES),
@@ -124,6 +125,7 @@ def check_choices(config: Config) -> None:
             f"loss.auxiliary_weight={config.loss.auxiliary_weight}: give a weight of at least 0"
         )
     check_classifier(config)
+    check_loss(config)
     try:
         model = nnx.eval_shape(lambda: experiment.build_model(config))
     except InputError:
@@ -132,6 +134,32 @@ def check_choices(config: Config) -> None:
         raise InputError(f"model: {error}") from error
     check_blocks(config, model)
     check_image_size(config)
+
+
+def check_loss(config: Config) -> None:
+    """Raise InputError where the loss has no memory, is of another model, or refuses its fields."""
+    name, size = config.loss.name, config.loss.memory_size
+    if name in OF_DIRECTIONS and not config.model.normalize:
+        raise InputError(
+            f"loss.name={name} compares directions, and retrieval distances: set "
+            "--config.model.normalize=True, so that both order alike"
+        )
+    if size and not experiment.loss_takes(config, "memory"):
+        raise InputError(
+            f"loss.memory_size={size}: {name} takes no memory; leave it out, or give 0"
+        )
+    if not named_parts.is_named(name) and name not in ("triplet", "cross_entropy"):
+        check_numbers(config)
+
+
+def check_numbers(config: Config) -> None:
+    """Raise InputError where the loss's function refuses a number of its fields."""
+    batch = jax.ShapeDtypeStruct((2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    try:
+        jax.eval_shape(experiment.build_loss(config), *batch)
+    except ValueError as error:
+        told = re.sub(r"^(\w+) is (.+), expected ", r"\1=\2: give ", str(error))
+        raise InputError(f"loss.{config.loss.name}_{told}") from error
 
 
 def check_blocks(config: Config, model: EmbeddingModel) -> None:

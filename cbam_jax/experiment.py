@@ -5,6 +5,7 @@ what is refused before. Nothing here trains or writes.
 """
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -36,6 +37,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Fields that may name a part of one's own, "package.module:factory".
 NAMED = ("model.name", "loss.name", "optimizer.name", "optimizer.schedule")
+# What loss.name may be, but cross_entropy. A loss's fields in the config are its arguments', after
+# its name: loss.circle_margin; the triplet loss alone has its own without.
+LOSSES = {
+    "triplet": losses.triplet_loss,
+    "multi_similarity": losses.multi_similarity_loss,
+    "sup_con": losses.sup_con_loss,
+    "nt_xent": losses.nt_xent_loss,
+    "circle": losses.circle_loss,
+    "contrastive": losses.contrastive_loss,
+    "n_pair": losses.n_pair_loss,
+}
 # Fields of a config's data that say how an image becomes a model's square.
 GEOMETRY = ("image_size", "crop_fraction", "resize", "interpolation", "pad_color")
 
@@ -295,14 +307,33 @@ def classifies(config: Config) -> bool:
 
 def build_loss(config: Config) -> Callable:
     """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars."""
-    loss = config.loss
-    if named_parts.is_named(loss.name):
-        return named_parts.load(loss.name, "loss.name")
+    name = config.loss.name
+    if named_parts.is_named(name):
+        return named_parts.load(name, "loss.name")
     if classifies(config):
-        options = {name: loss[name] for name in ("label_smoothing", "auxiliary_weight")}
-        return functools.partial(losses.deep_cross_entropy_loss, **options)
-    options = {"margin": loss.margin, "mining": loss.mining, "soft": loss.soft}
-    return functools.partial(losses.triplet_loss, **options)
+        return functools.partial(losses.deep_cross_entropy_loss, **loss_options(config))
+    return functools.partial(LOSSES[name], **loss_options(config))
+
+
+def loss_options(config: Config) -> dict[str, Any]:
+    """Return what the config's fields say of the loss that it names, as its function's arguments.
+
+    >>> from ml_collections import ConfigDict
+    >>> loss_options(ConfigDict({"loss": {"name": "circle", "circle_scale": 64.0, "margin": 0.2}}))
+    {'scale': 64.0}
+    """
+    loss = config.loss
+    if loss.name == "triplet":
+        return {field: loss[field] for field in ("margin", "mining", "soft")}
+    if classifies(config):
+        return {field: loss[field] for field in ("label_smoothing", "auxiliary_weight")}
+    own = f"{loss.name}_"
+    return {f.removeprefix(own): value for f, value in loss.items() if f.startswith(own)}
+
+
+def loss_takes(config: Config, argument: str) -> bool:
+    """Whether the config's loss has an argument, such as ``"memory"``."""
+    return argument in inspect.signature(build_loss(config)).parameters
 
 
 def collapse_warning(config: Config) -> Callable:

@@ -75,7 +75,10 @@ def get_config() -> ml_collections.ConfigDict:
     model.freeze_batch_norm = False  # normalise by running statistics, and keep them
 
     config.loss = loss = ml_collections.ConfigDict()
-    loss.name = "triplet"  # or "cross_entropy", which trains a classifier; normalize=False then
+    # "triplet", "contrastive", "n_pair"; with model.normalize=True "multi_similarity", "circle",
+    # "sup_con", "nt_xent"; with normalize=False "cross_entropy", which trains a classifier. Or
+    # one's own, "package.module:function". docs/losses.md says which is when of use.
+    loss.name = "triplet"
     # Of the triplet loss:
     loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
     # Or "batch_hard", "semi_hard". From scratch, hard mining and unit vectors collapsed to a point
@@ -83,12 +86,23 @@ def get_config() -> ml_collections.ConfigDict:
     loss.mining = "batch_all"
     loss.soft = True  # log(1 + exp(.)) in place of the margin
     # Embeddings of earlier batches among which positives and negatives are mined too; 0: none. Not
-    # for batch_all, unless few: its time grows with the square.
+    # for batch_all, unless few: its time grows with the square. Of losses of pairs too.
     loss.memory_size = 0
     loss.memory_start_step = 1000  # steps before any enters: at first embeddings change too fast
     # Of cross_entropy:
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes
     loss.auxiliary_weight = 0.3  # of the loss of each of GoogLeNet's two auxiliary classifiers
+    # Of the others, each by its name: what its function in cbam_jax.losses takes.
+    loss.multi_similarity_alpha = 2.0  # of positives
+    loss.multi_similarity_beta = 50.0  # of negatives
+    loss.multi_similarity_base = 0.5  # cosine similarity that pull and push are weighed against
+    loss.multi_similarity_epsilon = 0.1  # of the miner: pairs within so much of the hardest
+    loss.circle_margin = 0.4
+    loss.circle_scale = 80.0
+    loss.contrastive_margin = 1.0  # in units of the distance
+    loss.n_pair_l2 = 0.002  # weight of the squared lengths
+    loss.sup_con_temperature = 0.1
+    loss.nt_xent_temperature = 0.1
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     # "sgd", "adamw", "lion" or "muon", or one's own, "package.module:factory".

@@ -16,7 +16,7 @@ from cbam_jax.losses import (
     triplet_loss,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
+GOLDEN = Path(__file__).parent.parent / "golden" / "metrics.npz"
 LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive
 
 

@@ -1,0 +1,37 @@
+"""What is minimised: losses of embeddings or logits and labels, as pure functions.
+
+Each is ``<name>_loss(embeddings, labels, ...) -> (loss, stats)``, a float32 scalar and a dict of
+float32 scalars to log, and stands under that name in ``config.loss.name``. Shapes are static: pairs
+are masks over the full matrix, so that memory grows with [b, b] and any mesh gives what one device
+does. docs/losses.md says which is when of use.
+
+In the order to read them: `common` (arguments, means, log-sums) and `pairs` (each row beside each
+column), `similarity` and `softmax` (losses of pairs), `triplet_costs`, `triplet`, `batch_all` (of
+triplets), `cross_entropy` (of a classifier).
+"""
+
+from cbam_jax.losses.cross_entropy import cross_entropy_loss, deep_cross_entropy_loss
+from cbam_jax.losses.similarity import (
+    circle_loss,
+    contrastive_loss,
+    multi_similarity_loss,
+    multi_similarity_miner,
+    n_pair_loss,
+)
+from cbam_jax.losses.softmax import nt_xent_loss, sup_con_loss
+from cbam_jax.losses.triplet import MININGS, collapse_warning, triplet_loss
+
+__all__ = [
+    "MININGS",
+    "circle_loss",
+    "collapse_warning",
+    "contrastive_loss",
+    "cross_entropy_loss",
+    "deep_cross_entropy_loss",
+    "multi_similarity_loss",
+    "multi_similarity_miner",
+    "n_pair_loss",
+    "nt_xent_loss",
+    "sup_con_loss",
+    "triplet_loss",
+]

@@ -1,0 +1,112 @@
+"""The losses' definitions by loops, one pair at a time, in float64 and by NumPy and math alone."""
+
+import math
+
+import numpy as np
+
+
+def unit(rows):
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def cosines(x, memory=None):
+    columns = x if memory is None else np.concatenate([x, memory])
+    return unit(x) @ unit(columns).T
+
+
+def positives_of(i, labels):
+    return [j for j in range(len(labels)) if labels[j] == labels[i] and j != i]
+
+
+def negatives_of(i, labels):
+    return [j for j in range(len(labels)) if labels[j] != labels[i]]
+
+
+def anchors(x, labels):
+    """(row of similarities, positives, negatives); labels beyond the rows are a memory's."""
+    return [(i, positives_of(i, labels), negatives_of(i, labels)) for i in range(len(x))]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def multi_similarity(x, labels, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1, memory=None):
+    similarity, costs = cosines(x, memory), []
+    for i, positives, negatives in anchors(x, labels):
+        s = similarity[i]
+        if epsilon is not None:
+            least = min((s[p] for p in positives), default=math.inf)
+            most = max((s[n] for n in negatives), default=-math.inf)
+            positives = [p for p in positives if s[p] - epsilon < most]
+            negatives = [n for n in negatives if s[n] + epsilon > least]
+        pull = sum(math.exp(-alpha * (s[p] - base)) for p in positives)
+        push = sum(math.exp(beta * (s[n] - base)) for n in negatives)
+        costs.append(math.log1p(pull) / alpha + math.log1p(push) / beta)
+    return mean(costs)
+
+
+def circle(x, labels, margin=0.4, scale=80.0, memory=None, fixed=None):
+    """``fixed``: the embeddings whose similarities are the weights; None: x."""
+    similarity, costs = cosines(x, memory), []
+    weighing = similarity if fixed is None else cosines(fixed, memory)
+    for i, positives, negatives in anchors(x, labels):
+        s, w = similarity[i], weighing[i]
+        if not positives or not negatives:
+            continue
+        pull = [-scale * max(1 + margin - w[p], 0) * (s[p] - 1 + margin) for p in positives]
+        push = [scale * max(w[n] + margin, 0) * (s[n] - margin) for n in negatives]
+        costs.append(np.logaddexp(0, np.logaddexp.reduce(pull) + np.logaddexp.reduce(push)))
+    return mean(costs)
+
+
+def contrastive(x, labels, margin=1.0, memory=None):
+    columns = x if memory is None else np.concatenate([x, memory])
+    pull, push = [], []
+    for i, positives, negatives in anchors(x, labels):
+        pull += [np.sum((x[i] - columns[p]) ** 2) / 2 for p in positives]
+        distances = [np.linalg.norm(x[i] - columns[n]) for n in negatives]
+        push += [(margin - d) ** 2 / 2 for d in distances if d < margin]
+    return mean(pull) + mean(push)
+
+
+def n_pair(x, labels, l2=0.002):
+    firsts, seconds = [], []
+    for label in sorted(set(labels)):
+        images = [i for i in range(len(x)) if labels[i] == label]
+        if len(images) > 1:
+            firsts.append(images[0])
+            seconds.append(images[1])
+    products = x[firsts] @ x[seconds].T
+    costs = [np.logaddexp.reduce(row) - row[i] for i, row in enumerate(products)]
+    lengths = mean(np.sum(x[firsts] ** 2, axis=1) + np.sum(x[seconds] ** 2, axis=1))
+    return mean(costs) + l2 / 4 * lengths
+
+
+def sup_con(x, labels, temperature=0.1, memory=None):
+    logits, costs = cosines(x, memory) / temperature, []
+    for i, positives, negatives in anchors(x, labels):
+        total = np.logaddexp.reduce([logits[i, j] for j in positives + negatives] or [0.0])
+        if positives:
+            costs.append(mean(total - logits[i, p] for p in positives))
+    return mean(costs)
+
+
+def nt_xent(x, labels, temperature=0.1, memory=None):
+    logits, costs = cosines(x, memory) / temperature, []
+    for i, positives, negatives in anchors(x, labels):
+        for p in positives:
+            own = logits[i, p]
+            costs.append(np.logaddexp.reduce([own, *logits[i, negatives]]) - own)
+    return mean(costs)
+
+
+def central_differences(f, x, step=1e-6):
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += step
+        down[i] -= step
+        gradient[i] = (f(up) - f(down)) / (2 * step)
+    return gradient
