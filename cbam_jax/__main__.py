@@ -9,7 +9,7 @@ from cbam_jax import InputError, __version__, command_line
 COMMANDS = {
     "train": ("cbam_jax.training", "train an embedding model and evaluate it along the way"),
     "evaluate": ("cbam_jax.runs", "measure a trained run: metrics, figures, a page"),
-    "export": ("cbam_jax.hub", "write a run as a folder that others can load"),
+    "export": ("cbam_jax.export_command", "write a model for others: weights, StableHLO, ONNX"),
     "catalogue": ("cbam_jax.catalogue.commands", "find the photos of a shop that look alike"),
     "embed": ("cbam_jax.catalogue.shards.commands", "embed one part of many photos, on a cluster"),
     "datasets": ("cbam_jax.datasets.__main__", "prepare, check or shrink a dataset"),

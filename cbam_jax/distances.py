@@ -40,14 +40,14 @@ def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     x = _float32(x, "x")
     if x.ndim < 1:
         raise ValueError(f"l2_normalize: x has shape {x.shape}, expected [..., d]")
-    return _normalize(x, eps)
+    return _normalize(x, eps) if x.shape[-1] else x
 
 
 # Compiled as one: called outside of jax.jit, each operation would be compiled and run by itself.
 @jax.jit
 def _normalize(x: jax.Array, eps: float) -> jax.Array:
     # The largest magnitude is divided out first: squares of 1e20 or 1e-30 leave float32's range.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     scale = jnp.where(largest > 0, largest, 1.0)
     squared = jnp.sum(jnp.square(x / scale), axis=-1, keepdims=True)
     zero = squared <= 0  # Not the opposite of squared > 0: NaN stays NaN.

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from cbam_jax import InputError, data, hub, model_state, runs, steps
+from cbam_jax import InputError, data, export, hub, model_state, runs, steps
 from cbam_jax.foreign_files import expanded, read_file, shown
 from cbam_jax.models import FORM, EmbeddingModel, create_model
 from cbam_jax.preprocessing import Preprocessing
@@ -289,9 +289,10 @@ def load(
     """Load a trained model, ready to embed photos, in evaluation mode whatever it comes from.
 
     Args:
-        source: the workdir of a run, a folder of ``hub.save_pretrained``, an id of the Hugging
-            Face hub such as ``"user/model"``, or a backbone with published ImageNet weights, such
-            as ``"efficientnet_lite0"`` or ``"resnet50"``: see ``pretrained.IMAGENET``.
+        source: the workdir of a run, a folder of ``hub.save_pretrained`` or of ``export.save``, an
+            id of the Hugging Face hub such as ``"user/model"``, or a backbone with published
+            ImageNet weights, such as ``"efficientnet_lite0"`` or ``"resnet50"``: see
+            ``pretrained.IMAGENET``.
         checkpoint: of a run: ``"best"`` by validation ``map@10``, ``"last"``, ``"untrained"``, or a
             step.
         revision: of a hub id: branch, tag or commit; None: its main branch.
@@ -317,6 +318,9 @@ def load(
         batch_size = config.eval.batch_size if batch_size is None else batch_size
     elif checkpoint != "best":
         raise InputError(f"checkpoint={checkpoint!r}: {source} is no run, which alone has several")
+    elif export.is_program(folder):
+        program = export.load(folder)
+        model, document = export.as_module(program), program.contract
     elif str(source) in IMAGENET["imagenet"] and not folder.exists():
         model, document = hub.from_published(str(source))
     else:

@@ -366,6 +366,22 @@ def export(run: str | os.PathLike, folder: str | os.PathLike, checkpoint: str | 
     )
 
 
+def in_dtype(
+    model: EmbeddingModel, config: Mapping[str, Any], dtype: str
+) -> tuple[EmbeddingModel, dict[str, Any]]:
+    """Return a model with the same arrays whose backbone computes in a dtype, and its arguments.
+
+    Args:
+        model: the model.
+        config: the arguments that ``create_model`` built it with, but ``rngs``.
+        dtype: ``"float32"`` or ``"bfloat16"``.
+    """
+    config = {**config, "dtype": dtype}
+    other = _build(config)
+    nnx.update(other, nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    return other, config
+
+
 def _build(config: Mapping[str, Any]) -> EmbeddingModel:
     """Build the model without its arrays: each is about to be set or only its shape is asked."""
     arguments = dict(config)
@@ -431,8 +447,7 @@ def main() -> None:
         description="Write a trained run as a folder that cbam_jax.load reads and the Hugging Face "
         "hub shows: weights, preprocessing, a card with the metrics that were measured."
     )
-    if not sys.argv[0].endswith("export"):
-        parser.add_argument("command", choices=["export"])
+    parser.add_argument("command", choices=["export"])
     parser.add_argument("run", type=command_line.path, help="workdir of the run")
     parser.add_argument("folder", type=command_line.path, help="folder to write")
     parser.add_argument("--checkpoint", default="best", help="best, last, untrained or a step")

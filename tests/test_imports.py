@@ -167,9 +167,12 @@ MAY_IMPORT = {
         "steps",
         "whole_files",
     },
+    # What loads a program needs none of the layers, which its writing asks for late.
+    "export": {"backbones", "foreign_files", "model_state", "preprocessing", "whole_files"},
     "embedder": {
         "data",
         "datasets",
+        "export",
         "foreign_files",
         "hub",
         "model_state",
@@ -179,6 +182,14 @@ MAY_IMPORT = {
         "progress",
         "runs",
         "steps",
+    },
+    "export_command": {
+        "command_line",
+        "export",
+        "foreign_files",
+        "hub",
+        "pretrained",
+        "runs",
     },
     "training": {
         "checkpoint",
@@ -324,6 +335,8 @@ HEAVY = ("flax", "grain", "orbax", "tensorstore", "tensorflow_datasets", "matplo
         ),
         # A catalogue is listed, and searched by id, without a model; a server is an extra.
         ("catalogue.commands", (*(name for name in HEAVY if name != "cv2"), "jax", "fastapi")),
+        # A program runs where there is no Flax, and no model's code.
+        pytest.param("export", HEAVY, marks=pytest.mark.slow),
         # A GPU is for the processes that it starts.
         pytest.param("paper", (*HEAVY, "jax"), marks=pytest.mark.slow),
     ],

@@ -233,8 +233,8 @@ class PatchEmbed(nnx.Module):
         """Return the patches' tokens."""
         height, width = (side // self.size for side in images.shape[1:3])
         images = images[:, : height * self.size, : width * self.size].astype(self.dtype)
-        patches = images.reshape(len(images), height, self.size, width, self.size, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), height, width, -1)
+        patches = images.reshape(images.shape[0], height, self.size, width, self.size, 3)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape[0], height, width, -1)
         kernel = self.kernel[...].astype(self.dtype)
         tokens = patches @ kernel.reshape(-1, kernel.shape[-1])
         return tokens if self.bias is None else tokens + _aligned(self.bias, tokens)
@@ -342,10 +342,10 @@ class MapHead(nnx.Module):
         """Pool."""
         latent = self.latent[...].astype(x.dtype)
         query = self.q(latent).reshape(1, 1, self.heads, -1)
-        query = jnp.broadcast_to(query, (len(x), *query.shape[1:]))
+        query = jnp.broadcast_to(query, (x.shape[0], *query.shape[1:]))
         parts = self.kv(x).reshape(*x.shape[:2], 2, self.heads, -1)
         pooled = _attend(query, parts[:, :, 0], parts[:, :, 1])
-        pooled = self.proj(pooled.reshape(len(x), 1, -1))
+        pooled = self.proj(pooled.reshape(x.shape[0], 1, -1))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
@@ -414,9 +414,9 @@ class VisionTransformer(nnx.Module):
         """Return the normalised tokens [b, n, c]: class token, registers, patches row by row."""
         patches = self.patch_embed(images)
         height, width = patches.shape[1:3]
-        patches = self._with_positions(patches).reshape(len(images), height * width, -1)
+        patches = self._with_positions(patches).reshape(images.shape[0], height * width, -1)
         before = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        before = [jnp.broadcast_to(t[...], (len(images), *t.shape[1:])) for t in before]
+        before = [jnp.broadcast_to(t[...], (images.shape[0], *t.shape[1:])) for t in before]
         x = jnp.concatenate([*(t.astype(patches.dtype) for t in before), patches], axis=1)
         x = x if self.norm_pre is None else self.norm_pre(x)
         rope = self.variant.position == "rope"
@@ -436,8 +436,8 @@ class VisionTransformer(nnx.Module):
         their lengths have no effect, so that a token times its gradient would be zero.
         """
         rest, patches = jnp.split(x, [x.shape[1] - math.prod(sides)], axis=1)
-        patches = self.grid(patches.reshape(len(x), *sides, -1))
-        return jnp.concatenate([rest, patches.reshape(len(x), math.prod(sides), -1)], axis=1)
+        patches = self.grid(patches.reshape(x.shape[0], *sides, -1))
+        return jnp.concatenate([rest, patches.reshape(x.shape[0], math.prod(sides), -1)], axis=1)
 
     def _with_positions(self, patches: jax.Array) -> jax.Array:
         """Add the position embedding, stretched to [h, w] where it is of another grid."""

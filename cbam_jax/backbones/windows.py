@@ -3,12 +3,18 @@
 Products and sums over views are what XLA's CPU backend runs faster than some of its convolutions.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# What programs are traced for; None: this process's own backend.
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 class Window(NamedTuple):
@@ -58,8 +64,10 @@ def views_of(x: jax.Array, window: Window, value: float) -> list[jax.Array]:
     right = max(columns + size - 1 - x.shape[2] - left, 0)
     border = ((0, 0), (top, bottom), (left, right), (0, 0))
     x = jnp.pad(x, border, constant_values=value)
+    # Not by indexing, which is a gather for a batch whose size is not known yet.
+    steps = (1, strides, strides, 1)
     return [
-        x[:, i : i + rows : strides, j : j + columns : strides]
+        lax.slice(x, (0, i, j, 0), (x.shape[0], i + rows, j + columns, x.shape[3]), steps)
         for i in range(size)
         for j in range(size)
     ]
@@ -100,6 +108,21 @@ def add_views(views: list[jax.Array], window: Window, like: jax.Array) -> jax.Ar
     return total
 
 
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Within it, layers that are traced take a platform's form: a program may be for elsewhere.
+
+    >>> with compiled_for("cuda"):
+    ...     on_cpu()
+    False
+    """
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
 def on_cpu() -> bool:
     """Return whether XLA's CPU backend is what programs are compiled for."""
-    return jax.default_backend() == "cpu"
+    return (_platform.get() or jax.default_backend()) == "cpu"

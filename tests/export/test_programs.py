@@ -1,0 +1,247 @@
+"""Programs give what their models give, wherever they run, whoever loads them and however late."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from golden.make_program import ARGUMENTS
+from tiny_run import drawn_model, make_config, patch_tiny_models, write_photos, write_run
+
+import cbam_jax
+from cbam_jax import InputError, export, export_command, models
+from cbam_jax.backbones.layers import DepthwiseConv
+from cbam_jax.embedder import Embedder
+from cbam_jax.export import lowering
+from cbam_jax.preprocessing import Preprocessing
+
+pytest.importorskip("flatbuffers", reason="programs are written and read by it")
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "program_1"
+RNG = np.random.default_rng(3)
+VIT = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "patch_size": 16,
+    "image_size": 64,
+    "mlp_width": 48,
+    "activation": "gelu",
+    "epsilon": 1e-6,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
+FAMILIES = {
+    "resnet10_cbam": {"embedding_dim": 16},
+    "resnet50_se": {},
+    "vgg16_cbam": {},
+    "googlenet_cbam": {"num_classes": 3},
+    "efficientnet_lite0": {},
+    "vit": {"transformer": VIT},
+    "vit with a pooling token": {"name": "vit", "transformer": VIT | {"pool": "map"}},
+    "vit with rotations": {"name": "vit", "transformer": VIT | {"position": "rope"}},
+}
+
+
+@pytest.fixture
+def _tiny(monkeypatch):
+    patch_tiny_models(monkeypatch)
+
+
+def tiny():
+    return drawn_model(lambda: models.create_model(**ARGUMENTS, rngs=nnx.Rngs(0)))
+
+
+def pixels(count, size):
+    return RNG.integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def test_a_folder_of_the_first_format_gives_what_it_gave():
+    program = export.load(GOLDEN)
+    assert program.check() < 1e-5
+    assert program.contract["license"] == "CC0-1.0"
+    assert program(pixels(0, 32)).shape == (0, program.dimension) == (0, 16)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_program_embeds_photos_as_its_model_does(tmp_path):
+    write_photos(tmp_path)
+    files = [*sorted(tmp_path.glob("*.jpg")), tmp_path / "missing.jpg"]
+    loaded = cbam_jax.load(GOLDEN, batch_size=8)
+    model = Embedder(tiny(), Preprocessing(32), arguments=ARGUMENTS, batch_size=8)
+    expected = model.embed_files(files, progress=False)
+    actual = loaded.embed_files(files, progress=False)
+    np.testing.assert_allclose(actual.embeddings, expected.embeddings, rtol=0, atol=1e-6)
+    assert [path for path, _ in actual.failed] == [str(files[-1])]
+    assert loaded.fingerprint == model.fingerprint
+    with pytest.raises(InputError, match="no maps to look at: give the model it was exported"):
+        loaded.model.features(pixels(1, 32))
+
+
+class Depthwise(nnx.Module):
+    def __init__(self):
+        self.conv = DepthwiseConv(3, 3, dtype=np.float32, rngs=nnx.Rngs(0))
+
+    def preprocess(self, images):
+        return images.astype(np.float32)
+
+    def __call__(self, x):
+        return self.conv(x).mean((1, 2))
+
+
+def test_each_platform_has_its_own_form():
+    embed, weights = lowering.split(Depthwise())
+    texts = {p: lowering.lower(embed, weights, 16, p).mlir_module() for p in ("cpu", "tpu", "cpu")}
+    # A sum of products on a CPU.
+    assert {p: text.count("stablehlo.convolution") for p, text in texts.items()} == {
+        "cpu": 0,
+        "tpu": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 32, 32, 3), np.float32), "multiplied by 255"),
+        (np.zeros((2, 3, 32, 32), np.uint8), "move the channels last"),
+        (np.zeros((2, 32, 40, 3), np.uint8), "32 x 40 pixels, expected 32 x 32: cut them"),
+    ],
+)
+def test_other_images_are_told(images, message):
+    with pytest.raises(ValueError, match=message):
+        export.load(GOLDEN)(images)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_what_would_be_lost_or_cannot_be_is_told_before(tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    cases = {
+        "config.json: give another folder": {"folder": tmp_path},
+        "--to=torch: give one of stablehlo, onnx": {"to": "torch"},
+        "--platforms=cpu,ipu: give some of cpu, cuda": {"platforms": ("cpu", "ipu")},
+        "--platforms=: give some of cpu": {"platforms": ()},
+    }
+    for message, changed in cases.items():
+        given = {"folder": tmp_path / "new", "preprocessing": Preprocessing(32)} | changed
+        with pytest.raises(InputError, match=message):
+            export.save(tiny(), given.pop("folder"), arguments=ARGUMENTS, **given)
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_an_interrupted_export_leaves_what_was_there(tmp_path, monkeypatch):
+    folder = tmp_path / "program"
+    shutil.copytree(GOLDEN, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lowering, "split", lambda _: (lambda *_: np.ones((3, 16)), {}))
+    monkeypatch.setattr(lowering, "lower", full)
+    with pytest.raises(InputError, match="cannot be written .*No space left"):
+        export.save(tiny(), folder, preprocessing=Preprocessing(32), arguments=ARGUMENTS)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["cbam-jax export", *map(str, words)])
+    export_command.main()
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--platforms=cpu",), "--platforms is of programs: give --to=stablehlo"),
+        (("--to=onnx", "--platforms=cpu"), "--platforms=cpu: ONNX has none; leave it out"),
+        (("--to=stablehlo", "--platforms=ipu"), "--platforms=ipu: give some of"),
+        (("--to=stablehlo", "--checkpoint=worst"), "--checkpoint=worst: give best"),
+        (("--to=stablehlo",), "is a program already: give the model it is of"),
+    ],
+)
+def test_flags_that_do_not_fit_are_told(words, message, tmp_path, monkeypatch, capsys):
+    source = GOLDEN if len(words) == 1 else tmp_path
+    with pytest.raises(InputError, match=message):
+        command(monkeypatch, capsys, source, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_tiny")
+def test_a_run_is_exported_by_command_and_found_with(tmp_path, monkeypatch, capsys):
+    manifest = write_photos(tmp_path)
+    write_run(tmp_path / "run", make_config(manifest))
+    words = (tmp_path / "run", tmp_path / "program", "--to=stablehlo", "--license=mine")
+    told = command(monkeypatch, capsys, *words)
+    assert told["license"] == "mine"
+    run, program = (cbam_jax.load(tmp_path / name) for name in ("run", "program"))
+    files = sorted(tmp_path.glob("*.jpg"))
+    expected = run.embed_files(files, progress=False).embeddings
+    actual = program.embed_files(files, progress=False).embeddings
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+    assert program.fingerprint == run.fingerprint
+    with cbam_jax.catalogue.Catalogue.open(tmp_path / "shop.db", program) as catalogue:
+        catalogue.add(files)
+    # Of the same weights: the run searches what the program embedded.
+    with cbam_jax.catalogue.Catalogue.open(tmp_path / "shop.db", run) as catalogue:
+        assert catalogue.find(files[0], k=1)[0].path == str(files[0])
+    half = command(
+        monkeypatch, capsys, *words[:1], tmp_path / "half", *words[2:], "--dtype=bfloat16"
+    )
+    assert half["bytes"]["weights.safetensors"] == told["bytes"]["weights.safetensors"]
+    loaded = export.load(tmp_path / "half", check=True)
+    images = pixels(4, 32)
+    difference = np.abs(loaded(images) - export.load(tmp_path / "program")(images)).max()
+    assert 1e-5 < difference < 0.05
+    assert cbam_jax.load(tmp_path / "half").fingerprint != run.fingerprint
+
+
+ALONE = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[:2] in (["cbam_jax", "models"], ["cbam_jax", "backbones"], ["flax"]):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refused())
+import numpy as np
+from cbam_jax import export
+
+program = export.load(sys.argv[1], check=True)
+images = np.load(sys.argv[2])
+np.savez(sys.argv[3], *[program(images[:b]) for b in (1, 3, 17)])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_in_a_process_without_the_models_code(family, tmp_path):
+    arguments = {"name": family, **FAMILIES[family]}
+    model = drawn_model(lambda: models.create_model(**arguments, rngs=nnx.Rngs(0)))
+    export.save(
+        model,
+        tmp_path / "program",
+        preprocessing=Preprocessing(64, mean=model.mean, std=model.std),
+        arguments=arguments,
+        platforms=("cpu",),
+    )
+    images = pixels(17, 64)
+    np.save(tmp_path / "images.npy", images)
+    names = [tmp_path / name for name in ("program", "images.npy", "found.npz")]
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, names)], check=True, timeout=300)
+    model = nnx.view(model, use_running_average=True, raise_if_not_found=False)
+    graph, state = nnx.split(model)
+    embed = jax.jit(lambda state, x: (m := nnx.merge(graph, state))(m.preprocess(x)))
+    with np.load(tmp_path / "found.npz") as found:
+        for name, batch in zip(found.files, (1, 3, 17), strict=True):
+            expected = np.asarray(embed(state, images[:batch]))
+            np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-5)
+            assert np.ptp(expected) > 0.01
