@@ -4,6 +4,7 @@ Read from the top: ``check_config`` refuses what the fields alone show to be wro
 weights to start from, the data's classes, and the run that a workdir already holds.
 """
 
+import functools
 import math
 import os
 import re
@@ -22,7 +23,10 @@ from cbam_jax.models import FORM, MODELS, EmbeddingModel, parts_of
 from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
 # These compare directions, and retrieval compares Euclidean distances: of unit vectors they agree.
-OF_DIRECTIONS = ("multi_similarity", "sup_con", "nt_xent", "circle")
+OF_DIRECTIONS = (
+    "multi_similarity", "sup_con", "nt_xent", "circle",
+    "proxy_anchor", "proxy_nca", "arcface", "cosface", "soft_triple",
+)  # fmt: skip
 # Pixels from which on every backbone, of at most five halvings, has some of them left.
 _SMALLEST_FOR_ALL = 32
 
@@ -144,7 +148,7 @@ def check_loss(config: Config) -> None:
             f"loss.name={name} compares directions, and retrieval distances: set "
             "--config.model.normalize=True, so that both order alike"
         )
-    if size and not experiment.loss_takes(config, "memory"):
+    if size and not experiment.has_memory(config):
         raise InputError(
             f"loss.memory_size={size}: {name} takes no memory; leave it out, or give 0"
         )
@@ -154,12 +158,22 @@ def check_loss(config: Config) -> None:
 
 def check_numbers(config: Config) -> None:
     """Raise InputError where the loss's function refuses a number of its fields."""
+    name, centers = config.loss.name, config.loss.soft_triple_centers
+    if centers < 1:
+        raise InputError(f"loss.soft_triple_centers={centers}: give at least 1")
+
+    def find(embeddings: Any, labels: Any) -> Any:
+        loss = functools.partial(experiment.LOSSES[name], **experiment.loss_options(config))
+        if not experiment.has_proxies(config):
+            return loss(embeddings, labels)
+        return loss(embeddings, labels, experiment.build_proxies(config, 2, 2).vectors[...])
+
     batch = jax.ShapeDtypeStruct((2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
     try:
-        jax.eval_shape(experiment.build_loss(config), *batch)
+        jax.eval_shape(find, *batch)
     except ValueError as error:
         told = re.sub(r"^(\w+) is (.+), expected ", r"\1=\2: give ", str(error))
-        raise InputError(f"loss.{config.loss.name}_{told}") from error
+        raise InputError(f"loss.{name}_{told}") from error
 
 
 def check_blocks(config: Config, model: EmbeddingModel) -> None:

@@ -47,6 +47,11 @@ LOSSES = {
     "circle": losses.circle_loss,
     "contrastive": losses.contrastive_loss,
     "n_pair": losses.n_pair_loss,
+    "proxy_anchor": losses.proxy_anchor_loss,
+    "proxy_nca": losses.proxy_nca_loss,
+    "arcface": losses.arcface_loss,
+    "cosface": losses.cosface_loss,
+    "soft_triple": losses.soft_triple_loss,
 }
 # Fields of a config's data that say how an image becomes a model's square.
 GEOMETRY = ("image_size", "crop_fraction", "resize", "interpolation", "pad_color")
@@ -306,13 +311,19 @@ def classifies(config: Config) -> bool:
 
 
 def build_loss(config: Config) -> Callable:
-    """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars."""
+    """Return loss(embeddings, or logits where it classifies, labels) -> loss, scalars.
+
+    One with proxies also asks for the model that is trained, whose ``proxies`` are its own.
+    """
     name = config.loss.name
     if named_parts.is_named(name):
         return named_parts.load(name, "loss.name")
     if classifies(config):
         return functools.partial(losses.deep_cross_entropy_loss, **loss_options(config))
-    return functools.partial(LOSSES[name], **loss_options(config))
+    loss = functools.partial(LOSSES[name], **loss_options(config))
+    if not has_proxies(config):
+        return loss
+    return lambda embeddings, labels, model: loss(embeddings, labels, model.proxies.vectors[...])
 
 
 def loss_options(config: Config) -> dict[str, Any]:
@@ -328,12 +339,27 @@ def loss_options(config: Config) -> dict[str, Any]:
     if classifies(config):
         return {field: loss[field] for field in ("label_smoothing", "auxiliary_weight")}
     own = f"{loss.name}_"
-    return {f.removeprefix(own): value for f, value in loss.items() if f.startswith(own)}
+    fields = {f.removeprefix(own): value for f, value in loss.items() if f.startswith(own)}
+    taken = inspect.signature(LOSSES[loss.name]).parameters
+    return {name: value for name, value in fields.items() if name in taken}
 
 
-def loss_takes(config: Config, argument: str) -> bool:
-    """Whether the config's loss has an argument, such as ``"memory"``."""
-    return argument in inspect.signature(build_loss(config)).parameters
+def has_memory(config: Config) -> bool:
+    """Whether the config's loss may be given a memory of earlier batches' embeddings."""
+    return "memory" in inspect.signature(build_loss(config)).parameters
+
+
+def has_proxies(config: Config) -> bool:
+    """Whether the config's loss has vectors of the classes, which are trained."""
+    loss = LOSSES.get(config.loss.name)
+    return loss is not None and "proxies" in inspect.signature(loss).parameters
+
+
+def build_proxies(config: Config, num_classes: int, dim: int) -> losses.Proxies:
+    """Return the vectors of the config's loss, drawn by its seed."""
+    per_class = config.loss.soft_triple_centers if config.loss.name == "soft_triple" else None
+    rngs = nnx.Rngs(config.seed)
+    return losses.Proxies(num_classes, dim, per_class=per_class, rngs=rngs)
 
 
 def collapse_warning(config: Config) -> Callable:

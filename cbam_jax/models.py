@@ -198,6 +198,8 @@ class EmbeddingModel(nnx.Module):
         self.class_head = (
             None if num_classes is None else nnx.Linear(self.embedding_dim, num_classes, rngs=rngs)
         )
+        # Vectors of the classes, where a loss trains some: no embedding depends on them.
+        self.proxies: nnx.Module | None = nnx.data(None)
 
     def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
         """Turn uint8 RGB [b, h, w, 3] into what the backbone expects; see normalize_images.

@@ -68,6 +68,7 @@ def create_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     new_layer_multiple: float = 1.0,
+    proxy_multiple: float = 1.0,
     is_new: str | Collection[str] | Callable[[tuple[str, ...]], bool] = NEW_LAYERS,
     clip_norm: float | None = None,
     accumulate_steps: int = 1,
@@ -92,6 +93,7 @@ def create_optimizer(
         new_layer_multiple: what the learning rate of freshly added layers (attention, projection,
             pooling, classes) is multiplied by, since they start from nothing beside a pretrained
             backbone.
+        proxy_multiple: likewise of a loss's ``proxies``, which many classes move seldom.
         is_new: which layers those are: a name or names, of which one is a whole part of a
             parameter's path (``("backbone", "cbam", "kernel")`` is under ``"cbam"``, not under
             ``"bam"``), or a function of that path.
@@ -132,7 +134,8 @@ def create_optimizer(
     is_new = (is_new,) if isinstance(is_new, str) else is_new
     # Both updates are proportional to the learning rate, so scaling them is scaling the rate.
     multiple = optax.masked(optax.scale(new_layer_multiple), partial(_new_layers, is_new))
-    chain = optax.chain(clip, update, multiple)
+    proxies = optax.masked(optax.scale(proxy_multiple), partial(_new_layers, ("proxies",)))
+    chain = optax.chain(clip, update, multiple, proxies)
     if layer_decay != 1.0 or frozen_blocks:
         # Also of the decay of weights, which is part of the update.
         rates = partial(block_rates, layer_decay=layer_decay, frozen_blocks=frozen_blocks)

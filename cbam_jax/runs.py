@@ -156,7 +156,9 @@ def restore_model(
         tree["ema"] = params
     if config.train.ema_batch_stats:
         tree["ema_batch_stats"] = batch_stats
-    tree = checkpoint.unflatten(tree, read.model)
+    # What a loss trained of its own makes no embedding.
+    arrays = {name: array for name, array in read.model.items() if ".proxies." not in name}
+    tree = checkpoint.unflatten(tree, arrays)
     state = tree.get("ema", tree["params"]), tree.get("ema_batch_stats", tree["batch_stats"])
     return model, steps.replicate(state, mesh), read.step
 

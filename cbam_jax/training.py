@@ -104,7 +104,7 @@ def train_and_evaluate(
         stack.enter_context(workdirs.told_in_one_line(config, workdir))
         checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))
         config, training, validation, source = open_data(config, workdir, checkpoints)
-        model, mesh = build_model(config, source), steps.data_mesh()
+        model, mesh = build_model(config, source, training), steps.data_mesh()
         optimizer, learning_rate = experiment.build_optimizer(config)
         train_step = make_train_step(config, model, optimizer, experiment.build_loss(config), mesh)
         embed_step = steps.make_embed_step(model, mesh)
@@ -208,11 +208,17 @@ def open_data(
     return config, training, validation, source
 
 
-def build_model(config: Config, source: str | None) -> EmbeddingModel:
-    """Build the config's model, with the weights of ``source`` where there is one."""
+def build_model(config: Config, source: str | None, dataset: RetrievalDataset) -> EmbeddingModel:
+    """Build the config's model, with the weights of ``source`` where there is one.
+
+    With it what its loss trains of the dataset's classes, which no checkpoint is evaluated by.
+    """
     model = experiment.build_model(config)
     if source:
         print(load_pretrained(model, source).summary(), flush=True)
+    if experiment.has_proxies(config):
+        classes = len(dataset.label_names)
+        model.proxies = experiment.build_proxies(config, classes, model.embedding_dim)
     return model
 
 

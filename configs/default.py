@@ -76,8 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.loss = loss = ml_collections.ConfigDict()
     # "triplet", "contrastive", "n_pair"; with model.normalize=True "multi_similarity", "circle",
-    # "sup_con", "nt_xent"; with normalize=False "cross_entropy", which trains a classifier. Or
-    # one's own, "package.module:function". docs/losses.md says which is when of use.
+    # "sup_con", "nt_xent", "proxy_anchor", "proxy_nca", "arcface", "cosface", "soft_triple"; with
+    # normalize=False "cross_entropy", which trains a classifier. Or one's own,
+    # "package.module:function". docs/losses.md says which is when of use.
     loss.name = "triplet"
     # Of the triplet loss:
     loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
@@ -103,6 +104,19 @@ def get_config() -> ml_collections.ConfigDict:
     loss.n_pair_l2 = 0.002  # weight of the squared lengths
     loss.sup_con_temperature = 0.1
     loss.nt_xent_temperature = 0.1
+    # Of those with proxies, vectors of the classes that are trained: optimizer.proxy_multiple.
+    loss.proxy_anchor_margin = 0.1
+    loss.proxy_anchor_scale = 32.0
+    loss.proxy_nca_temperature = 1 / 9
+    loss.arcface_margin = 0.5  # radians
+    loss.arcface_scale = 64.0
+    loss.cosface_margin = 0.35
+    loss.cosface_scale = 64.0
+    loss.soft_triple_centers = 10  # of each class
+    loss.soft_triple_margin = 0.01
+    loss.soft_triple_scale = 20.0
+    loss.soft_triple_gamma = 0.1
+    loss.soft_triple_tau = 0.2  # weight of what draws a class's centres together
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     # "sgd", "adamw", "lion" or "muon", or one's own, "package.module:factory".
@@ -118,6 +132,8 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.betas = (0.9, 0.999)  # of adamw, lion, and muon's biases and scales
     optimizer.eps = 1e-8  # of adamw
     optimizer.new_layer_multiple = 1.0  # of the learning rate of attention, projection, classes
+    # Of the learning rate of a loss's proxies; proxy_anchor's authors have 100 at 1e-4.
+    optimizer.proxy_multiple = 10.0
     # Of a transformer: factor of the learning rate for each block that stands after; blocks, from
     # the first, that stay as they are.
     optimizer.layer_decay = 1.0

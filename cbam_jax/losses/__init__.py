@@ -11,6 +11,14 @@ triplets), `cross_entropy` (of a classifier).
 """
 
 from cbam_jax.losses.cross_entropy import cross_entropy_loss, deep_cross_entropy_loss
+from cbam_jax.losses.proxies import (
+    Proxies,
+    arcface_loss,
+    cosface_loss,
+    proxy_anchor_loss,
+    proxy_nca_loss,
+    soft_triple_loss,
+)
 from cbam_jax.losses.similarity import (
     circle_loss,
     contrastive_loss,
@@ -23,15 +31,21 @@ from cbam_jax.losses.triplet import MININGS, collapse_warning, triplet_loss
 
 __all__ = [
     "MININGS",
+    "Proxies",
+    "arcface_loss",
     "circle_loss",
     "collapse_warning",
     "contrastive_loss",
+    "cosface_loss",
     "cross_entropy_loss",
     "deep_cross_entropy_loss",
     "multi_similarity_loss",
     "multi_similarity_miner",
     "n_pair_loss",
     "nt_xent_loss",
+    "proxy_anchor_loss",
+    "proxy_nca_loss",
+    "soft_triple_loss",
     "sup_con_loss",
     "triplet_loss",
 ]

@@ -31,8 +31,9 @@ from cbam_jax.pretrained.vit_names import is_left_over, vit_arrays
 # auxiliary classifiers.
 FRESH = ("stem_attention", "last_attention", "projection", "pool", "class_head", "aux1", "aux2")
 # What a source may have and a model not, whole: it is then left over. timm's VGG has its
-# classifier in pre_logits and head; class_head is of our own runs with cross-entropy.
-LEFT_OVER = ("fc", "classifier", "pre_logits", "head", "class_head", "aux1", "aux2")
+# classifier in pre_logits and head; class_head is of our own runs with cross-entropy, proxies of
+# those whose loss has some.
+LEFT_OVER = ("fc", "classifier", "pre_logits", "head", "class_head", "aux1", "aux2", "proxies")
 # Counters of torch's BatchNorm, and the attention that the original CBAM code has in every block.
 _LEFT_OVER_ANYWHERE = re.compile(r"(^|\.)num_batches_tracked$|^layer\d\.\d+\.cbam\.")
 

@@ -110,3 +110,61 @@ def central_differences(f, x, step=1e-6):
         down[i] -= step
         gradient[i] = (f(up) - f(down)) / (2 * step)
     return gradient
+
+
+# --- with vectors of the classes ---
+
+
+def classified(logits, labels):
+    """Mean cross-entropy."""
+    return mean(np.logaddexp.reduce(row) - row[y] for row, y in zip(logits, labels, strict=True))
+
+
+def proxy_anchor(x, labels, proxies, margin=0.1, scale=32.0):
+    similarity = unit(x) @ unit(proxies).T
+    pull, push = [], []
+    for c in range(len(proxies)):
+        s, is_own = similarity[:, c], np.asarray(labels) == c
+        own = [math.exp(-scale * (s - margin)) for s in s[is_own]]
+        rest = [math.exp(scale * (s + margin)) for s in s[~is_own]]
+        pull += [math.log1p(sum(own))] if own else []
+        push.append(math.log1p(sum(rest)))
+    return mean(pull) + mean(push)
+
+
+def proxy_nca(x, labels, proxies, temperature=1 / 9):
+    squares = np.sum((unit(x)[:, None] - unit(proxies)[None]) ** 2, axis=-1)
+    return classified(-squares / temperature, labels)
+
+
+def cosface(x, labels, proxies, margin=0.35, scale=64.0):
+    logits = scale * (unit(x) @ unit(proxies).T)
+    for i, y in enumerate(labels):
+        logits[i, y] -= scale * margin
+    return classified(logits, labels)
+
+
+def arcface(x, labels, proxies, margin=0.5, scale=64.0):
+    logits = unit(x) @ unit(proxies).T
+    for i, y in enumerate(labels):
+        angle = math.acos(min(max(logits[i, y], -1), 1))
+        inside = angle + margin < math.pi
+        logits[i, y] = (
+            math.cos(angle + margin) if inside else (logits[i, y] - margin * math.sin(margin))
+        )
+    return classified(scale * logits, labels)
+
+
+def soft_triple(x, labels, proxies, margin=0.01, scale=20.0, gamma=0.1, tau=0.2):
+    n, k, _ = proxies.shape
+    similarity, apart = np.zeros((len(x), n)), 0.0
+    for c in range(n):
+        to_centers = unit(x) @ unit(proxies[c]).T
+        weights = np.exp(to_centers / gamma)
+        weights /= weights.sum(axis=1, keepdims=True)
+        similarity[:, c] = np.sum(weights * to_centers, axis=1)
+        products = unit(proxies[c]) @ unit(proxies[c]).T
+        apart += sum(math.sqrt(2 + 1e-5 - 2 * products[s, t]) for t in range(k) for s in range(t))
+    for i, y in enumerate(labels):
+        similarity[i, y] -= margin
+    return classified(scale * similarity, labels) + tau * apart / (n * k * (k - 1))

@@ -12,37 +12,70 @@ from cbam_jax import losses
 
 LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive.
 PAIRS = ("multi_similarity", "circle", "contrastive", "n_pair", "sup_con", "nt_xent")
+PROXIES = ("proxy_anchor", "proxy_nca", "cosface", "arcface", "soft_triple")
+
+
+@functools.cache
+def drawn():
+    rng = np.random.default_rng(2022)
+    shapes = {"x": (9, 4), "proxies": (8, 4), "centers": (8, 3, 4)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def call(loss, labels, arrays):
+    return loss(**arrays, labels=labels)
 
 
 @functools.cache
 def results():
-    """Of each loss ((loss, stats), gradient), by one program: half of what they compile to is one.
+    """Of each loss ((loss, stats), gradients), by one program: much of what they compute is one."""
 
-    With them what they are of.
-    """
-    x = np.random.default_rng(2022).normal(size=(len(LABELS), 4)).astype(np.float32)
+    def find(x, labels, proxies, centers):
+        found = {}
+        for name in PAIRS + PROXIES:
+            vectors = {"proxies": centers if name == "soft_triple" else proxies}
+            arrays = {"embeddings": x} | (vectors if name in PROXIES else {})
+            loss = functools.partial(call, getattr(losses, f"{name}_loss"), labels)
+            found[name] = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return found
 
-    def find(x, labels):
-        return {
-            name: jax.value_and_grad(getattr(losses, f"{name}_loss"), has_aux=True)(x, labels)
-            for name in PAIRS
-        }
-
-    return x, jax.device_get(jax.jit(find)(x, LABELS))
+    given = drawn()
+    return jax.device_get(jax.jit(find)(given["x"], LABELS, given["proxies"], given["centers"]))
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_value_and_gradient_match_float64(name):
-    x, found = results()
-    (value, stats), gradient = found[name]
-    exact = x.astype(np.float64)
-    fixed = {"fixed": exact} if name == "circle" else {}  # Its weights have no gradient.
+    (value, _), gradient = results()[name]
+    x = drawn()["x"].astype(np.float64)
+    fixed = {"fixed": x} if name == "circle" else {}  # Its weights have no gradient.
+    check(value, gradient["embeddings"], lambda x: getattr(reference, name)(x, LABELS, **fixed), x)
 
-    def expected(x):
-        return getattr(reference, name)(x, LABELS, **fixed)
 
-    np.testing.assert_allclose(value, expected(exact), rtol=1e-5)
-    np.testing.assert_allclose(gradient, central_differences(expected, exact), atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("name", PROXIES)
+def test_value_and_gradients_with_proxies_match_float64(name):
+    (value, stats), gradient = results()[name]
+    x = drawn()["x"].astype(np.float64)
+    p = drawn()["centers" if name == "soft_triple" else "proxies"].astype(np.float64)
+    loss = getattr(reference, name)
+    check(value, gradient["embeddings"], lambda x: loss(x, LABELS, p), x)
+    check(value, gradient["proxies"], lambda p: loss(x, LABELS, p), p)
+    if name != "soft_triple":
+        nearest = np.argmax(reference.unit(x) @ reference.unit(p).T, axis=1)
+        np.testing.assert_allclose(stats["accuracy"], np.mean(nearest == LABELS), rtol=1e-6)
+
+
+def check(value, gradient, expected, x):
+    np.testing.assert_allclose(value, expected(x), rtol=1e-5)
+    slopes = central_differences(expected, x)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
     assert np.abs(gradient).max() > 0.01
+
+
+def test_spread_and_valid_anchors():
+    x = drawn()["x"]
     spread = np.sqrt(np.mean(np.sum((x - x.mean(0)) ** 2, axis=1)))
-    np.testing.assert_allclose(stats["embedding_spread"], spread, rtol=1e-5)
+    for (_, stats), _ in results().values():
+        np.testing.assert_allclose(stats["embedding_spread"], spread, rtol=1e-5)
+    for name in set(PAIRS) - {"n_pair"}:
+        np.testing.assert_allclose(results()[name][0][1]["valid_anchors"], 8 / 9, rtol=1e-6)
+    np.testing.assert_allclose(results()["n_pair"][0][1]["valid_anchors"], 3 / 9, rtol=1e-6)
