@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "preprocessing": {"foreign_files"},
     "data": {"datasets", "preprocessing"},
     "losses": {"distances", "sharding"},
-    "search": {"compiler_options", "distances", "sharding"},
+    "search": {"compiler_options", "distances", "sharding", "whole_files"},
     "evaluation": {"metrics", "search", "whole_files"},
     "backbones": {"attention", "sharding"},
     "named_parts": {"foreign_files"},

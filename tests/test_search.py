@@ -397,14 +397,14 @@ def test_first_pass_suits_the_device(monkeypatch):
 
     for flags, expected in (("avx2", "float32"), ("avx2 avx512_bf16", "bfloat16")):
         monkeypatch.setattr(passes.pathlib.Path, "read_text", lambda _, f=flags: f)
-        assert passes._fastest_pass(Device) == expected
+        assert passes.fastest_pass(Device) == expected
     Device.platform = "gpu"
-    assert passes._fastest_pass(Device) == "bfloat16"
+    assert passes.fastest_pass(Device) == "bfloat16"
     # A T4's, an A100's, an H100's, a Blackwell's, and AMD's MI300's.
     capabilities = {"7.5": "float32", "8.0": "bfloat16", "9.0": "bfloat16", "12.0": "bfloat16"}
     for capability, expected in (capabilities | {"gfx942": "bfloat16"}).items():
         Device.compute_capability = capability
-        assert passes._fastest_pass(Device) == expected
+        assert passes.fastest_pass(Device) == expected
 
 
 def test_an_accelerator_selects_seldom_and_within_its_memory():
@@ -414,7 +414,7 @@ def test_an_accelerator_selects_seldom_and_within_its_memory():
         platform = "gpu"
 
     def kept(q, d=512):
-        blocks = passes._block_sizes(Device, (q, d), None, None)
+        blocks = passes.block_sizes(Device, (q, d), None, None)
         parts = shards.query_tiles(q, blocks[0])
         count = groups._blocks_kept("gpu", parts, blocks[1], 16)
         # Two int32 of each query and group of 16 items.

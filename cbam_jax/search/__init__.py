@@ -14,12 +14,17 @@ begins with the product that can tell neighbours apart. So neither the first pas
 nor devices, nor the batching of queries show in the result: the k lowest by (float32 distance,
 gallery index).
 
+Embeddings of photos are correlated: along a few principal directions, a product of a fifth of the
+width bounds distances well. `prepare` makes such a projection of a gallery, or rounds it, once for
+all searches.
+
 The rooms, in the order to read them: `passes` (`search`: bounds, candidates, proof, and again what
 is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
 block), `candidates` and `pairs` (distances in float64), `clusters` (each searched alone), `spread`
-(how embeddings lie), `exhaustive` (every pair); and what they stand on: `types`, `order` (of ties),
-`shards` (the gallery in memory), `sums`, `arguments`. `counting`: what is nearer than the first
-relevant item.
+(how embeddings lie), `exhaustive` (every pair); `preparing`, `projection`, `prepared` and
+`prepared_files` (what a gallery needs once, kept); and what they stand on: `types`, `order` (of
+ties), `shards` (the gallery in memory), `sums`, `arguments`. `counting`: what is nearer than the
+first relevant item.
 
 `top_k` finds the same inside other JAX programs: `traced` (the function, its gradient, shards),
 `streamed` (bounds, candidates, proof under `jax.jit`), `compensated` (distances as exact as
@@ -29,6 +34,19 @@ float64's without float64).
 from cbam_jax.search.arguments import FIRST_PASSES, METRICS
 from cbam_jax.search.counting import first_ranks
 from cbam_jax.search.passes import search
+from cbam_jax.search.prepared import Prepared
+from cbam_jax.search.prepared_files import load_prepared, save_prepared
+from cbam_jax.search.preparing import prepare
 from cbam_jax.search.traced import top_k
 
-__all__ = ["FIRST_PASSES", "METRICS", "first_ranks", "search", "top_k"]
+__all__ = [
+    "FIRST_PASSES",
+    "METRICS",
+    "Prepared",
+    "first_ranks",
+    "load_prepared",
+    "prepare",
+    "save_prepared",
+    "search",
+    "top_k",
+]

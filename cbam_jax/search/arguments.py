@@ -24,14 +24,14 @@ def matrix(x: ArrayLike, name: str) -> np.ndarray | jax.Array:
 
 def check(
     queries: np.ndarray | jax.Array,
-    gallery: np.ndarray | jax.Array,
+    gallery: tuple[int, ...],
     items: int,
     k: int,
     metric: str,
 ) -> None:
     """Raises a ValueError for what does not fit together or is not known; of ``items`` in all."""
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries are {queries.shape[1]} wide, the gallery {gallery.shape[1]}")
+    if queries.shape[1] != gallery[1]:
+        raise ValueError(f"queries are {queries.shape[1]} wide, the gallery {gallery[1]}")
     if not 1 <= k <= items:
         raise ValueError(f"k is {k}, but the gallery has {items} items; k is from 1 to that")
     if items >= 2**31:

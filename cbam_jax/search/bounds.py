@@ -20,12 +20,16 @@ _SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
 
 
 class Preparation(NamedTuple):
-    """How embeddings are made ready for the product: less ``center``, times ``scale``."""
+    """How embeddings are made ready for the product: less ``center``, times ``scale``.
+
+    With ``directions`` [d, r] the product is of r + 1 numbers: see `_projected`.
+    """
 
     center: np.ndarray | jax.Array | None
     scale: np.float32 | jax.Array
     metric: str
     dtype: str
+    directions: np.ndarray | jax.Array | None = None
 
 
 def preparation_of(
@@ -37,13 +41,12 @@ def preparation_of(
     would shorten them little and no square leaves float32's range, embeddings stay as they are.
     """
     center, scale = None, np.float32(1)
-    largest = max(float(np.max(s)) for s in (queries.squares, *(s.squares for s in shards)))
     if metric in ("euclidean", "squared_euclidean"):
-        sample = _sample(shards)
+        sample = sampled_rows(shards, 16)
         mean = sample.mean(axis=0)
         if np.sum(mean**2) > 0.25 * np.mean(np.sum(sample**2, axis=1)):
             center = mean.astype(np.float32)
-    if not _SMALLEST < largest < _LARGEST:
+    if not usual_size(queries, shards):
         peak = max(largest_magnitude(x) for x in (queries.rows, *(s.rows for s in shards)))
         # A power of two scales exactly.
         scale = np.float32(2.0 ** -float(np.clip(np.frexp(peak)[1], -100, 127)))
@@ -51,9 +54,20 @@ def preparation_of(
     return Preparation(center, scale, metric, dtype)
 
 
-def _sample(shards: Sequence[Shard]) -> np.ndarray:
-    """Runs of rows from all over, float64: single rows would bring a whole file into memory."""
-    starts = [(s, i) for s in shards for i in range(0, len(s.rows), -(-len(s.rows) // 16))]
+def usual_size(queries: Queries, shards: Sequence[Shard]) -> bool:
+    """Whether embeddings need no scaling."""
+    largest = max(float(np.max(s)) for s in (queries.squares, *(s.squares for s in shards)))
+    return _SMALLEST < largest < _LARGEST
+
+
+def sampled_rows(shards: Sequence[Shard], runs: int) -> np.ndarray:
+    """``runs`` runs of 16 rows of each shard, float64; fewer where they would overlap.
+
+    Runs, since single rows would bring a whole file into memory.
+    """
+    starts = [
+        (s, i) for s in shards for i in range(0, len(s.rows), max(16, -(-len(s.rows) // runs)))
+    ]
     return np.concatenate([np.asarray(view_of(s)[i : i + 16], np.float64) for s, i in starts])
 
 
@@ -69,10 +83,13 @@ def prepared(
     bfloat16 are off by more, see `_rounded`, and accelerators add them up less strictly. Those of
     float64 have the same bounds with its own u.
     """
-    center, scale, metric, dtype = preparation
+    center, scale, metric, dtype, directions = preparation
     if dtype == "float64":
         return _doubled(x, scale, metric=metric)
-    error = (2 * x.shape[1] + 32) * (1 if dtype == "float32" else 2) * _ROUNDING
+    unit = (1 if dtype == "float32" else 2) * _ROUNDING
+    error = (2 * x.shape[1] + 32) * unit
+    if directions is not None:
+        error += 2.1 * (x.shape[1] + 16) * directions.shape[1] ** 0.5 * unit
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
         x, squares = _normalized(x), np.ones(len(x), np.float32)
@@ -81,10 +98,31 @@ def prepared(
         if center is not None:
             x, squares = _moved(x, center, scale)
         share = squares * np.float32(-error / 2 if metric == "inner_product" else 1 - error)
+    if directions is not None:
+        x, squares = _projected(x, squares, directions, np.float32(1 + error))
     if dtype == "bfloat16":
         x, lost = _rounded(x, squares)
         share = share - lost * np.float32(2 if metric.endswith("euclidean") else 1)
     return x, share
+
+
+@jax.jit
+def _projected(
+    x: jax.Array, squares: jax.Array, directions: jax.Array, more: np.float32
+) -> tuple[jax.Array, jax.Array]:
+    """The r coordinates of x along the directions, and how far x is from all of them, [m, r + 1].
+
+    And the squared norms of that. It is a product with P [d, r], whose norm is at most 1. Then
+    |Px|^2 + |Sx|^2 = |x|^2 for some S, and <x, y> = <Px, Py> + <Sx, Sy> <= <Px, Py> + |Sx| |Sy|:
+    the product of what is returned, which therefore bounds a distance from below. Columns of P are
+    no longer than 1, so each coordinate is off by at most (d u) |x|, all together by
+    h |x| with h = sqrt(r) d u. That is 2 h |x| |y| for a product, and 2 h |x|^2 for |Px|^2, above
+    which the second norm is rounded up: ``more`` is 1 + 2 h and the errors of squares.
+    """
+    along = jnp.matmul(x.astype(jnp.float32), directions, precision=jax.lax.Precision.HIGHEST)
+    lengths = squares * more
+    beyond = jnp.sqrt(jnp.maximum(lengths - lane_sum(along * along), 0.0)) * (1 + 2.0**-20)
+    return jnp.concatenate([along, beyond[:, None]], axis=1), lengths
 
 
 @jax.jit

@@ -7,7 +7,7 @@ from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import block_rows
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
-_OTHERS = 4  # Candidates of a query beyond the first k, computed at a time.
+_FEW, _MANY = 4, 32  # Candidates of a query beyond the first k, computed at a time.
 _NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
 
 
@@ -31,15 +31,20 @@ def candidate_keys(
     there = found.bound < np.inf
     row = np.arange(len(distances), dtype=np.int32)
     kth = np.full((len(distances), 1), np.inf, np.float32)
-    for start in [0, *range(k, found.index.shape[1], _OTHERS)]:
+    nearest = np.full((len(distances), k), np.inf, np.float32)
+    others = _FEW if found.index.shape[1] <= 2 * k + 2 * _MANY else _MANY
+    for start in [0, *range(k, found.index.shape[1], others)]:
         # Bounds ascend.
         row = row[(found.bound[row, start] <= kth[row, 0]) & there[row, start]]
         if not len(row):
             break
-        columns = slice(start, start + _OTHERS) if start else slice(0, k)
+        columns = slice(start, start + others) if start else slice(0, k)
         some = pair_distances(x, shard, row, found.index[row, columns], metric)
-        distances[row, columns] = np.where(there[row, columns], some, np.inf)
-        kth[row, 0] = np.partition(distances[row, : columns.stop], k - 1, axis=1)[:, k - 1]
+        some = np.where(there[row, columns], some, np.inf)
+        distances[row, columns] = some
+        some = np.concatenate([nearest[row], some], axis=1)
+        nearest[row] = np.partition(some, k - 1, axis=1)[:, :k]
+        kth[row, 0] = nearest[row].max(axis=1)
     keys = packed(distances, np.where(there, found.index, -1))
     row, column = np.nonzero((found.second <= kth) & there)
     if not len(row):

@@ -58,7 +58,7 @@ def first_ranks(
     queries = arguments.matrix(queries, "queries")
     gallery = arguments.matrix(gallery, "gallery")
     q, n = len(queries), len(gallery)
-    arguments.check(queries, gallery, n, 1, metric)
+    arguments.check(queries, gallery.shape, n, 1, metric)
     group = arguments.label_pair(query_group, gallery_group, q, n, "group")
     label = arguments.label_pair(query_labels, gallery_labels, q, n, "labels")
     query = Labels(arguments.own_indices(exclude_self, q, n), group[0], label[0])

@@ -38,10 +38,11 @@ def lowest_bounds(
     items: Labels,
     blocks: tuple[int, int],
     size: int,
+    ready: bool = False,
 ) -> tuple[list[Lowest], np.ndarray]:
     """Of each shard, for each query the ``count`` groups with the lowest bounds.
 
-    And the queries' own share of them.
+    And the queries' own share of them. If ``ready``, the shards are as `prepared` returns them.
     """
     q = len(queries.rows)
     parts = query_tiles(q, blocks[0])
@@ -61,7 +62,9 @@ def lowest_bounds(
         for i, block in enumerate(step):
             if block is None:
                 continue
-            first, block = _on_device(block, items, preparation, shards[i].device)
+            first, block = _on_device(
+                block, items, None if ready else preparation, shards[i].device
+            )
             for t, side in enumerate(sides[i]):
                 kept[i][t].append((first, *minima(*side, *block, size=size)))
         if number % most == 0:
@@ -91,12 +94,13 @@ def _tiles(parts: list[Queries], preparation: Preparation) -> tuple[list, list]:
 
 
 def _on_device(
-    block: tuple, items: Labels, preparation: Preparation, device: Any
+    block: tuple, items: Labels, preparation: Preparation | None, device: Any
 ) -> tuple[np.int32, tuple]:
     """A block's first gallery index, and the block as `_group_minima` takes it."""
     first, fresh, rows, squares = block
     labels = items.taken(slice(first, first + len(rows)))
-    block = (*prepared(rows, squares, preparation), np.int32(fresh), labels)
+    side = (rows, squares) if preparation is None else prepared(rows, squares, preparation)
+    block = (*side, np.int32(fresh), labels)
     return np.int32(first), jax.device_put(block, device)
 
 

@@ -11,12 +11,18 @@ from numpy.typing import ArrayLike
 
 from cbam_jax.search import arguments
 from cbam_jax.search.arguments import FIRST_PASSES
-from cbam_jax.search.bounds import Preparation, bound_distances, preparation_of
+from cbam_jax.search.bounds import (
+    Preparation,
+    bound_distances,
+    preparation_of,
+    usual_size,
+)
 from cbam_jax.search.candidates import candidate_keys
 from cbam_jax.search.clusters import Leaders, alone, cluster_pass, leaders_of
 from cbam_jax.search.exhaustive import exhaustive_search
 from cbam_jax.search.groups import group_size, lowest_bounds
 from cbam_jax.search.order import INFINITE, unpacked
+from cbam_jax.search.prepared import Prepared
 from cbam_jax.search.shards import padded_size, split_gallery, squared_norms
 from cbam_jax.search.spread import cluster_radius, first_useful
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard
@@ -24,6 +30,7 @@ from cbam_jax.search.types import Labels, Lowest, Queries, Shard
 _log = logging.getLogger(__name__)
 
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
+_PROBE = 64  # Queries that show whether the projected gallery proves most.
 _FEW = 64  # Queries for which compiling a program is not worth while,
 _MANY = 2**22  # unless the gallery has more numbers than this.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
@@ -32,7 +39,7 @@ _ON_ACCELERATOR = 2**28, 4096, 2**18
 
 def search(
     queries: ArrayLike,
-    gallery: ArrayLike,
+    gallery: ArrayLike | Prepared,
     k: int,
     *,
     metric: str = "euclidean",
@@ -57,7 +64,8 @@ def search(
 
     Args:
       queries: ``[q, d]``, any float dtype; rounded to float32 first.
-      gallery: ``[n, d]``, likewise.
+      gallery: ``[n, d]``, likewise; or what `prepare` made of it, for this metric, which saves
+        what each search would do anew. The result is the same.
       k: From 1 to n.
       metric: One of `METRICS`, smaller is nearer: the Euclidean distance or its square, the cosine
         distance 1 - cos (1 for a zero vector), or the negative inner product.
@@ -92,24 +100,31 @@ def search(
       ([[1, 2], [2, 0], [1, 0]], [[2.0, 3.0], [1.0, 2.0], [1.0, 3.0]])
     """
     queries = arguments.matrix(queries, "queries")
-    gallery = arguments.matrix(gallery, "gallery")
-    q, n = len(queries), len(gallery)
-    arguments.check(queries, gallery, n, k, metric)
+    kept = gallery if isinstance(gallery, Prepared) else None
+    if not isinstance(gallery, Prepared):
+        gallery = arguments.matrix(gallery, "gallery")
+    q, n = len(queries), gallery.shape[0]
+    arguments.check(queries, gallery.shape, n, k, metric)
+    if kept is not None:
+        first_pass = kept.suited(metric, first_pass, devices)
     arguments.check_passes(first_pass, query_block, gallery_block)
     group = arguments.label_pair(query_group, gallery_group, q, n, "group")
     category = arguments.label_pair(query_category, gallery_category, q, n, "category")
     query = Labels(arguments.own_indices(exclude_self, q, n), group[0], category[0])
     items = Labels(np.arange(n, dtype=np.int32), group[1], category[1])
 
-    shards = split_gallery(gallery, devices)
+    if isinstance(gallery, Prepared):
+        shards = gallery.shards
+    else:
+        shards = split_gallery(gallery, devices)
     rows = np.asarray(queries).astype(np.float32, copy=False)
     prepared = Queries(rows, squared_norms(rows, "queries"), query)
-    blocks = _block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
-    first_pass = first_pass or _fastest_pass(shards[0].device)
-    return _passes(prepared, shards, k, metric, items, blocks, first_pass)
+    blocks = block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
+    first_pass = first_pass or fastest_pass(shards[0].device)
+    return in_passes(prepared, shards, k, metric, items, blocks, first_pass, kept)
 
 
-def _passes(
+def in_passes(
     queries: Queries,
     shards: Sequence[Shard],
     k: int,
@@ -117,6 +132,7 @@ def _passes(
     items: Labels,
     blocks: tuple[int, int],
     first_pass: str,
+    kept: Prepared | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The passes from ``first_pass`` on, each for the queries that the one before left unproven.
 
@@ -125,10 +141,15 @@ def _passes(
     """
     q = len(queries.rows)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
-    preparation = preparation_of(queries, shards, metric, first_pass)
+    if kept is not None and not usual_size(queries, shards):
+        kept = None  # Which is not scaled.
+    if kept is None:
+        preparation = preparation_of(queries, shards, metric, first_pass)
+    else:
+        preparation = kept.preparation._replace(metric=metric, directions=None)
     leaders = _leaders(queries, shards, k, preparation)
     rest = np.arange(q)
-    for name in _names(queries, preparation, leaders):
+    for name in _names(queries, preparation, leaders, kept, k):
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some = queries.taken(part)
         if name == "float64" and len(rest) <= _FEW:
@@ -138,8 +159,13 @@ def _passes(
         if name == "clusters":
             assert leaders is not None
             found = cluster_pass(some, leaders, shards, k, preparation, items, blocks)
+        elif name == "projected":
+            assert kept is not None
+            found = _projected_pass(some, kept, k, metric, items, blocks)
         else:
-            found = _pass(some, shards, k, preparation._replace(dtype=name), items, blocks)
+            sides = None if kept is None else kept.sides_of(name)
+            settings = preparation._replace(dtype=name)
+            found = _pass(some, shards, k, settings, items, blocks, _candidates(k, name), sides)
         distances[part], indices[part], proven = found
         _log.debug("%s: proven for %d of %d queries", name, np.sum(proven), len(proven))
         rest = rest[~proven]
@@ -151,12 +177,21 @@ def _passes(
     return distances, indices
 
 
-def _names(queries: Queries, preparation: Preparation, leaders: Leaders | None) -> Iterator[str]:
+def _names(
+    queries: Queries,
+    preparation: Preparation,
+    leaders: Leaders | None,
+    kept: Prepared | None,
+    k: int,
+) -> Iterator[str]:
     """The passes in their order; with which product to begin is asked where one is needed."""
     if leaders is not None:
         yield "clusters"
     dtypes = (*FIRST_PASSES[FIRST_PASSES.index(preparation.dtype) :], "float64")
-    yield from dtypes[dtypes.index(first_useful(dtypes, queries, preparation)) :]
+    first = first_useful(dtypes, queries, preparation)
+    if kept is not None and kept.candidates_of(k) and first == preparation.dtype:
+        yield "projected"
+    yield from dtypes[dtypes.index(first) :]
 
 
 def _leaders(
@@ -183,6 +218,36 @@ def _worth_compiling(shards: Sequence[Shard], preparation: Preparation) -> bool:
     return _separable(shards, preparation) and sum(s.rows.size for s in shards) > _MANY
 
 
+def _projected_pass(
+    queries: Queries,
+    kept: Prepared,
+    k: int,
+    metric: str,
+    items: Labels,
+    blocks: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_pass` with the projected gallery; of some queries alone, where it proves few of them."""
+    q, preparation = len(queries.rows), kept.preparation._replace(metric=metric)
+    count = k + kept.candidates_of(k)
+    part = np.arange(q) if q <= 4 * _PROBE else np.linspace(0, q - 1, _PROBE).astype(int)
+    distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
+    proven = np.zeros(q, bool)
+    while len(part):
+        some = queries.taken(part)
+        found = _pass(some, kept.shards, k, preparation, items, blocks, count, kept.sides)
+        distances[part], indices[part], proven[part] = found
+        more = len(part) < q and proven[part].mean() >= 0.5
+        part = np.delete(np.arange(q), part) if more else part[:0]
+    return distances, indices, proven
+
+
+def _candidates(k: int, dtype: str) -> int:
+    """How many candidates a pass has: beyond k, so that it seldom leaves a query unproven."""
+    # bfloat16's bounds are wider: normally distributed embeddings of 2,048 dimensions have half as
+    # many candidates more where k is 20, a quarter where k is 350.
+    return k + (_SLACK if dtype != "bfloat16" else int(_SLACK * np.sqrt(k)))
+
+
 def _pass(
     queries: Queries,
     shards: Sequence[Shard],
@@ -190,15 +255,20 @@ def _pass(
     preparation: Preparation,
     items: Labels,
     blocks: tuple[int, int],
+    count: int,
+    sides: Sequence[Shard] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distances and indices of the k nearest among the candidates, and whether that is proven."""
+    """Distances and indices of the k nearest among ``count`` candidates, and whether it is proven.
+
+    ``sides`` are the shards as the product takes them, where they have been kept.
+    """
     metric, dtype = preparation.metric, preparation.dtype
-    # bfloat16's bounds are wider: normally distributed embeddings of 2,048 dimensions have half as
-    # many candidates more where k is 20, a quarter where k is 350.
-    count = k + (_SLACK if dtype != "bfloat16" else int(_SLACK * np.sqrt(k)))
-    size = group_size(k, sum(len(shard.rows) for shard in shards))
+    n = sum(len(shard.rows) for shard in shards)
+    size = group_size(max(k, count // 4), n)
     with jax.enable_x64(dtype == "float64"):
-        lowest, own_share = lowest_bounds(queries, shards, count, preparation, items, blocks, size)
+        lowest, own_share = lowest_bounds(
+            queries, sides or shards, count, preparation, items, blocks, size, sides is not None
+        )
     keys, unseen, complete = [], [], []
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
         bounds = [bound_distances(b & -size, own_share, preparation) for b in (bound, second)]
@@ -219,7 +289,7 @@ def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.nda
     return np.all(complete | (unseen > kth), axis=0)
 
 
-def _fastest_pass(device: Any) -> str:
+def fastest_pass(device: Any) -> str:
     """bfloat16 where the device has instructions for it: most accelerators, some Linux CPUs.
 
     Of NVIDIA's, those from compute capability 8.0 (Ampere) on; others, and AMD's ("gfx942"), do not
@@ -235,7 +305,7 @@ def _fastest_pass(device: Any) -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def _block_sizes(
+def block_sizes(
     device: Any, shape: tuple[int, ...], query_block: int | None, gallery_block: int | None
 ) -> tuple[int, int]:
     """Queries and gallery items at a time: 16 MiB of products, which stay in a CPU's cache."""

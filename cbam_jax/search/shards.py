@@ -122,7 +122,7 @@ def squared_norms(x: np.ndarray | jax.Array, name: str, first: int = 0) -> np.nd
         squares = np.asarray(_square_sums(x))
     else:
         squares = np.empty(len(x), np.float32)
-        for block in _host_blocks(x):
+        for block in host_blocks(x):
             rows = np.asarray(x[block], np.float32)
             with np.errstate(over="ignore"):
                 squares[block] = np.einsum("ij,ij->i", rows, rows)
@@ -137,7 +137,7 @@ def _square_sums(x: jax.Array) -> jax.Array:
 
 
 def _refuse_not_finite(x: np.ndarray | jax.Array, name: str, first: int) -> None:
-    wrong = np.concatenate([~np.isfinite(np.asarray(x[b])).all(axis=1) for b in _host_blocks(x)])
+    wrong = np.concatenate([~np.isfinite(np.asarray(x[b])).all(axis=1) for b in host_blocks(x)])
     if wrong.any():
         row = first + int(np.argmax(wrong))
         raise ValueError(f"{name}: NaN or infinity in {wrong.sum()} rows, the first is row {row}")
@@ -145,10 +145,10 @@ def _refuse_not_finite(x: np.ndarray | jax.Array, name: str, first: int) -> None
 
 def largest_magnitude(x: np.ndarray | jax.Array) -> float:
     """The largest magnitude."""
-    return float(max(np.max(np.abs(np.asarray(x[block]))) for block in _host_blocks(x)))
+    return float(max(np.max(np.abs(np.asarray(x[block]))) for block in host_blocks(x)))
 
 
-def _host_blocks(x: np.ndarray | jax.Array) -> Iterator[slice]:
+def host_blocks(x: np.ndarray | jax.Array) -> Iterator[slice]:
     """Blocks of rows to look at one after another; of a file, not kept in memory."""
     for i in range(0, len(x), 4096):
         yield slice(i, i + 4096)

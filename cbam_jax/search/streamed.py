@@ -156,7 +156,7 @@ def _block_bounds(
 
 def _distance_bound(bound: jax.Array, preparation: Preparation) -> jax.Array:
     """Lower bounds in the unit of the distances."""
-    _, scale, metric, _ = preparation
+    scale, metric = preparation.scale, preparation.metric
     if metric == "cosine":
         return bound
     bound = bound - 1e-30  # Covers what underflows once the scale is applied.

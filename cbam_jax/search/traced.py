@@ -95,7 +95,7 @@ def top_k(
     gallery = jnp.asarray(arguments.matrix(gallery, "gallery"))
     k, shards = operator.index(k), 1 if axis_name is None else jax.lax.axis_size(axis_name)
     q, n = len(queries), len(gallery)
-    arguments.check(queries, gallery, n * shards, k, metric)
+    arguments.check(queries, gallery.shape, n * shards, k, metric)
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}, expected at least 1")
     group = arguments.label_pair(query_group, gallery_group, q, n, "group")
