@@ -8,6 +8,7 @@ import test_hostile_catalogues
 import test_hostile_datasets
 import test_hostile_folders
 import test_hostile_models
+import test_hostile_programs
 import test_hostile_runs
 import test_hostile_shards
 import test_hostile_tensors
@@ -37,6 +38,7 @@ KINDS = (
     ("weights in several files", test_hostile_tensors.INDEXES, plain),
     ("an exported model's config", test_hostile_models.CONFIGS, plain),
     ("a model's arguments", test_hostile_models.MODELS, "no model can be built from"),
+    ("a program", test_hostile_programs.PROGRAMS, plain),
     ("an id of the hub", test_hostile_models.IDS, "no id of the hub"),
     ("a transformer's folder", test_hostile_folders.FOLDERS, plain),
     ("images", test_hostile_datasets.IMAGES, plain),
