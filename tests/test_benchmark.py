@@ -15,7 +15,14 @@ from seeded import SmallBackbone
 from cbam_jax import benchmark, models, steps
 from cbam_jax.backbones import layers
 from cbam_jax.benchmark import __main__ as command
-from cbam_jax.benchmark import compile_cold, random_batch, step, workloads
+from cbam_jax.benchmark import (
+    benchmark_search,
+    compile_cold,
+    galleries,
+    random_batch,
+    step,
+    workloads,
+)
 from cbam_jax.benchmark import data as measuring
 
 
@@ -191,6 +198,9 @@ PHOTOS = [cv2.imencode(".jpg", np.zeros((40, 30, 3), np.uint8))[1].tobytes()]
         (["search", "--k=0"], "--k is 0, expected at least 1"),
         (["search", "--k=9", "--gallery=8"], "--k is 9, expected at most --gallery 8"),
         (["search", "--devices=99"], "--devices is 99, there are 8"),
+        (["search", "--embeddings=setup.cfg"], "--embeddings=setup.cfg: no embeddings: give clust"),
+        (["search", "--embeddings=clusters:wide"], "--embeddings=clusters:wide: no embeddings: gi"),
+        (["search", "--embeddings=a", "--memmap=b"], "leave out --memmap or --embeddings"),
         (["search", "--gallery=9", "--devices=2"], "--gallery 9 is no multiple of 2 devices"),
     ],
 )
@@ -198,3 +208,29 @@ def test_mistakes_get_one_line(arguments, line, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(arguments)
     assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_searches_are_measured_on_the_embeddings_of_a_file(rng, tmp_path):
+    """As many as there are; more are copies with noise, and queries are some of them."""
+    x = rng.normal(size=(9, 5)).astype(np.float16)
+    np.savez(tmp_path / "embeddings.npz", embedding=x, label=np.arange(9))
+    np.save(tmp_path / "rows.npy", x)
+    for name in "embeddings.npz", "rows.npy":
+        queries, gallery = galleries.queries_and_gallery(str(tmp_path / name), 4, None, 99)
+        np.testing.assert_array_equal(gallery, x.astype(np.float32))
+        assert all((gallery == query).all(axis=1).any() for query in queries)
+    _, more = galleries.queries_and_gallery(str(tmp_path / "rows.npy"), 4, 30, 99)
+    noise = more - x[np.arange(30) % 9]
+    assert 0 < np.abs(noise).max() < 0.3
+    assert not np.array_equal(more[:9], more[9:18])
+
+
+@pytest.mark.slow
+def test_a_prepared_gallery_takes_its_turn(tmp_path):
+    x = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", x)
+    source = str(tmp_path / "rows.npy")
+    result = benchmark_search(queries=5, k=3, repeats=1, embeddings=source, prepared=True)
+    assert (result["gallery"], result["dim"], result["prepared_width"]) == (600, 16, 16)
+    assert sum(result["proven_prepared"].values()) == sum(result["proven"].values()) == 1
+    assert result["prepared"]["median"] > 0

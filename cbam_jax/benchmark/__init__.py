@@ -6,6 +6,7 @@ line on stdout. No dataset is needed. To be read in this order:
 * ``timing``: functions that take turns; median and spread; whether figures hold
 * ``compiled``: what a program costs; ``workloads``: the steps, and the machine's own limits
 * ``environment``: what the numbers depend on
+* ``galleries``: what searches are measured on
 * ``step``, ``search`` and ``data``: what the commands measure
 * ``flags`` and ``__main__``: the commands
 
@@ -22,7 +23,8 @@ _ROOMS = {
     "workloads": ("copy", "embed_step", "matrix_product", "random_batch", "train_step"),
     "environment": ("machine", "peak_memory"),
     "step": ("DTYPES", "benchmark_step"),
-    "search": ("bare_product", "benchmark_search", "embeddings"),
+    "galleries": ("clustered", "embeddings", "queries_and_gallery"),
+    "search": ("bare_product", "benchmark_search"),
     "data": (
         *("benchmark_data", "lie_ready", "loading", "loading_rates"),
         *("our_batches", "photo_dataset", "photos"),

@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "data":
         result = _run_data(parser, options)
     else:
-        search = command == "search"
-        result = benchmark_search(**options) if search else benchmark_step(command, **options)
+        result = _run_search(parser, options) if command == "search" else None
+        result = result or benchmark_step(command, **options)
         _tell(result)
     print(json.dumps(result))
 
@@ -43,11 +43,21 @@ def _run_data(parser: argparse.ArgumentParser, options: dict) -> dict:
     return result | machine()
 
 
+def _run_search(parser: argparse.ArgumentParser, options: dict) -> dict:
+    try:
+        return benchmark_search(**options)
+    except InputError as error:
+        parser.error(str(error))
+
+
 def _tell(result: dict[str, Any]) -> None:
     """Prints the seconds, and what else there is to read at a glance."""
     for name, value in result.items():
         if isinstance(value, dict) and "median" in value:
             print(name, *(f"{key} {number:.4f} s" for key, number in value.items()))
+    for name in "proven", "proven_prepared":
+        if shares := result.get(name):
+            print(name, *(f"{key} {share:.1%}" for key, share in shares.items()))
     if (cost := result.get("attention_cost")) is not None:
         print(f"attention: {cost:+.1%} of the step of {result['plain']['model']}")
     if share := result.get("share_of_product"):

@@ -66,8 +66,17 @@ def _add_step(command: argparse.ArgumentParser) -> None:
 
 def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("--queries", type=int, default=1000)
-    command.add_argument("--gallery", type=int, default=100_000)
-    command.add_argument("--dim", type=int, default=512)
+    command.add_argument("--gallery", type=int, help="default: 100,000, or those of a file")
+    command.add_argument("--dim", type=int, default=512, help="of a file: as it says")
+    command.add_argument(
+        "--embeddings",
+        metavar="FILE|clusters:0.05",
+        help="embeddings.npz of an evaluation (more than it has: copies with noise), or unit "
+        "vectors in 40 clusters of this spread; default: normally distributed",
+    )
+    command.add_argument(
+        "--prepared", action="store_true", help="search a prepared gallery as well"
+    )
     command.add_argument("--k", type=int, default=20)
     command.add_argument("--devices", type=int, default=1)
     command.add_argument("--repeats", type=int, default=5)
@@ -133,9 +142,10 @@ def check_classes(parser: argparse.ArgumentParser, batch_size: int, images_per_c
 
 def _check_search(parser: argparse.ArgumentParser, options: dict) -> None:
     _check_devices(parser, options["devices"])
-    if options["gallery"] % options["devices"]:
-        parser.error(
-            f"--gallery {options['gallery']} is no multiple of {options['devices']} devices"
-        )
-    if options["k"] > options["gallery"]:
-        parser.error(f"--k is {options['k']}, expected at most --gallery {options['gallery']}")
+    if options["memmap"] and options["embeddings"]:
+        parser.error("--memmap holds normal embeddings: leave out --memmap or --embeddings")
+    gallery = options["gallery"] or 100_000
+    if gallery % options["devices"]:
+        parser.error(f"--gallery {gallery} is no multiple of {options['devices']} devices")
+    if options["k"] > gallery:
+        parser.error(f"--k is {options['k']}, expected at most --gallery {gallery}")

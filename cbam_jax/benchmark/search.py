@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -10,19 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbam_jax import InputError
 from cbam_jax.benchmark.environment import machine, peak_memory
+from cbam_jax.benchmark.galleries import embeddings as normal
+from cbam_jax.benchmark.galleries import queries_and_gallery
 from cbam_jax.benchmark.timing import seconds
-from cbam_jax.search import search
-
-
-def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
-    """Normally distributed embeddings, the hardest case for a search: nothing clusters.
-
-    Example:
-      >>> embeddings(2, 3, seed=0).shape
-      (2, 3)
-    """
-    return np.random.default_rng(seed).standard_normal((count, dim), np.float32)
+from cbam_jax.search import prepare, search
 
 
 def bare_product(queries: np.ndarray, gallery: jax.Array, dtype: str = "float32") -> np.ndarray:
@@ -65,20 +59,25 @@ def _maximum(best: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 def benchmark_search(
     *,
     queries: int = 1000,
-    gallery: int = 100_000,
+    gallery: int | None = None,
     dim: int = 512,
     k: int = 20,
     devices: int = 1,
     repeats: int = 5,
     first_pass: str | None = None,
     memmap: str | None = None,
+    embeddings: str | None = None,
+    prepared: bool = False,
 ) -> dict:
     """Seconds of `search` and of its bare products, which take turns, and memory.
 
     Queries and results are in host memory, and their transfer counts. The gallery is on the devices
     before the clock starts, or in a file, ``memmap``, made if it is not there; then there is no
     bare product. ``extra_bytes`` is the peak memory of the first search less that before it,
-    ``proven`` the share of the queries that each of its passes proved.
+    ``proven`` the share of the queries that each of its passes proved. ``embeddings`` is what
+    `queries_and_gallery` takes, ``prepared`` whether a gallery that was prepared before takes its
+    turn as well: how long that took, once, its memory, the width of its product, and what its
+    passes proved.
 
     Example:
       >>> result = benchmark_search(queries=3, gallery=50, dim=4, k=2, repeats=1)
@@ -86,8 +85,15 @@ def benchmark_search(
       (1.0, 1.0, True)
     """
     arguments = dict(locals())
-    x = embeddings(queries, dim, seed=1)
-    y = _mapped(memmap, gallery, dim) if memmap else _on_devices(gallery, dim, devices)
+    if memmap:
+        arguments["gallery"] = gallery or 100_000
+        x, y = normal(queries, dim, seed=1), _mapped(memmap, arguments["gallery"], dim)
+    else:
+        x, y = queries_and_gallery(embeddings, queries, gallery, dim)
+        arguments |= {"gallery": len(y), "dim": y.shape[1]}
+        if k > len(y) or len(y) % devices:
+            raise InputError(f"--k={k} --devices={devices}: the gallery has {len(y)} embeddings")
+        y = _on_devices(y, devices)
     find = functools.partial(search, x, y, k, first_pass=first_pass)
     before = peak_memory()
     (_, indices), proven = _told(find)
@@ -95,6 +101,13 @@ def benchmark_search(
     if first_pass == "bfloat16":
         result["recall"] = _recall(indices, search(x, y, k, first_pass="float32")[1])
     products: dict[str, Callable] = {}
+    if prepared:
+        start = time.perf_counter()
+        kept = prepare(y, k=k, first_pass=first_pass)
+        result["prepare_seconds"] = time.perf_counter() - start
+        result |= {"prepared_bytes": kept.extra_bytes, "prepared_width": kept.width}
+        products["prepared"] = functools.partial(search, x, kept, k)
+        result["proven_prepared"] = _told(products["prepared"])[1]
     if isinstance(y, jax.Array) and devices == 1:
         products["product"] = functools.partial(bare_product, x, y)
         products["product_bfloat16"] = functools.partial(bare_product, x, y, "bfloat16")
@@ -129,8 +142,7 @@ def _recall(indices: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean(shares))
 
 
-def _on_devices(gallery: int, dim: int, devices: int) -> jax.Array:
-    y = embeddings(gallery, dim, seed=2)
+def _on_devices(y: np.ndarray, devices: int) -> jax.Array:
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.local_devices()[:devices])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     return jax.block_until_ready(jax.device_put(y, sharding if devices > 1 else mesh.devices[0]))
@@ -142,5 +154,5 @@ def _mapped(path: str, gallery: int, dim: int, rows: int = 65536) -> np.memmap:
     if not os.path.exists(path) or os.path.getsize(path) != size:
         with open(path, "wb") as file:
             for i in range(0, gallery, rows):
-                embeddings(min(rows, gallery - i), dim, seed=2 + i).tofile(file)
+                normal(min(rows, gallery - i), dim, seed=2 + i).tofile(file)
     return np.memmap(path, np.float32, "r", shape=(gallery, dim))

@@ -113,10 +113,7 @@ def search(
     query = Labels(arguments.own_indices(exclude_self, q, n), group[0], category[0])
     items = Labels(np.arange(n, dtype=np.int32), group[1], category[1])
 
-    if isinstance(gallery, Prepared):
-        shards = gallery.shards
-    else:
-        shards = split_gallery(gallery, devices)
+    shards = gallery.shards if isinstance(gallery, Prepared) else split_gallery(gallery, devices)
     rows = np.asarray(queries).astype(np.float32, copy=False)
     prepared = Queries(rows, squared_norms(rows, "queries"), query)
     blocks = block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
