@@ -24,7 +24,7 @@ from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
 # These compare directions, and retrieval compares Euclidean distances: of unit vectors they agree.
 OF_DIRECTIONS = (
-    "multi_similarity", "sup_con", "nt_xent", "circle",
+    "multi_similarity", "sup_con", "nt_xent", "circle", "recall_at_k_surrogate", "smooth_ap",
     "proxy_anchor", "proxy_nca", "arcface", "cosface", "soft_triple",
 )  # fmt: skip
 # Pixels from which on every backbone, of at most five halvings, has some of them left.

@@ -47,6 +47,8 @@ LOSSES = {
     "circle": losses.circle_loss,
     "contrastive": losses.contrastive_loss,
     "n_pair": losses.n_pair_loss,
+    "recall_at_k_surrogate": losses.recall_at_k_surrogate_loss,
+    "smooth_ap": losses.smooth_ap_loss,
     "proxy_anchor": losses.proxy_anchor_loss,
     "proxy_nca": losses.proxy_nca_loss,
     "arcface": losses.arcface_loss,

@@ -76,9 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.loss = loss = ml_collections.ConfigDict()
     # "triplet", "contrastive", "n_pair"; with model.normalize=True "multi_similarity", "circle",
-    # "sup_con", "nt_xent", "proxy_anchor", "proxy_nca", "arcface", "cosface", "soft_triple"; with
-    # normalize=False "cross_entropy", which trains a classifier. Or one's own,
-    # "package.module:function". docs/losses.md says which is when of use.
+    # "sup_con", "nt_xent", "recall_at_k_surrogate", "smooth_ap", "proxy_anchor", "proxy_nca",
+    # "arcface", "cosface", "soft_triple"; with normalize=False "cross_entropy", which trains a
+    # classifier. Or one's own, "package.module:function". docs/losses.md says which is when of use.
     loss.name = "triplet"
     # Of the triplet loss:
     loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
@@ -104,6 +104,11 @@ def get_config() -> ml_collections.ConfigDict:
     loss.n_pair_l2 = 0.002  # weight of the squared lengths
     loss.sup_con_temperature = 0.1
     loss.nt_xent_temperature = 0.1
+    # Of rankings, for batches of thousands: train.chunk_size.
+    loss.recall_at_k_surrogate_ks = (1, 2, 4, 8, 16)
+    loss.recall_at_k_surrogate_temperature = 0.01  # of similarities
+    loss.recall_at_k_surrogate_rank_temperature = 1.0
+    loss.smooth_ap_temperature = 0.01
     # Of those with proxies, vectors of the classes that are trained: optimizer.proxy_multiple.
     loss.proxy_anchor_margin = 0.1
     loss.proxy_anchor_scale = 32.0

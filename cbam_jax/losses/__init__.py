@@ -19,6 +19,7 @@ from cbam_jax.losses.proxies import (
     proxy_nca_loss,
     soft_triple_loss,
 )
+from cbam_jax.losses.ranking import recall_at_k_surrogate_loss, smooth_ap_loss
 from cbam_jax.losses.similarity import (
     circle_loss,
     contrastive_loss,
@@ -45,6 +46,8 @@ __all__ = [
     "nt_xent_loss",
     "proxy_anchor_loss",
     "proxy_nca_loss",
+    "recall_at_k_surrogate_loss",
+    "smooth_ap_loss",
     "soft_triple_loss",
     "sup_con_loss",
     "triplet_loss",

@@ -102,6 +102,41 @@ def nt_xent(x, labels, temperature=0.1, memory=None):
     return mean(costs)
 
 
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z)) if z > -700 else 0.0
+
+
+def soft_ranks(s, images, others, temperature):
+    """1 plus how many of the others are before each image, an image not before itself."""
+    return [1 + sum(sigmoid((s[z] - s[p]) / temperature) for z in others if z != p) for p in images]
+
+
+def recall_at_k_surrogate(
+    x, labels, ks=(1, 2, 4, 8, 16), temperature=0.01, rank_temperature=1.0, memory=None
+):
+    similarity, costs = cosines(x, memory), []
+    for i, positives, negatives in anchors(x, labels):
+        if positives:
+            ranks = soft_ranks(similarity[i], positives, positives + negatives, temperature)
+            recalls = [
+                sum(sigmoid((k - rank) / rank_temperature) for rank in ranks)
+                / min(k, len(positives))
+                for k in ks
+            ]
+            costs.append(1 - mean(recalls))
+    return mean(costs)
+
+
+def smooth_ap(x, labels, temperature=0.01, memory=None):
+    similarity, costs = cosines(x, memory), []
+    for i, positives, negatives in anchors(x, labels):
+        if positives:
+            ranks = soft_ranks(similarity[i], positives, positives + negatives, temperature)
+            among = soft_ranks(similarity[i], positives, positives, temperature)
+            costs.append(1 - mean(a / r for a, r in zip(among, ranks, strict=True)))
+    return mean(costs)
+
+
 def central_differences(f, x, step=1e-6):
     gradient = np.zeros_like(x)
     for i in np.ndindex(x.shape):

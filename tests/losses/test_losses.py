@@ -12,6 +12,7 @@ from cbam_jax import losses
 
 LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive.
 PAIRS = ("multi_similarity", "circle", "contrastive", "n_pair", "sup_con", "nt_xent")
+RANKS = ("recall_at_k_surrogate", "smooth_ap")
 PROXIES = ("proxy_anchor", "proxy_nca", "cosface", "arcface", "soft_triple")
 
 
@@ -22,8 +23,8 @@ def drawn():
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def call(loss, labels, arrays):
-    return loss(**arrays, labels=labels)
+def call(loss, labels, options, arrays):
+    return loss(**arrays, labels=labels, **options)
 
 
 @functools.cache
@@ -32,10 +33,11 @@ def results():
 
     def find(x, labels, proxies, centers):
         found = {}
-        for name in PAIRS + PROXIES:
+        for name in PAIRS + RANKS + PROXIES:
             vectors = {"proxies": centers if name == "soft_triple" else proxies}
             arrays = {"embeddings": x} | (vectors if name in PROXIES else {})
-            loss = functools.partial(call, getattr(losses, f"{name}_loss"), labels)
+            options = {"temperature": 0.2} if name in RANKS else {}  # Steps with a slope.
+            loss = functools.partial(call, getattr(losses, f"{name}_loss"), labels, options)
             found[name] = jax.value_and_grad(loss, has_aux=True)(arrays)
         return found
 
@@ -49,6 +51,14 @@ def test_value_and_gradient_match_float64(name):
     x = drawn()["x"].astype(np.float64)
     fixed = {"fixed": x} if name == "circle" else {}  # Its weights have no gradient.
     check(value, gradient["embeddings"], lambda x: getattr(reference, name)(x, LABELS, **fixed), x)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_losses_of_rankings_match_float64(name):
+    (value, _), gradient = results()[name]
+    x = drawn()["x"].astype(np.float64)
+    loss = getattr(reference, name)
+    check(value, gradient["embeddings"], lambda x: loss(x, LABELS, temperature=0.2), x)
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -76,6 +86,6 @@ def test_spread_and_valid_anchors():
     spread = np.sqrt(np.mean(np.sum((x - x.mean(0)) ** 2, axis=1)))
     for (_, stats), _ in results().values():
         np.testing.assert_allclose(stats["embedding_spread"], spread, rtol=1e-5)
-    for name in set(PAIRS) - {"n_pair"}:
+    for name in {*PAIRS, *RANKS} - {"n_pair"}:
         np.testing.assert_allclose(results()[name][0][1]["valid_anchors"], 8 / 9, rtol=1e-6)
     np.testing.assert_allclose(results()["n_pair"][0][1]["valid_anchors"], 3 / 9, rtol=1e-6)
