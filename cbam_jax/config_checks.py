@@ -5,6 +5,7 @@ weights to start from, the data's classes, and the run that a workdir already ho
 """
 
 import functools
+import inspect
 import math
 import os
 import re
@@ -24,7 +25,8 @@ from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
 # These compare directions, and retrieval compares Euclidean distances: of unit vectors they agree.
 OF_DIRECTIONS = (
-    "multi_similarity", "sup_con", "nt_xent", "circle", "recall_at_k_surrogate", "smooth_ap",
+    "distance_weighted", "multi_similarity", "circle", "sup_con", "nt_xent",
+    "recall_at_k_surrogate", "smooth_ap",
     "proxy_anchor", "proxy_nca", "arcface", "cosface", "soft_triple",
 )  # fmt: skip
 # Pixels from which on every backbone, of at most five halvings, has some of them left.
@@ -163,10 +165,11 @@ def check_numbers(config: Config) -> None:
         raise InputError(f"loss.soft_triple_centers={centers}: give at least 1")
 
     def find(embeddings: Any, labels: Any) -> Any:
+        proxies = experiment.build_proxies(config, 2, 2).vectors[...]
+        given = {"key": jax.random.key(0), "proxies": proxies}
         loss = functools.partial(experiment.LOSSES[name], **experiment.loss_options(config))
-        if not experiment.has_proxies(config):
-            return loss(embeddings, labels)
-        return loss(embeddings, labels, experiment.build_proxies(config, 2, 2).vectors[...])
+        taken = inspect.signature(loss).parameters
+        return loss(embeddings, labels, **{k: v for k, v in given.items() if k in taken})
 
     batch = jax.ShapeDtypeStruct((2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
     try:

@@ -41,6 +41,7 @@ NAMED = ("model.name", "loss.name", "optimizer.name", "optimizer.schedule")
 # its name: loss.circle_margin; the triplet loss alone has its own without.
 LOSSES = {
     "triplet": losses.triplet_loss,
+    "distance_weighted": losses.distance_weighted_loss,
     "multi_similarity": losses.multi_similarity_loss,
     "sup_con": losses.sup_con_loss,
     "nt_xent": losses.nt_xent_loss,

@@ -75,10 +75,11 @@ def get_config() -> ml_collections.ConfigDict:
     model.freeze_batch_norm = False  # normalise by running statistics, and keep them
 
     config.loss = loss = ml_collections.ConfigDict()
-    # "triplet", "contrastive", "n_pair"; with model.normalize=True "multi_similarity", "circle",
-    # "sup_con", "nt_xent", "recall_at_k_surrogate", "smooth_ap", "proxy_anchor", "proxy_nca",
-    # "arcface", "cosface", "soft_triple"; with normalize=False "cross_entropy", which trains a
-    # classifier. Or one's own, "package.module:function". docs/losses.md says which is when of use.
+    # "triplet", "contrastive", "n_pair"; with model.normalize=True "distance_weighted",
+    # "multi_similarity", "circle", "sup_con", "nt_xent", "recall_at_k_surrogate", "smooth_ap",
+    # "proxy_anchor", "proxy_nca", "arcface", "cosface", "soft_triple"; with normalize=False
+    # "cross_entropy", which trains a classifier. Or one's own, "package.module:function".
+    # docs/losses.md says which is when of use.
     loss.name = "triplet"
     # Of the triplet loss:
     loss.margin = 0.2  # in units of the distance; unit vectors are at most 2 apart
@@ -94,6 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes
     loss.auxiliary_weight = 0.3  # of the loss of each of GoogLeNet's two auxiliary classifiers
     # Of the others, each by its name: what its function in cbam_jax.losses takes.
+    loss.distance_weighted_margin = 0.2
+    loss.distance_weighted_cutoff = 0.5  # distance below which negatives are drawn alike
+    loss.distance_weighted_farthest = 1.4  # from here on none is drawn
     loss.multi_similarity_alpha = 2.0  # of positives
     loss.multi_similarity_beta = 50.0  # of negatives
     loss.multi_similarity_base = 0.5  # cosine similarity that pull and push are weighed against

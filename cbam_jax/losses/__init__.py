@@ -6,11 +6,12 @@ are masks over the full matrix, so that memory grows with [b, b] and any mesh gi
 does. docs/losses.md says which is when of use.
 
 In the order to read them: `common` (arguments, means, log-sums) and `pairs` (each row beside each
-column), `similarity` and `softmax` (losses of pairs), `triplet_costs`, `triplet`, `batch_all` (of
-triplets), `cross_entropy` (of a classifier).
+column), `similarity` and `softmax` (losses of pairs), `triplet_costs`, `triplet`, `batch_all`,
+`distance_weighted` (of triplets), `cross_entropy` (of a classifier).
 """
 
 from cbam_jax.losses.cross_entropy import cross_entropy_loss, deep_cross_entropy_loss
+from cbam_jax.losses.distance_weighted import distance_weighted_loss
 from cbam_jax.losses.proxies import (
     Proxies,
     arcface_loss,
@@ -40,6 +41,7 @@ __all__ = [
     "cosface_loss",
     "cross_entropy_loss",
     "deep_cross_entropy_loss",
+    "distance_weighted_loss",
     "multi_similarity_loss",
     "multi_similarity_miner",
     "n_pair_loss",

@@ -93,7 +93,7 @@ def _recall_of(to_positive, row, positive, negative, numbers):
     before = jax.nn.sigmoid((row - to_positive) / temperature)
     rank = 0.5 + jnp.sum(jnp.where(positive | negative, before, 0.0))
     found = jax.nn.sigmoid((ks - rank) / rank_temperature)
-    return jnp.mean(found / jnp.minimum(ks, jnp.sum(positive.astype(jnp.float32))))
+    return jnp.mean(found / jnp.minimum(ks, _count(positive)))
 
 
 def smooth_ap_loss(
@@ -145,7 +145,12 @@ def _precision_of(to_positive, row, positive, negative, numbers):
     before = jax.nn.sigmoid((row - to_positive) / numbers[0])
     among_positives = 0.5 + jnp.sum(jnp.where(positive, before, 0.0))
     rank = among_positives + jnp.sum(jnp.where(negative, before, 0.0))
-    return among_positives / rank / jnp.sum(positive.astype(jnp.float32))
+    return among_positives / rank / _count(positive)
+
+
+def _count(positive):
+    """How many positives; 1 without any, whose gain counts nowhere, lest it be infinite."""
+    return jnp.maximum(jnp.sum(positive.astype(jnp.float32)), 1.0)
 
 
 def _mean_gain(gain: Gain, batch: Batch, numbers):

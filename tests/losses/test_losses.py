@@ -9,6 +9,8 @@ import pytest
 from loss_references import central_differences
 
 from cbam_jax import losses
+from cbam_jax.losses.distance_weighted import drawn as drawn_by
+from cbam_jax.losses.distance_weighted import sampling_weights
 
 LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive.
 PAIRS = ("multi_similarity", "circle", "contrastive", "n_pair", "sup_con", "nt_xent")
@@ -89,3 +91,35 @@ def test_spread_and_valid_anchors():
     for name in {*PAIRS, *RANKS} - {"n_pair"}:
         np.testing.assert_allclose(results()[name][0][1]["valid_anchors"], 8 / 9, rtol=1e-6)
     np.testing.assert_allclose(results()["n_pair"][0][1]["valid_anchors"], 3 / 9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_negatives_are_drawn_in_proportion_to_the_inverse_density(rng, fits):
+    """One row of distances, drawn from many times; where none is near enough, alike."""
+    distances, dim = np.array([[0.3, 0.6, 0.8, 0.7, 1.3, 1.5, 0.9]], np.float32), 6
+    negative = np.array([[True, True, True, False, True, True, True]])
+    farthest = 1.4 if fits else 0.2
+    weights = sampling_weights(distances, negative, dim, 0.5, farthest)
+    r = np.maximum(distances.astype(np.float64), 0.5)[0]
+    expected = 1 / (r ** (dim - 2) * (1 - r**2 / 4) ** ((dim - 3) / 2)) if fits else np.ones(7)
+    expected[[3, 5] if fits else [3]] = 0
+    expected /= expected.sum()
+    weights = np.asarray(weights)[0]
+    np.testing.assert_allclose(weights / weights.sum(), expected, rtol=1e-5)
+    many = drawn_by(jax.random.key(1), np.tile(weights, (3000, 1)))
+    counts = np.bincount(np.asarray(many).ravel(), minlength=7)
+    total = counts.sum()
+    deviation = np.sqrt(total * expected * (1 - expected))
+    assert np.all(np.abs(counts - total * expected) <= 4.5 * deviation)
+
+
+def test_a_triplet_costs_by_the_negative_that_was_drawn():
+    """With one negative for each anchor nothing is left to chance."""
+    x, labels = drawn()["x"][:5], np.array([4, 4, 4, 4, 1])
+    loss, stats = losses.distance_weighted_loss(x, labels, jax.random.key(0), farthest=2.0)
+    unit = reference.unit(x.astype(np.float64))
+    d = np.linalg.norm(unit[:, None] - unit[None], axis=-1)
+    costs = [max(0, 0.2 + d[a, p] - d[a, 4]) for a in range(4) for p in range(4) if a != p]
+    np.testing.assert_allclose(loss, np.mean(costs), rtol=1e-5)
+    np.testing.assert_allclose(stats["valid_anchors"], 0.8, rtol=1e-6)
+    np.testing.assert_allclose(stats["active_fraction"], np.mean(np.array(costs) > 0), rtol=1e-6)
