@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "data": {"datasets", "preprocessing"},
     "losses": {"distances", "sharding"},
     "search": {"compiler_options", "distances", "sharding", "whole_files"},
+    "rerank": {"search"},
     "evaluation": {"metrics", "search", "whole_files"},
     "backbones": {"attention", "sharding"},
     "named_parts": {"foreign_files"},
