@@ -26,10 +26,10 @@ from cbam_jax import (
     data,
     evaluation,
     experiment,
-    focus,
     model_state,
-    report_text,
+    reranked,
     run_figures,
+    run_results,
     saved_config,
     steps,
     workdirs,
@@ -45,7 +45,6 @@ from cbam_jax.run_figures import Measured
 from cbam_jax.runlog import read_log
 from cbam_jax.sharding import on_host
 from cbam_jax.stopping import Stop
-from cbam_jax.whole_files import save_arrays
 
 _DRAWN = 50  # Most queries of one figure, each a row of it.
 State = tuple[Any, Any]  # A model's parameters and its BatchNorm statistics.
@@ -230,6 +229,7 @@ def evaluate(
     html: bool = False,
     frames: str = "green",
     measure: bool = False,
+    rerank: Sequence[reranked.Step] = (),
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -244,6 +244,7 @@ def evaluate(
         html: write the page, with the figures.
         frames: colour of a hit's frame in the figures, ``"green"`` or the paper's ``"red"``.
         measure: measure the focus too.
+        rerank: steps of ``reranked.parse_steps``, to rank by once more and compare.
         overrides: ``--config.FIELD=VALUE`` of the sections ``data`` and ``eval``.
         out: folder of what is written; None: ``RUN/eval/SPLIT``, or for another dataset than the
             run's ``RUN/eval/DATASET-SPLIT``.
@@ -271,6 +272,11 @@ def evaluate(
         chosen_ks = any(argument.startswith("--config.eval.ks=") for argument in overrides)
         config = experiment.with_fitting_ks(config, dataset, chosen=chosen_ks)
         experiment.split_protocol(config, dataset)
+        reranked.check_fits(
+            rerank, evaluation.searched_images(dataset.is_query, dataset.is_gallery)
+        )
+        fitted = [step for step in rerank if step.name == "whiten"]
+        train = open_for_evaluation(config, "train", told) if fitted else None
         chosen = find_queries(dataset, queries)
         if measure:
             dataset.mask(0)  # A dataset that can't tell where the garment is says so here.
@@ -285,9 +291,12 @@ def evaluate(
         measured = Measured(
             config, workdir, folder, dataset, model, mesh, result, embeddings, report
         )
-        write_metrics(measured)
+        run_results.write_metrics(measured)
+        if rerank:
+            known = None if train is None else embed_split(config, train, embed_step, state, mesh)
+            run_results.write_reranked(measured, rerank, known)
         if measure:
-            write_focus(measured)
+            run_results.write_focus(measured)
         if figures or html:
             run_figures.draw(measured, chosen, html=html, frames=frames)
         return report
@@ -346,48 +355,6 @@ def _no_query(dataset: RetrievalDataset, name: str, *, known: bool) -> str:
     )
 
 
-def write_metrics(measured: Measured) -> None:
-    """Write metrics.json, embeddings.npz and neighbours.csv, and print the table."""
-    dataset = measured.dataset
-    command_line.write_json(measured.folder / "metrics.json", measured.report)
-    save_arrays(
-        measured.folder / "embeddings.npz",
-        embedding=measured.embeddings,
-        label=dataset.label,
-        id=dataset.id,
-        is_query=dataset.is_query,
-        is_gallery=dataset.is_gallery,
-    )
-    names = run_figures.class_names(dataset, range(len(dataset)))
-    path = measured.folder / "neighbours.csv"
-    evaluation.save_neighbours(path, measured.result, dataset.id, names)
-    print(report_text.format_report(measured.report), flush=True)
-
-
-def write_focus(measured: Measured) -> None:
-    """Measure where the model looks, into the report and focus.json."""
-    measured.report["focus"] = measure_focus(measured)
-    command_line.write_json(measured.folder / "focus.json", measured.report["focus"])
-    print(focus.format_report(measured.report["focus"]), flush=True)
-
-
-def measure_focus(measured: Measured) -> dict[str, Any]:
-    """Measure where the model looks in each query: by itself, and for its nearest image."""
-    config, result = measured.config, measured.result
-    found = result.neighbour[:, 0] >= 0
-    nearest = measured.embeddings[result.neighbour[found, 0]]
-    values = focus.measure_focus(
-        measured.model,
-        measured.dataset,
-        result.query[found],
-        {"energy": None, "nearest": nearest},
-        mesh=measured.mesh,
-        batch_size=experiment.evaluation_batch_size(config),
-        **experiment.geometry(config),
-    )
-    return focus.summarize(values, image_size=config.data.image_size)
-
-
 DESCRIPTION = """Measure a trained run: embed a split, search, print metrics with their definitions.
 
 Writes metrics.json, embeddings.npz and neighbours.csv (what was found for each query, by name) to
@@ -425,6 +392,11 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
     parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
+    parser.add_argument(
+        "--rerank",
+        metavar="STEP,STEP",
+        help=f"rank again and compare: {', '.join(reranked.STEPS)}, with options as in aqe:k=5",
+    )
     known, overrides = parser.parse_known_args()
     if known.data is not None:
         overrides.append(f"--config.data.name={_dataset(known.data)}")
@@ -458,6 +430,7 @@ def main() -> None:
     """Evaluate, and print the JSON line."""
     flags, overrides = parse_flags()
     which = parse_checkpoint(flags.checkpoint)
+    rerank = [] if flags.rerank is None else reranked.parse_steps(flags.rerank)
     command_line.keep_compiled_programs()
     report = evaluate(
         flags.workdir,
@@ -468,9 +441,10 @@ def main() -> None:
         html=flags.html,
         frames=flags.frames,
         measure=flags.focus,
+        rerank=rerank,
         overrides=overrides,
         out=flags.out,
     )
-    keys = ("dataset", "split", "step", "metrics", "interval", "focus")
+    keys = ("dataset", "split", "step", "metrics", "interval", "rerank", "focus")
     line = {key: report[key] for key in keys if key in report}
     print(command_line.to_json({"workdir": str(flags.workdir), **line}))

@@ -156,6 +156,23 @@ def test_ks_and_batch_size_are_those_of_the_evaluation(
 
 
 @pytest.mark.slow
+def test_ranked_again_beside_the_plain_ranking(run, measured, tmp_path, monkeypatch, capsys):
+    flags = (
+        f"--workdir={run}",
+        f"--out={tmp_path}",
+        "--rerank=whiten:dim=5,k_reciprocal:k1=4:k2=2",
+    )
+    status, line, stderr = evaluate(monkeypatch, capsys, *flags)
+    assert status == 0, stderr
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["metrics"] == pytest.approx(measured[0]["metrics"], abs=1e-6)
+    assert report["rerank"] == line["rerank"]
+    assert report["rerank"]["plain"]["map@10"] == pytest.approx(report["metrics"]["map@10"])
+    rows = (tmp_path / "reranked.csv").read_text().splitlines()
+    assert len(rows) == len((tmp_path / "neighbours.csv").read_text().splitlines())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 3])
 def test_any_number_of_devices_will_do(devices, run, measured, monkeypatch, tmp_path):
     mesh = steps.data_mesh(jax.devices()[:devices])
@@ -173,6 +190,7 @@ def test_any_number_of_devices_will_do(devices, run, measured, monkeypatch, tmp_
     [
         (["--config.model.name=vgg16"], "--config.model.name=vgg16': an evaluation can set"),
         (["--config.eval.kz=(1,)"], "kz"),
+        (["--rerank=qe"], "--rerank=qe: 'qe' is no step; give whiten, dba, aqe, k_reciprocal"),
         (["--config.eval.ks=()"], r"eval.ks=(): give positive ks, such as"),
         (["--config.eval.ks=(0,5)"], "eval.ks=(0, 5): give positive ks"),
         (["--config.eval.batch_size=0"], "eval.batch_size=0: give at least 1 image"),

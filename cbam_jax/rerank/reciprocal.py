@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from cbam_jax.rerank.encodings import Encodings, joint_encodings, scaled_distances
-from cbam_jax.search import search
+from cbam_jax.rerank.encodings import Encodings, joint_encodings
 
-_CELLS = 2**21  # Overlaps of a query with every image that are held at a time: 16 MiB.
+_CELLS = 2**21  # Pairs of a query and an item at a time: 16 MiB an array of them.
+_UNITS = 2**24  # In which distances, from 0 to 1, are counted;
+_NONE = 2**26  # that of an item which a query ignores.
 
 
 def k_reciprocal(
@@ -67,50 +68,60 @@ def k_reciprocal(
             f"k1 is {k1}, k2 {k2} and lambda_ {lambda_}; expected at least 1, 1 to k1 + 1, 0 to 1"
         )
     x, y = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
-    # All items outside an encoding's reach have J = 1, and come in the order of the search.
-    _, near = search(
-        x, y, k, exclude_self=exclude_self, query_group=query_group, gallery_group=gallery_group
-    )
-    own = np.arange(len(y)) if exclude_self is True else exclude_self
-    own = np.full(len(x), -1) if own is False else np.asarray(own)
+    if x.ndim != 2 or y.ndim != 2 or not 1 <= k <= len(y):
+        raise ValueError(
+            f"k is {k}, queries have shape {x.shape}, the gallery {y.shape}; expected [q, d] and "
+            "[n, d], and k from 1 to n"
+        )
+    own = np.full(len(x), -1) if exclude_self is False else np.asarray(exclude_self)
+    own = np.arange(len(y)) if exclude_self is True else own
     groups = None if query_group is None else (np.asarray(query_group), np.asarray(gallery_group))
+    if own.shape != (len(x),) or (groups and [len(g) for g in groups] != [len(x), len(y)]):
+        raise ValueError(f"exclude_self has shape {own.shape}, or groups others; expected [q], [n]")
     outside = np.flatnonzero(own < 0)
-    encodings = joint_encodings(np.concatenate([x[outside], y]), k1, k2)
+    points = np.concatenate([x[outside], y])
+    encodings = joint_encodings(points, k1, k2)
     place = own + len(outside)
     place[outside] = np.arange(len(outside))
-    return _ranked(encodings, place, len(outside), near, lambda_, own, groups)
+
+    def ignored(part: slice) -> np.ndarray:
+        itself = own[part, None] == np.arange(len(y))
+        return itself if groups is None else itself | (groups[0][part, None] == groups[1])
+
+    return _ranked(encodings, place, len(y), lambda_, k, ignored)
 
 
 def _ranked(
-    encodings: Encodings,
-    place: np.ndarray,
-    first: int,
-    near: np.ndarray,
-    lambda_: float,
-    own: np.ndarray,
-    groups: Any,
+    encodings: Encodings, place: np.ndarray, n: int, lambda_: float, k: int, ignored: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k lowest of each query; ``place`` is its row, the gallery's begin at ``first``."""
-    by_column: Any = sparse.csc_array(encodings.rows[first:])
-    distances = np.full(near.shape, np.inf, np.float32)
-    indices = np.full(near.shape, -1, np.int32)
-    step = max(1, _CELLS // by_column.shape[0])
+    """The k lowest of each query; ``place`` is its row, the gallery's rows are the last n.
+
+    Distances are whole multiples of 2^-24, float32 numbers all, so that the roundings of sums do
+    not part what is equal; with the index they make one integer, and the lowest are found by that.
+    """
+    gallery = encodings.points[-n:].astype(np.float64)
+    columns = sparse.csc_array(encodings.rows[-n:])
+    keys = np.empty((len(place), k), np.int64)
+    step = max(1, _CELLS // n)
     for start in range(0, len(place), step):
-        some = np.arange(start, min(start + step, len(place)))
-        overlap = _overlaps(encodings.rows[place[some]], by_column)
-        for query, shared in zip(some, overlap, strict=True):
-            found = np.union1d(np.flatnonzero(shared), near[query][near[query] >= 0])
-            found = found[_allowed(found, query, own, groups)]
-            jaccard = 1 - shared[found] / (2 - shared[found])
-            row = np.full(len(found), place[query])
-            d = scaled_distances(encodings.points, encodings.furthest, row, found + first)
-            total = ((1 - lambda_) * jaccard + lambda_ * d).astype(np.float32)
-            order = np.lexsort((found, total))[: near.shape[1]]
-            distances[query, : len(order)], indices[query, : len(order)] = (
-                total[order],
-                found[order],
-            )
-    return distances, indices
+        part = slice(start, start + step)
+        shared = _overlaps(encodings.rows[place[part]], columns)
+        jaccard = 1 - shared / (2 - shared)
+        total = (1 - lambda_) * jaccard + lambda_ * _scaled(encodings, place[part], gallery)
+        whole = np.rint(total * _UNITS).astype(np.int64)
+        whole[ignored(part)] = _NONE
+        key = whole * n + np.arange(n)
+        keys[part] = np.sort(np.partition(key, k - 1, axis=1)[:, :k], axis=1)
+    found = keys // n < _NONE
+    distances = np.where(found, keys // n / _UNITS, np.inf).astype(np.float32)
+    return distances, np.where(found, keys % n, -1).astype(np.int32)
+
+
+def _scaled(encodings: Encodings, rows: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Squared distances of images to the gallery, over the largest of each, [q, n] float64."""
+    x = encodings.points[rows].astype(np.float64)
+    squares = np.einsum("qd,qd->q", x, x)[:, None] + np.einsum("nd,nd->n", gallery, gallery)
+    return np.maximum(squares - 2 * x @ gallery.T, 0) / encodings.furthest[rows, None]
 
 
 def _overlaps(queries: Any, gallery: Any) -> np.ndarray:
@@ -126,9 +137,3 @@ def _overlaps(queries: Any, gallery: Any) -> np.ndarray:
     row = np.repeat(np.repeat(np.arange(q), np.diff(queries.indptr)), count)
     least = np.minimum(np.repeat(queries.data, count), gallery.data[entry])
     return np.bincount(row * n + gallery.indices[entry], least, minlength=q * n).reshape(q, n)
-
-
-def _allowed(found: np.ndarray, query: np.integer, own: np.ndarray, groups: Any) -> np.ndarray:
-    """Which gallery items a query may find, bool."""
-    allowed = found != own[query]
-    return allowed if groups is None else allowed & (groups[1][found] != groups[0][query])
