@@ -107,7 +107,7 @@ def test_a_run_trains_its_proxies_and_resumes(tmp_path, monkeypatch):
     tiny_run.patch_tiny_models(monkeypatch)
     photos = tiny_run.write_photos(tmp_path, splits=("train", "validation"), count=6)
     fields = {
-        "loss.name": "soft_triple", "model.normalize": True, "train.steps": 2, "train.eval_every": 2,
+        "loss.name": "soft_triple", "model.normalize": True, "train.eval_every": 2,
         "optimizer.warmup_steps": 0, "optimizer.schedule": "constant", "eval.ks": (5,),
         "data.classes_per_batch": 2, "data.images_per_class": 4,
     }  # fmt: skip
