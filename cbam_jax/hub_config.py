@@ -69,8 +69,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if problem:
         raise _damaged(path, problem)
     if document["format_version"] > FORMAT_VERSION:
+        version = shown(str(document["format_version"]), 40)
         raise InputError(
-            f"{shown(path)} has format {document['format_version']}, written by cbam_jax "
+            f"{shown(path)} has format {version}, written by cbam_jax "
             f"{shown(str(document.get('cbam_jax_version')), 40)}; this is {__version__}, which "
             f"reads up to {FORMAT_VERSION}: upgrade it"
         )

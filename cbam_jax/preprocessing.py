@@ -62,7 +62,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not isinstance(self.image_size, int) or self.image_size < 1:
+        if type(self.image_size) is not int or self.image_size < 1:
             raise InputError(f"image_size={self.image_size}: give a positive number of pixels")
         if not 0 < self.crop_fraction <= 1:
             raise InputError(f"crop_fraction={self.crop_fraction}: give a fraction in (0, 1]")
@@ -81,7 +81,7 @@ class Preprocessing:
                 value = repr(getattr(self, name))[:80]
                 raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
         color = self.pad_color
-        if len(color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
+        if len(color) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in color):
             raise InputError(
                 f"pad_color={str(color)[:80]}: give red, green and blue, each from 0 to 255"
             )
@@ -134,19 +134,21 @@ class Preprocessing:
             InputError: for a field of another type, or a mean or deviation that is not the model's.
         """
         try:
-            size, fraction = fields["image_size"], float(fields.get("crop_fraction", 0.875))
+            size, fraction = fields["image_size"], fields.get("crop_fraction", 0.875)
+            if type(fraction) not in (int, float):
+                raise TypeError("crop_fraction is no number")
             scaling = tuple(
                 tuple(map(float, fields.get(n, ours))) for n, ours in (("mean", mean), ("std", std))
             )
             color = tuple(fields.get("pad_color", cls.pad_color))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"preprocessing {dict(fields)!r} cannot be used ({error!r})"
+                f"preprocessing {shown(repr(dict(fields)))} cannot be used ({shown(repr(error))})"
             ) from error
         if scaling != (mean, std):
             raise InputError(
-                f"preprocessing with mean {scaling[0]} and std {scaling[1]}: the model expects "
-                f"{mean} and {std}"
+                f"preprocessing with mean {shown(str(scaling[0]), 80)} and std "
+                f"{shown(str(scaling[1]), 80)}: the model expects {mean} and {std}"
             )
         resize = fields.get("resize", cls.resize)
         interpolation = fields.get("interpolation", cls.interpolation)

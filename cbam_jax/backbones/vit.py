@@ -32,7 +32,7 @@ POOLS = ("class", "map")
 POSITIONS = ("learned", "rope")
 # Beyond any published model: a larger one, as a file may ask for, would not be built to its end.
 _LARGEST = {
-    "width": 16_384, "depth": 256, "heads": 1024, "patch_size": 4096, "image_size": 4096,
+    "width": 16_384, "depth": 64, "heads": 1024, "patch_size": 4096, "image_size": 4096,
     "mlp_width": 131_072, "registers": 1024, "projection": 65_536,
 }  # fmt: skip
 _ROPE_BASE = 100.0
@@ -105,6 +105,9 @@ class Variant:
                 continue
             if type(value) is not int or not least <= value <= largest:
                 raise ValueError(f"{name}={repr(value)[:80]}: give a number {least} to {largest}")
+        for name, field in type(self).__dataclass_fields__.items():
+            if type(field.default) is bool and type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={repr(getattr(self, name))[:80]}: give true or false")
         if not (isinstance(self.epsilon, float) and 0 <= self.epsilon < 1):  # Nor is NaN.
             raise ValueError(f"epsilon={repr(self.epsilon)[:80]}: give a small number")
         if self.width % self.heads or self.image_size < self.patch_size:

@@ -250,7 +250,8 @@ def affordable(encoded: bytes, most: int) -> int:
     800
     """
     kind = image_format(encoded[:HEAD])
-    moves = encoded[12:16] == b"VP8X" and encoded[20] & 0x02  # Of a WebP: its canvas is kept.
+    # Of a WebP of several frames the canvas is kept.
+    moves = encoded[12:16] == b"VP8X" and int.from_bytes(encoded[20:21]) & 0x02
     usual = kind in ("PNG", "WebP") and not (moves or _may_need_more(encoded))
     usual = usual or (kind == "JPEG" and not keeps_coefficients(encoded))
     return most if usual else most * _USUAL // _HELD.get(kind or "", _USUAL)

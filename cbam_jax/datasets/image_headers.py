@@ -192,7 +192,8 @@ def _jpeg(encoded: bytes) -> Iterator[tuple[int, int]]:
 def _gif(encoded: bytes) -> Iterator[tuple[int, int]]:
     """Of the screen, and of the first frame, which may be larger."""
     yield from _at("<HH", 6)(encoded)
-    place = 13 + (3 << (encoded[10] & 7) + 1 if encoded[10] & 0x80 else 0)
+    palette = int.from_bytes(encoded[10:11])
+    place = 13 + (3 << (palette & 7) + 1 if palette & 0x80 else 0)
     while encoded[place : place + 1] == b"!":  # Extensions, of blocks that begin with their length.
         place += 2
         while length := int.from_bytes(encoded[place : place + 1]):

@@ -149,8 +149,9 @@ def _digest(text: str) -> bytes:
 
 
 def _numbered(texts: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    names, numbers = np.unique(np.array(texts), return_inverse=True)
-    return numbers.astype(np.int64), tuple(names.tolist())
+    names = sorted(set(texts))
+    number = {name: i for i, name in enumerate(names)}
+    return np.array([number[text] for text in texts], np.int64), tuple(names)
 
 
 def _select(

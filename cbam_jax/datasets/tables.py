@@ -10,7 +10,9 @@ import functools
 import io
 import math
 import os
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +27,10 @@ SPLITS = ("train", "validation", "test")
 VALIDATION = ("validation", "val", "valid")
 _TRUE, _FALSE = ("1", "1.0", "true", "t", "yes", "y"), ("0", "0.0", "false", "f", "no", "n")
 _TOLD = 10  # mistakes that one error names
+# An array of texts has room for the longest in each of its rows.
+_LONGEST = 1_000
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_FARTHEST = 1 << 24  # Pixels; float32 has whole numbers up to here.
 
 Mistakes = list[tuple[int, str]]  # rows, and what is wrong with them and how to mend it
 Row = tuple[int, list[str]]  # its number, as a spreadsheet counts: the header is row 1
@@ -160,9 +166,10 @@ def _check_header(path: Path, header: list[str]) -> None:
             f"{path} has no column {missing[0]}: its first line must name path and label, "
             f"separated by commas or semicolons, and has {shown_names(header)}"
         )
-    repeated = sorted({column for column in header if header.count(column) > 1})
-    if repeated:
-        raise InputError(f"{path} names the column '{repeated[0]}' twice: rename or remove one")
+    repeated = min((name for name, count in Counter(header).items() if count > 1), default=None)
+    if repeated is not None:
+        told = shown(repeated, 80)
+        raise InputError(f"{path} names the column '{told}' twice: rename or remove one")
     box = [column for column in BOX if column in header]
     if box and len(box) < 4:
         raise InputError(f"{path} has the box columns {box} only: give x1,y1,x2,y2 or none")
@@ -172,7 +179,15 @@ def _text(column: str, row: int, text: str, mistakes: Mistakes) -> str:
     """A cell's text, in which an accent and its letter are one character (NFC)."""
     if not text:
         mistakes.append((row, f"{column} is empty: fill it or remove the row"))
-    return text if column == "path" else unicodedata.normalize("NFC", text)
+    if len(text) > _LONGEST:
+        remedy = f"shorten it to {_LONGEST} or remove the row"
+        mistakes.append((row, f"{column} has {len(text)} letters: {remedy}"))
+    if column == "path":
+        return text
+    if _NO_TEXT.search(text):
+        told = f"{column} is '{shown(text, 80)}', with control characters: write it without"
+        mistakes.append((row, told))
+    return unicodedata.normalize("NFC", text)
 
 
 def _flag(column: str, row: int, text: str, mistakes: Mistakes) -> bool:
@@ -188,7 +203,7 @@ def _box(cells: tuple[tuple[int, str], ...], mistakes: Mistakes) -> tuple[float,
     if all(text.lower() in ("", "nan") for text in texts):
         return (math.nan,) * 4
     try:
-        box = tuple(float(text or "nan") for text in texts)
+        box = tuple(_number(text or "nan") for text in texts)
     except ValueError:
         wrong = next((s, t) for s, t in zip(BOX, texts, strict=True) if not _is_number(t))
         what = f"{wrong[0]} is '{shown(wrong[1], 80)}': boxes are numbers, in pixels"
@@ -196,12 +211,21 @@ def _box(cells: tuple[tuple[int, str], ...], mistakes: Mistakes) -> tuple[float,
         return (math.nan,) * 4
     if not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
         mistakes.append((row, f"the box {list(box)} is empty: x1 < x2 and y1 < y2 must hold"))
+    elif max(map(abs, box)) > _FARTHEST:
+        mistakes.append((row, f"the box {list(box)} is of no image: its numbers are pixels"))
     return box
+
+
+def _number(text: str) -> float:
+    """Raise a ValueError for what is no number, or one as Python alone writes it."""
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return float(text)
 
 
 def _is_number(text: str) -> bool:
     try:
-        float(text or "nan")
+        _number(text or "nan")
     except ValueError:
         return False
     return True
@@ -265,7 +289,9 @@ def _spelled(path: Path, names: list[str]) -> list[str]:
 
 
 def _on_disk(root: Path, name: str, listing: Callable[[str], dict[str, list[str]]]) -> str:
-    if not name or "\0" in name or os.path.lexists(os.path.join(root, name)):
+    if not name or "\0" in name or len(name) > _LONGEST:
+        return name
+    if os.path.lexists(os.path.join(root, name)):
         return _posix(name)
     folder = str(root)
     parts = PurePosixPath(name.replace("\\", "/")).parts

@@ -177,7 +177,9 @@ def _misfits(
         return [f"shape: {name} is {array.shape}, the model's is {expected}"]
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return [f"dtype: {name} is {array.dtype}, not a floating-point number"]
-    if not np.all(np.isfinite(array)):
+    with np.errstate(over="ignore"):  # A number of eight bytes may be none of the model's.
+        finite = np.all(np.isfinite(array.astype(variable.dtype, copy=False)))
+    if not finite:
         return [f"value: {name} has NaN or infinity"]
     if path[-1] == "var" and np.any(array < 0):
         return [f"value: {name} has variances below zero"]

@@ -49,7 +49,7 @@ _LONGEST_HEADER = 100_000_000
 _LFS = b"version https://git-lfs"
 # No model of images comes near these. A file of a few hundred bytes can hold dicts within dicts
 # with more ways through them than there is time, and any number of views of the same numbers.
-_MOST_PLACES = 100_000
+_MOST_PLACES = 20_000
 _LONGEST_NAME = 1_000
 _MOST_TIMES = 8
 
@@ -152,12 +152,17 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             f"{path} has tensors of dtype {', '.join(unknown)}: save it in float32, "
             "float16 or bfloat16"
         )
-    return {
-        name: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(
-            tensor["shape"]
-        )
-        for name, tensor in tensors
-    }
+    try:
+        return {
+            name: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(
+                tensor["shape"]
+            )
+            for name, tensor in tensors
+        }
+    except ValueError as error:  # Of more axes than NumPy has, or of nothing beyond all sizes.
+        raise InputError(
+            f"{shown(path)}: damaged or truncated ({shown(str(error))}); fetch it again"
+        ) from error
 
 
 def _check_length(file: BinaryIO) -> None:
@@ -167,13 +172,23 @@ def _check_length(file: BinaryIO) -> None:
     if length > min(size, _LONGEST_HEADER):
         raise OSError("its header is longer than the file, or than such headers are")
     try:
-        tensors = [t for name, t in json.loads(file.read(length)).items() if name != "__metadata__"]
+        header = json.loads(file.read(length), object_pairs_hook=_each_once)
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        if len(tensors) > _MOST_PLACES:
+            raise ValueError(f"{len(tensors)} tensors, more than {_MOST_PLACES}")
         ends = [tensor["data_offsets"][1] for tensor in tensors]
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"it has {size} bytes")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise OSError(f"its header does not fit it: {error}") from error
     file.seek(0)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values by one name readers would take one or the other."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in it")
+    return found
 
 
 def unwrap(saved: Mapping[str, Any]) -> Mapping[str, Any]:

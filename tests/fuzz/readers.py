@@ -23,9 +23,8 @@ sys.path[:0] = [str(HERE.parent / folder) for folder in ("security", "pretrained
 # What is imported in this block tells atheris which lines an input reaches.
 with atheris.instrument_imports(include=["cbam_jax"]):
     from cbam_jax import InputError, hub_config, saved_config
-    from cbam_jax.datasets import manifest
+    from cbam_jax.datasets import decoding, image_headers, manifest
     from cbam_jax.datasets.deepfashion import lists
-    from cbam_jax.datasets.image_headers import claimed_sizes
     from cbam_jax.foreign_files import shown_names
     from cbam_jax.pretrained.sources import read_arrays
     from cbam_jax.runlog import read_log
@@ -62,6 +61,17 @@ def log(data):
     assert all(type(record["step"]) is int for record in read_log(SCRATCH))
 
 
+def headers(data):
+    """All that is asked of an image before it is decoded."""
+    assert all(height * width >= 0 for height, width in image_headers.claimed_sizes(data))
+    assert decoding.affordable(data, 1000) in range(1001)
+    assert len(image_headers.png_of_pixels_alone(data) or b"") <= len(data)
+    for asked in ("keeps_coefficients", "scan_count", "holds_less_than_it_claims"):
+        getattr(image_headers, asked)(data)
+    image_headers.is_packed_otherwise(data)
+    decoding.jpeg_size(data)
+
+
 def listed(data):
     path, problems = written("list.txt", data), []
     layout = test_hostile_datasets.Layout(path)
@@ -93,7 +103,7 @@ READERS = {
             *first(test_hostile_datasets.MANIFESTS),
         ],
     ),
-    "headers": (lambda data: list(claimed_sizes(data)), first(test_hostile_datasets.IMAGES)),
+    "headers": (headers, first(test_hostile_datasets.IMAGES)),
     "lists": (
         listed,
         [b"1\nname x\n" + row.encode() for row in first(test_hostile_datasets.LISTED)],

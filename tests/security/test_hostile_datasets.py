@@ -217,10 +217,43 @@ MANIFESTS = {
     "a column twice": (b"path,label,label\nphoto.png,a,b\n", "twice"),
     "a row of one cell more": (HEADER + b"photo.png,a,test,x\n", "4 cells and the header 3"),
     "a path with a zero byte": (HEADER + b"pho\0to.png,a,test\n", "cannot be used"),
-    "a path of 100,000 letters": (HEADER + b"p" * 100_000 + b",a,test\n", "cannot be used"),
+    "a path of 100,000 letters": (
+        HEADER + b"p" * 100_000 + b",a,test\n",
+        "path has 100000 letters",
+    ),
     "a path to a device": (HEADER + b"/dev/zero,a,test\n", "not a regular file"),
     "a path to a folder": (HEADER + b".,a,test\n", "not a regular file"),
     "a path that clears the screen": (HEADER + b"\x1b[2Jp.png,a,test\n", "cannot be used"),
+    "50,000 columns": (b",".join(b"c%d" % n for n in range(50_000)) + b"\n", "no column path"),
+    "20,000 columns beside the two": (
+        b"path,label," + b",".join(b"c%d" % n for n in range(20_000)) + b"\nphoto.png,a\n",
+        "row 2: it has 2 cells and the header 20002",
+    ),
+    "a label that 2,000 rows would make room for": (
+        b"path,label\n" + b"l" * 130_000 + b"," + b"l" * 130_000 + b"\np,a" * 2_000,
+        "label has 130000 letters",
+    ),
+    "a path of 50,000 folders above": (
+        HEADER + b"../" * 40_000 + b"p,a,test\n",
+        "letters: shorten",
+    ),
+    "a split of 100,000 letters": (
+        HEADER + b"photo.png,a," + b"t" * 100_000 + b"\n",
+        "split has 100000 letters",
+    ),
+    "a label of two lines": (HEADER + b'photo.png,"a\nb",test\n', "control characters"),
+    "a label that clears the screen": (HEADER + b"photo.png,\x1b[2J,test\n", "control characters"),
+    "a label with a zero byte": (HEADER + b"photo.png,hat\0,test\n", "control characters"),
+    "a column that clears the screen, twice": (
+        b"path,label,\x1b[2J,\x1b[2J\nphoto.png,a,1,1\n",
+        r"'\\x1b\[2J' twice",
+    ),
+    "a box of 10**300": (b"path,label,x1,y1,x2,y2\nphoto.png,a,1,1,9,1e300\n", "is of no image"),
+    "a box with an underscore": (b"path,label,x1,y1,x2,y2\nphoto.png,a,1,1,9,1_0\n", "y2 is"),
+    "a box in other digits": (
+        "path,label,x1,y1,x2,y2\nphoto.png,a,1,1,9,\u0661\n".encode(),
+        "y2 is",
+    ),
     "a box that is no number": (b"path,label,x1,y1,x2,y2\nphoto.png,a,1,1,9,nine\n", "y2 is"),
     "a box of infinity": (b"path,label,x1,y1,x2,y2\nphoto.png,a,1,1,9,inf\n", "box"),
     "a box of NaN": (b"path,label,x1,y1,x2,y2\nphoto.png,a,1,1,9,nan\n", "box"),
@@ -234,8 +267,10 @@ def test_a_manifest_is_refused_in_one_line(what, tmp_path):
     content, message = MANIFESTS[what]
     (tmp_path / "photo.png").write_bytes(PNG)
     (tmp_path / "x.csv").write_bytes(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         open_dataset(str(tmp_path / "x.csv"), "all")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 5_000
 
 
 def test_class_folders_with_names_that_are_no_text(tmp_path):

@@ -11,6 +11,7 @@ from cost import cheap  # noqa: F401, all is measured
 from flax import nnx
 
 from cbam_jax import InputError, config_checks, hub, hub_config
+from cbam_jax.preprocessing import Preprocessing
 from cbam_jax.pretrained import load_pretrained
 from cbam_jax.pretrained.sources import read_arrays
 
@@ -61,6 +62,39 @@ SAFETENSORS = {
     ),
     "a negative shape": (described({"a": entry(shape=(-3,))}, TWELVE), DAMAGED),
     "a dtype that is none": (described({"a": entry("os.system")}, TWELVE), DAMAGED),
+    "a tensor of 65 axes": (described({"a": entry(shape=(1,) * 64 + (3,))}, TWELVE), DAMAGED),
+    "a tensor of nothing beyond all sizes": (
+        described({"a": entry(shape=(0, 2**62), offsets=(0, 0))}),
+        DAMAGED,
+    ),
+    "30,000 tensors of nothing": (
+        described({f"t{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(30_000)}),
+        "30000 tensors, more than 20000",
+    ),
+    "two tensors of one name": (
+        described(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), TWELVE),
+        DAMAGED,
+    ),
+    "two shapes of one tensor": (
+        described(b'{"a":{"dtype":"F32","shape":[3],"shape":[1],"data_offsets":[0,12]}}', TWELVE),
+        DAMAGED,
+    ),
+    "an offset of NaN": (
+        described(b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,NaN]}}', TWELVE),
+        DAMAGED,
+    ),
+    "an offset of a fraction": (described({"a": entry(offsets=(0, 12.0))}, TWELVE), DAMAGED),
+    "a shape that is true": (described({"a": entry(shape=(True, 3))}, TWELVE), DAMAGED),
+    "words about weights that are nested": (
+        described({"__metadata__": {"a": {"b": "c"}}, "a": entry()}, TWELVE),
+        DAMAGED,
+    ),
+    "a name with half a letter": (
+        described(b'{"a\\ud800":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}', TWELVE),
+        DAMAGED,
+    ),
+    "a header in UTF-16": (described("{}".encode("utf-16")), DAMAGED),
+    "tensors of four bits": (described({"a": entry("F4", (24,))}, TWELVE), "dtype F4"),
     "tensors of eight bits": (described({"a": entry("I8", (12,))}, TWELVE), "dtype I8"),
 }
 
@@ -111,6 +145,7 @@ class Norm(nnx.Module):
 
 NUMBERS = {
     "weights of NaN": ("weight", np.nan, "bn.weight has NaN or infinity"),
+    "weights beyond float32": ("weight", 1e300, "bn.weight has NaN or infinity"),
     "weights of infinity": ("running_mean", -np.inf, "bn.running_mean has NaN or infinity"),
     "a variance below zero": ("running_var", -1e-9, "bn.running_var has variances below zero"),
 }
@@ -123,7 +158,7 @@ def test_numbers_that_no_model_has(what):
     names = ("weight", "bias", "running_mean", "running_var")
     arrays = {f"bn.{key}": np.ones(3, np.float32) for key in names}
     load_pretrained(model, arrays)
-    arrays[f"bn.{name}"] = np.array([1, value, 1], np.float32)
+    arrays[f"bn.{name}"] = np.array([1, value, 1], np.float64)
     with pytest.raises(InputError, match=message):
         load_pretrained(model, arrays)
 
@@ -160,6 +195,12 @@ CONFIGS = {
     "a config of another library": (b'{"architectures": ["ResNet"]}', "of no model that"),
     "a version of text": (changed("format_version", "1"), "format_version is '1'"),
     "a version of null": (changed("format_version", None), "format_version is None"),
+    "a version of 4,000 digits": (
+        changed("format_version", 1).replace(
+            b'"format_version": 1', b'"format_version": 1' + b"0" * 4_000
+        ),
+        "has format 1000",
+    ),
     "a version of -1": (changed("format_version", -1), "format_version is -1"),
     "a version of NaN": (changed("format_version", float("nan")), "format_version is nan"),
     "a version of true": (changed("format_version", True), "format_version is True"),
@@ -252,10 +293,64 @@ MODELS = {
 }
 
 
+TRANSFORMER = {
+    "width": 8, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 16, "mlp_width": 8,
+    "activation": "gelu", "epsilon": 1e-6, "mean": [0.5] * 3, "std": [0.5] * 3,
+}  # fmt: skip
+
+
+def transformer(**fields):
+    return {"name": "vit", "transformer": TRANSFORMER | fields}
+
+
+MODELS |= {
+    "a pooling that is a list": {"pooling": ["gem"]},
+    "a pooling of a module": {"pooling": "os:system"},
+    "a name of a megabyte": {"name": "r" * 10**6},
+    "half a letter for a name": {"name": "\ud800"},
+    "random numbers that are given": {"rngs": 5},
+    "an embedding of half a number": {"embedding_dim": 5.5},
+    "a transformer of nothing": {"name": "vit", "transformer": None},
+    "a transformer's fields in a list": {"name": "vit", "transformer": [1]},
+    "a transformer of 1,000 layers": transformer(depth=1_000),
+    "a transformer whose means are text": transformer(mean="123"),
+    "a transformer whose means are 10**300": transformer(mean=[1e300] * 3),
+    "a transformer whose deviation is nothing": transformer(std=[0.0] * 3),
+    "a transformer whose switch is text": transformer(gated="no"),
+    "a transformer whose registers are true": transformer(registers=True),
+    "a transformer whose epsilon is text": transformer(epsilon="1e-6"),
+}
+CUTS = {
+    "a share of 10**-300 of a photo": {"crop_fraction": 1e-300},
+    "a share that is text": {"crop_fraction": "0.9"},
+    "a share that is NaN": {"crop_fraction": float("nan")},
+    "a whole share that is true": {"crop_fraction": True},
+    "a way to resize in a list": {"resize": ["crop"]},
+    "a filter that clears the screen": {"interpolation": "\x1b[2J"},
+    "a border that is text": {"pad_color": "abc"},
+    "a border of 10**30": {"pad_color": [10**30] * 3},
+    "a border that is true": {"pad_color": [True] * 3},
+    "a border of 10,000 numbers": {"pad_color": [1] * 10_000},
+    "means that are NaN": {"mean": [float("nan")] * 3},
+    "10,000 means": {"mean": [0.5] * 10_000},
+    "means in a text": {"mean": "abc"},
+}
+
+
+@pytest.mark.parametrize("what", CUTS)
+def test_no_photo_is_cut_by_it(what):
+    with pytest.raises(InputError) as caught:
+        Preprocessing.from_dict({"image_size": 64} | CUTS[what])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 700
+
+
 @pytest.mark.parametrize("what", MODELS)
 def test_no_model_is_built_from_it(what):
-    with pytest.raises(InputError, match="no model can be built from"):
-        hub._build({"name": "resnet18"} | MODELS[what])
+    with pytest.raises(InputError, match="no model can be built from") as caught:
+        hub._build({"name": "resnet10"} | MODELS[what])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1_000
 
 
 IDS = {

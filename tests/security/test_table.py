@@ -39,6 +39,11 @@ KINDS = (
     ("an exported model's config", test_hostile_models.CONFIGS, plain),
     ("a model's arguments", test_hostile_models.MODELS, "no model can be built from"),
     ("a program", test_hostile_programs.PROGRAMS, plain),
+    (
+        "an exported model's cut",
+        test_hostile_models.CUTS,
+        "cannot be used, or a choice that is none",
+    ),
     ("an id of the hub", test_hostile_models.IDS, "no id of the hub"),
     ("a transformer's folder", test_hostile_folders.FOLDERS, plain),
     ("images", test_hostile_datasets.IMAGES, plain),
