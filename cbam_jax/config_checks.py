@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cbam_jax import InputError, experiment, losses, named_parts, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
-from cbam_jax.foreign_files import read_json
+from cbam_jax.foreign_files import read_json, shown
 from cbam_jax.models import FORM, MODELS, EmbeddingModel, parts_of
 from cbam_jax.pretrained import HUB, IMAGENET, fetch_imagenet, fetch_repository
 
@@ -138,6 +139,7 @@ def check_choices(config: Config) -> None:
         raise
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    check_own_loss(config, model.embedding_dim)
     check_blocks(config, model)
     check_image_size(config)
 
@@ -177,6 +179,44 @@ def check_numbers(config: Config) -> None:
     except ValueError as error:
         told = re.sub(r"^(\w+) is (.+), expected ", r"\1=\2: give ", str(error))
         raise InputError(f"loss.{name}_{told}") from error
+
+
+def check_own_loss(config: Config, dim: int) -> None:
+    """Raise InputError where a loss of one's own can't be called, or returns something else.
+
+    One that asks for the batch or the model, which there are none of yet, is tried by the first
+    step.
+    """
+    name = config.loss.name
+    if not named_parts.is_named(name):
+        return
+    loss, batch = experiment.build_loss(config), experiment.batch_size(config)
+    asked = steps.loss_arguments(loss)
+    if {"batch", "model"} & set(asked):
+        return
+    given = {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)}
+    given = {argument: given[argument] for argument in asked}
+    rows = jax.ShapeDtypeStruct((batch, dim), jnp.float32)
+    try:
+        found = jax.eval_shape(loss, rows, jax.ShapeDtypeStruct((batch,), jnp.int32), **given)
+    except Exception as error:  # Whatever the user's function raises.
+        told = shown(next(iter(str(error).splitlines()), ""))
+        raise InputError(
+            f"loss.name={name}: called with embeddings [{batch}, {dim}] and labels [{batch}], it "
+            f"raised {type(error).__name__}: {told}"
+        ) from error
+    check_returned(name, found)
+
+
+def check_returned(name: str, found: Any) -> None:
+    """Raise InputError unless a loss of one's own returned a scalar and a dict of scalars."""
+    is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
+    if not is_pair or any(np.shape(leaf) for leaf in jax.tree.leaves(found)):
+        shapes = jax.tree.map(np.shape, found)
+        raise InputError(
+            f"loss.name={name}: it returns {shown(str(shapes))}, expected a scalar and a dict of "
+            "scalars; end it with: return loss, {}"
+        )
 
 
 def check_blocks(config: Config, model: EmbeddingModel) -> None:

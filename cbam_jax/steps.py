@@ -59,6 +59,7 @@ __all__ = [
     "evaluation_arrays",
     "evaluation_params",
     "learning_rate_schedule",
+    "loss_arguments",
     "make_embed_step",
     "make_train_step",
     "place",
@@ -196,8 +197,11 @@ def _check_chunks(embed: Callable[..., tuple[Any, Any]], written: Any, chunks: j
 _LOSS_ARGUMENTS = ("batch", "step", "key", "model")
 
 
-def _loss_arguments(loss_fn: Callable[..., Any]) -> list[str]:
-    """The names that a loss asks for: those without a default, which may be someone else's."""
+def loss_arguments(loss_fn: Callable[..., Any]) -> list[str]:
+    """Return what a loss asks for beside embeddings and labels.
+
+    That is the names without a default: one with a default may be someone else's.
+    """
     parameters = inspect.signature(loss_fn).parameters
     asked = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
     return [name for name in _LOSS_ARGUMENTS if name in asked[2:]]
@@ -294,7 +298,7 @@ def make_train_step(
     """
     _check_model(model)
     view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
-    merge, asked = model_state.merger(view), _loss_arguments(loss_fn)
+    merge, asked = model_state.merger(view), loss_arguments(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
     over = shareable(mesh) if shard_state else None
 

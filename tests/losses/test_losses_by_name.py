@@ -1,8 +1,11 @@
 """The losses as a config names them: fields, refusals, vectors of the classes in a run."""
 
 import inspect
+import re
 import types
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,3 +144,76 @@ def test_the_loss_of_a_config_is_given_the_models_proxies():
     logits -= 64 * 0.2 * np.eye(3)
     expected = np.mean(np.logaddexp.reduce(logits, axis=1) - np.diag(logits))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- a loss of one's own ---
+
+LOSSES_OF_MINE = """
+import jax.numpy as jnp
+
+def alone(embeddings, labels):
+    return jnp.mean(embeddings)
+
+def per_image(embeddings, labels):
+    return jnp.mean(embeddings, axis=1), {}
+
+def one_argument(embeddings):
+    return jnp.mean(embeddings), {}
+
+def branching(embeddings, labels):
+    return (1.0 if embeddings[0, 0] > 0 else 0.0), {}
+
+def good(embeddings, labels, step, key, margin=0.2):
+    return jnp.mean(embeddings) + margin, {"step": step}
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("alone", "it returns (), expected a scalar and a dict of scalars; end it with: return"),
+        ("per_image", "it returns ((8,), {}), expected a scalar"),
+        ("one_argument", "raised TypeError: one_argument() takes 1 positional argument but 2"),
+        ("branching", "raised TracerBoolConversionError: Attempted boolean conversion of traced"),
+        ("absent", "losses_of_mine has no function 'absent'"),
+        ("good", ""),
+    ],
+)
+def test_a_wrong_loss_of_ones_own_is_told_in_one_line(function, message, tmp_path, monkeypatch):
+    (tmp_path / "losses_of_mine.py").write_text(LOSSES_OF_MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"losses_of_mine:{function}"
+    config = make_config(name, **{"data.classes_per_batch": 2, "data.images_per_class": 4})
+    experiment.trust_named_parts(config)
+    if not message:
+        config_checks.check_own_loss(config, 16)
+        return
+    with pytest.raises(InputError) as caught:
+        config_checks.check_own_loss(config, 16)
+    assert f"loss.name={name}" in str(caught.value).replace("'", "", 2)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_documented_loss_of_ones_own_trains_as_it_stands(tmp_path, monkeypatch, rng):
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    [program] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(program[program.index("def ") :].splitlines()) <= 20
+    (tmp_path / "mylosses.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = make_config("mylosses:lifted_loss")
+    experiment.trust_named_parts(config)
+    with jax.numpy_dtype_promotion("standard"):  # As JAX comes.
+        config_checks.check_own_loss(config, 16)
+        x, labels = rng.normal(size=(6, 3)).astype(np.float32), np.array([0, 0, 1, 1, 2, 0])
+        loss = jax.value_and_grad(experiment.build_loss(config), has_aux=True)
+        (value, _), gradient = jax.jit(loss)(x, labels)
+    d = np.linalg.norm(x[:, None] - x[None], axis=-1).astype(np.float64)
+    costs = []
+    for i in range(6):
+        pull = [d[i, j] for j in range(6) if labels[j] == labels[i] and j != i]
+        push = [1 - d[i, j] for j in range(6) if labels[j] != labels[i]]
+        if pull:  # The fifth has no positive.
+            costs.append(max(0, np.logaddexp.reduce(pull) + np.logaddexp.reduce(push)))
+    np.testing.assert_allclose(value, np.mean(costs), rtol=1e-5)
+    assert np.all(np.isfinite(gradient))
