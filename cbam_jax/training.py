@@ -98,6 +98,7 @@ def train_and_evaluate(
     config = experiment.with_transformer(config)
     config_checks.check_config(config)
     workdir = expanded(workdir)
+    workdirs.check_links(workdir)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(take_signals())
         stack.enter_context(workdirs.locked(workdir))

@@ -13,6 +13,8 @@ from cbam_jax.config_files import Config
 from cbam_jax.file_locks import open_lock, take_lock
 from cbam_jax.foreign_files import shown
 
+# What training writes to in a workdir.
+_OURS = ("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval", "lock")
 # Of an OSError: no room, or not allowed to.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -41,6 +43,35 @@ def locked(workdir: Path) -> Iterator[None]:
                 "or choose another"
             )
         yield
+
+
+def check_links(workdir: Path) -> None:
+    """Raise an InputError where training would write elsewhere: a stranger's run may hold links.
+
+    The workdir may be a link itself, and lie below one: whoever gave it meant that. What training
+    appends to has no other name either; what it writes anew takes the place of what was there.
+    """
+    if link := next(filter(os.path.islink, _written(workdir)), None):
+        raise InputError(
+            f"{shown(link)} is a link to {shown(os.readlink(link))}, and training writes into the "
+            "run's own folder alone: put what it leads to in its place, or remove it; "
+            "--workdir itself may be a link"
+        )
+    for path in (workdir / "metrics.jsonl", workdir / "lock"):
+        if path.is_file() and path.stat().st_nlink > 1:
+            raise InputError(
+                f"{shown(path)} is a file of another name too (a hard link), which training would "
+                "write to: put a copy in its place, or remove it"
+            )
+
+
+def _written(workdir: Path) -> Iterator[str]:
+    """Paths in a workdir that are training's, whatever else lies there."""
+    for name in sorted(os.listdir(workdir)) if workdir.is_dir() else ():
+        if name in _OURS or name.startswith(("partial-", "metrics.")):
+            yield str(workdir / name)
+            for folder, folders, files in os.walk(workdir / name):
+                yield from (os.path.join(folder, inner) for inner in (*folders, *files))
 
 
 def check_inside(folder: Path, workdir: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from cost import cheap  # noqa: F401, all is measured
 
-from cbam_jax import InputError, experiment, runs, saved_config, workdirs
+from cbam_jax import InputError, experiment, runs, saved_config, training, workdirs
 from cbam_jax.command_line import write_text
 from cbam_jax.configs import default
 
@@ -211,3 +211,75 @@ def test_what_is_written_whole_is_written_through_no_link(tmp_path):
         assert (run / name).read_text() == "theirs"
     assert mine.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+
+
+def resumed(tmp_path):
+    """A run's folder with what training writes to, and another's home."""
+    run, home = tmp_path / "run", tmp_path / "home"
+    for folder in ("checkpoints/3/model", "tensorboard", "eval/test"):
+        (run / folder).mkdir(parents=True)
+    (run / "config.json").write_bytes(changed(data__name="photos.csv"))
+    (run / "metrics.jsonl").write_text("{}\n")
+    home.mkdir()
+    (home / "mine").write_text("mine")
+    return run, home
+
+
+# A path of a run, and what of another's it is a link to.
+LINKS = {
+    "a log that is a link": ("metrics.jsonl", "mine"),
+    "a log that is a link to nothing yet": ("metrics.jsonl", ".bashrc"),
+    "a log of before that is a link": ("metrics.damaged-1.jsonl", "mine"),
+    "a config that is a link": ("config.json", "mine"),
+    "a lock that is a link": ("lock", "mine"),
+    "checkpoints that are a link": ("checkpoints", "."),
+    "a checkpoint that is a link": ("checkpoints/4", "."),
+    "a checkpoint's file that is a link": ("checkpoints/3/model/d", "mine"),
+    "a folder for metrics that is a link": ("checkpoints/partial-metrics", "."),
+    "a board that is a link": ("tensorboard", "."),
+    "a board's file that is a link": ("tensorboard/events.out.tfevents.1", ".profile"),
+    "results that are a link": ("eval/test", "."),
+    "half a file that is a link": ("partial-config.json", "mine"),
+}
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_training_follows_no_link_of_a_run(what, tmp_path):
+    place, target = LINKS[what]
+    run, home = resumed(tmp_path)
+    path = run / place
+    path.is_dir() and path.rename(tmp_path / "aside")
+    path.unlink(missing_ok=True)
+    path.symlink_to(home / target)
+    with pytest.raises(InputError, match=f"{place} is a link to .*home.* put what it leads to"):
+        workdirs.check_links(run)
+
+
+def test_training_looks_for_links_before_it_writes(tmp_path):
+    run, home = resumed(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to(home / "mine")
+    before = sorted(run.iterdir())
+    with pytest.raises(InputError, match="metrics.jsonl is a link to"):
+        training.train_and_evaluate(default.get_config(), run)
+    assert sorted(run.iterdir()) == before
+    assert (home / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock"])
+def test_training_appends_to_no_file_of_another_name(name, tmp_path):
+    run, home = resumed(tmp_path)
+    (run / name).unlink(missing_ok=True)
+    (run / name).hardlink_to(home / "mine")
+    with pytest.raises(InputError, match=f"{name} is a file of another name too"):
+        workdirs.check_links(run)
+
+
+def test_a_workdir_may_be_a_link_and_hold_what_is_not_trainings(tmp_path):
+    run, home = resumed(tmp_path)
+    (run / "photos").symlink_to(home)
+    (tmp_path / "disk").symlink_to(tmp_path)
+    (tmp_path / "mine").symlink_to(tmp_path / "disk" / "run")
+    workdirs.check_links(tmp_path / "mine")
+    workdirs.check_links(tmp_path / "disk" / "run")
+    workdirs.check_links(tmp_path / "not there yet")

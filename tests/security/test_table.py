@@ -58,6 +58,7 @@ KINDS = (
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
     ("a run's parts", test_hostile_runs.PARTS, "which would import code"),
     ("a run's folder of datasets", test_hostile_runs.PLACES, "keeps its datasets in"),
+    ("a run that goes on", test_hostile_runs.LINKS, "is a link to"),
     ("a catalogue", test_hostile_catalogues.CHANGED, plain),
     ("a catalogue's photo", test_hostile_catalogues.TYPES, "is not as it was written"),
     ("an embedding to find by", test_hostile_catalogues.EMBEDDINGS, "cannot be read"),
