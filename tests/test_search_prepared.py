@@ -14,6 +14,7 @@ from cbam_jax.search import (
     load_prepared,
     passes,
     prepare,
+    preparing,
     projection,
     save_prepared,
     search,
@@ -180,6 +181,59 @@ def test_a_sample_that_misleads_costs_little(rng, monkeypatch, cheap_pairs):
     assert_same([a[::60] for a in found], brute_force(queries[::60], gallery, 5))
     assert len(done) == 2
     assert sum(done) <= 1.5 * 300 * 192
+
+
+def embeddings_of_kind(rng, kind, n, d):
+    """Galleries [n, d] that searches find hard, and queries [4, d] among them or near."""
+    x = rng.normal(size=(n, d))
+    if kind == "ties":
+        x = rng.integers(0, 2, (n, d)) * (np.arange(d) < 4) + 0.0
+    elif kind == "duplicates":
+        x = x[rng.integers(0, 1 + n // 40, n)]
+    elif kind == "constant":
+        x = np.broadcast_to(x[:1], (n, d)).copy()
+    elif kind == "few directions":
+        x = x[:, :5] @ rng.normal(size=(5, d)) + 3
+    elif kind == "large":
+        x = x * 10.0 ** rng.uniform(-3, 9, (n, 1))
+    elif kind == "clusters":
+        x = x[rng.integers(0, 1 + n // 30, n)] + 1e-3 * x
+    x = x.astype(np.float32)
+    queries = x[rng.integers(0, n, 4)]
+    queries[1:3] += rng.choice([1e-4, 1.0]) * rng.normal(size=(2, d)).astype(np.float32)
+    return queries, x
+
+
+KINDS = ("ties", "duplicates", "constant", "few directions", "large", "clusters", "normal")
+
+
+def _check_along_any_directions(rng, monkeypatch, kind, n, d, k, first_pass):
+    """A projection on some directions, right ones or not, changes nothing of a search's result."""
+    queries, gallery = embeddings_of_kind(rng, kind, n, d)
+    directions = np.linalg.qr(rng.normal(size=(d, 31)))[0]
+    if rng.random() < 0.5:
+        directions = np.linalg.svd(gallery, full_matrices=False)[2][:31].T
+    choice = projection.Choice(projection.contraction(directions), ((n, 32),))
+    monkeypatch.setattr(preparing, "_projection", lambda *_: choice)
+    kept = prepare(gallery, first_pass=first_pass)
+    assert kept.width == 32
+    assert_same(search(queries, kept, k), brute_force(queries, gallery, k))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_gallery_along_any_directions(rng, monkeypatch, kind):
+    _check_along_any_directions(rng, monkeypatch, kind, 300, 130, 7, "float32")
+
+
+@pytest.mark.slow
+def test_two_hundred_galleries_along_any_directions(rng, monkeypatch):
+    """Sizes come from short lists: each new combination is compiled."""
+    cases = [(n, d, k) for n, d in ((40, 130), (700, 150)) for k in (1, n // 9, n)]
+    for number in range(200):
+        n, d, k = cases[number % len(cases)]
+        first_pass = ("bfloat16", "float32")[number // len(cases) % 2]
+        kind = KINDS[number % len(KINDS)]
+        _check_along_any_directions(rng, monkeypatch, kind, n, d, k, first_pass)
 
 
 def test_what_was_prepared_is_read_for_its_gallery_alone(rng, cheap_pairs, tmp_path):

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _PROBE = 64  # Queries that show whether the projected gallery proves most.
+_FEWEST, _MORE = 16, 8  # Queries that are given more candidates, at least, and times how many.
 _FEW = 64  # Queries for which compiling a program is not worth while,
 _MANY = 2**22  # unless the gallery has more numbers than this.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
@@ -223,18 +224,27 @@ def _projected_pass(
     items: Labels,
     blocks: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`_pass` with the projected gallery; of some queries alone, where it proves few of them."""
+    """`_pass` with the projected gallery; of some queries alone, where it proves few of them.
+
+    Where few are left, they are searched once more, with many candidates.
+    """
     q, preparation = len(queries.rows), kept.preparation._replace(metric=metric)
-    count = k + kept.candidates_of(k)
-    part = np.arange(q) if q <= 4 * _PROBE else np.linspace(0, q - 1, _PROBE).astype(int)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
-    proven = np.zeros(q, bool)
-    while len(part):
-        some = queries.taken(part)
+    proven, every = np.zeros(q, bool), np.arange(q)
+
+    def search_part(part, candidates):
+        some, count = queries.taken(part), k + candidates
         found = _pass(some, kept.shards, k, preparation, items, blocks, count, kept.sides)
         distances[part], indices[part], proven[part] = found
-        more = len(part) < q and proven[part].mean() >= 0.5
-        part = np.delete(np.arange(q), part) if more else part[:0]
+
+    candidates = kept.candidates_of(k)
+    some = every if q <= 4 * _PROBE else np.linspace(0, q - 1, _PROBE).astype(int)
+    search_part(some, candidates)
+    if len(some) < q and proven[some].mean() >= 0.5:
+        search_part(np.delete(every, some), candidates)
+    left = np.flatnonzero(~proven)
+    if 0 < len(left) <= max(_FEWEST, q // 4) and _MORE * candidates <= kept.shape[0]:
+        search_part(left, _MORE * candidates)
     return distances, indices, proven
 
 

@@ -75,7 +75,8 @@ def choose(
     directions = principal_directions(sample)
     limit = {"euclidean": kth**2, "squared_euclidean": kth}.get(settings.metric, 2 * kth)
     squared = settings.metric != "inner_product"
-    below = np.stack([_below(sample, tried, limit, directions[:, :r], squared) for r in widths])
+    along = sample @ directions[:, : widths[-1]]
+    below = np.stack([_below(sample, along[:, :r], tried, limit, squared) for r in widths])
     # [widths, t, ks]: of the mean depends the cost, of nine tenths how many are kept.
     costs = (np.array(widths) + 1) / d + _PAIR[dtype] * below[:, :, len(ks) // 2].mean(axis=1)
     best = int(np.argmin(costs))
@@ -94,16 +95,16 @@ def choose(
 
 def _below(
     sample: np.ndarray,
+    along: np.ndarray,
     tried: np.ndarray,
     limit: np.ndarray,
-    directions: np.ndarray,
     squared: bool,
 ) -> np.ndarray:
-    """The share of the sample whose bounds are below each limit [t, ks].
+    """The share of the sample, with its coordinates, whose bounds are below each limit [t, ks].
 
     Of the squared distance, or else of -2 times the inner product.
     """
-    along, squares = sample @ directions, np.sum(sample**2, axis=1)
+    squares = np.sum(sample**2, axis=1)
     beyond = np.sqrt(np.maximum(squares - np.sum(along**2, axis=1), 0.0))
     products = along[tried] @ along.T + beyond[tried, None] * beyond
     squares = squares[tried, None] + squares
