@@ -397,9 +397,10 @@ def test_first_pass_suits_the_device(monkeypatch):
 
     for flags, expected in (("avx2", "float32"), ("avx2 avx512_bf16", "bfloat16")):
         monkeypatch.setattr(passes.pathlib.Path, "read_text", lambda _, f=flags: f)
-        assert passes.fastest_pass(Device) == expected
+        assert passes.fastest_pass(Device) == passes.fastest_pass(Device, 65) == expected
+        assert passes.fastest_pass(Device, 64) == "float32"
     Device.platform = "gpu"
-    assert passes.fastest_pass(Device) == "bfloat16"
+    assert passes.fastest_pass(Device) == passes.fastest_pass(Device, 1) == "bfloat16"
     # A T4's, an A100's, an H100's, a Blackwell's, and AMD's MI300's.
     capabilities = {"7.5": "float32", "8.0": "bfloat16", "9.0": "bfloat16", "12.0": "bfloat16"}
     for capability, expected in (capabilities | {"gfx942": "bfloat16"}).items():

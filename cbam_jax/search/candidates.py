@@ -1,5 +1,8 @@
 """The second step of a pass: the distances of those whose bounds are lowest."""
 
+import itertools
+
+import jax
 import numpy as np
 
 from cbam_jax.search.order import packed
@@ -7,7 +10,8 @@ from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import block_rows
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
-_FEW, _MANY = 4, 32  # Candidates of a query beyond the first k, computed at a time.
+_OTHERS = 4  # Candidates of a query beyond the first k, computed at a time,
+_MANY = 64  # or, where they are more than this, of each query those that may be near.
 _NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
 
 
@@ -32,15 +36,19 @@ def candidate_keys(
     row = np.arange(len(distances), dtype=np.int32)
     kth = np.full((len(distances), 1), np.inf, np.float32)
     nearest = np.full((len(distances), k), np.inf, np.float32)
-    others = _FEW if found.index.shape[1] <= 2 * k + 2 * _MANY else _MANY
-    for start in [0, *range(k, found.index.shape[1], others)]:
+    many = found.index.shape[1] - k > _MANY
+    for columns in _turns(k, found.index.shape[1], many):
         # Bounds ascend.
-        row = row[(found.bound[row, start] <= kth[row, 0]) & there[row, start]]
+        row = row[(found.bound[row, columns.start] <= kth[row, 0]) & there[row, columns.start]]
         if not len(row):
             break
-        columns = slice(start, start + others) if start else slice(0, k)
-        some = pair_distances(x, shard, row, found.index[row, columns], metric)
-        some = np.where(there[row, columns], some, np.inf)
+        index = np.where(there[row, columns], found.index[row, columns], -1)
+        if columns.start and many:
+            index[found.bound[row, columns] > kth[row]] = -1
+            some = _of_those(x, shard, row, index, metric)
+        else:
+            some = pair_distances(x, shard, row, index, metric)
+            some[index < 0] = np.inf
         distances[row, columns] = some
         some = np.concatenate([nearest[row], some], axis=1)
         nearest[row] = np.partition(some, k - 1, axis=1)[:, :k]
@@ -55,6 +63,27 @@ def candidate_keys(
     more = pair_distances(x, shard, row.astype(np.int32), members, metric)
     more[members < 0] = np.inf
     return np.concatenate([keys, _rows_of_keys(packed(more, members), row, len(keys))], axis=1)
+
+
+def _turns(k: int, count: int, many: bool) -> list[slice]:
+    """The columns of the first k, and those of the others: a few at a time, or more each time."""
+    if not many:
+        edges = [0, *range(k, count, _OTHERS), count]
+    else:
+        edges = [0, k]
+        while edges[-1] < count:
+            edges.append(min(count, 2 * edges[-1] - k + _MANY))
+    return [slice(i, j) for i, j in itertools.pairwise(edges)]
+
+
+def _of_those(
+    x: jax.Array, shard: Shard, row: np.ndarray, index: np.ndarray, metric: str
+) -> np.ndarray:
+    """Distances of the rows of x to their items, [r, c], infinite where the index is -1."""
+    distances = np.full(index.shape, np.inf, np.float32)
+    at = np.nonzero(index >= 0)
+    distances[at] = pair_distances(x, shard, row[at[0]], index[at][:, None], metric)[:, 0]
+    return distances
 
 
 def _group_members(index: np.ndarray, shard: Shard, gallery_block: int, size: int) -> np.ndarray:

@@ -31,8 +31,9 @@ def pair_distances(
         halves = np.array_split(found, 2, axis=1)
         parts = [pair_distances(x, shard, rows, half, metric) for half in halves]
         return np.concatenate(parts, axis=1)
-    # Always in calls of one shape, [calls, steps, rows, c]: the last one is padded.
-    shape = (-1, _STEPS, min(max(16, 1024 // found.shape[1]), wide // found.shape[1]))
+    # In calls of few shapes, [calls, steps, rows, c]: the last one is padded.
+    size = min(max(16, 1024 // found.shape[1]), wide // found.shape[1])
+    shape = -1, next((s for s in (1, 4) if len(rows) <= s * size), _STEPS), size
     padding = -len(rows) % (shape[1] * shape[2])
     items = np.pad(np.maximum(found - shard.first, 0), ((0, padding), (0, 0)))
     items = items.reshape(*shape, found.shape[1])

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _PROBE = 64  # Queries that show whether the projected gallery proves most.
 _FEWEST, _MORE = 16, 8  # Queries that are given more candidates, at least, and times how many.
-_FEW = 64  # Queries for which compiling a program is not worth while,
+_FEW = 64  # Queries for which rounding the gallery is not worth while, nor compiling a program,
 _MANY = 2**22  # unless the gallery has more numbers than this.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
 _ON_ACCELERATOR = 2**28, 4096, 2**18
@@ -78,7 +78,8 @@ def search(
       query_category: ``[q]`` integers; gallery items of other categories are ignored.
       gallery_category: ``[n]`` integers, given with ``query_category``.
       first_pass: The dtype of the first products, ``"bfloat16"`` or ``"float32"``, which decides
-        the speed, never the result; None: bfloat16 where the device has instructions for it.
+        the speed, never the result; None: bfloat16 where the device has instructions for it,
+        but for few queries on a CPU.
         float32 is the faster where many more than k items are nearly as near as the k-th.
       devices: Devices to split the gallery over; by default one, or those that hold the gallery.
       query_block: Queries at a time; None: what suits the device.
@@ -118,7 +119,7 @@ def search(
     rows = np.asarray(queries).astype(np.float32, copy=False)
     prepared = Queries(rows, squared_norms(rows, "queries"), query)
     blocks = block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
-    first_pass = first_pass or fastest_pass(shards[0].device)
+    first_pass = first_pass or fastest_pass(shards[0].device, q)
     return in_passes(prepared, shards, k, metric, items, blocks, first_pass, kept)
 
 
@@ -150,6 +151,8 @@ def in_passes(
     for name in _names(queries, preparation, leaders, kept, k):
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some = queries.taken(part)
+        if name == "bfloat16" and len(rest) <= _FEW and kept is not None and kept.candidates:
+            continue  # It would round the gallery, see `fastest_pass`.
         if name == "float64" and len(rest) <= _FEW:
             if not _worth_compiling(shards, preparation):
                 break
@@ -296,8 +299,10 @@ def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.nda
     return np.all(complete | (unseen > kth), axis=0)
 
 
-def fastest_pass(device: Any) -> str:
+def fastest_pass(device: Any, queries: int | None = None) -> str:
     """bfloat16 where the device has instructions for it: most accelerators, some Linux CPUs.
+
+    Not on a CPU for few queries, whose products take less time than rounding the gallery does.
 
     Of NVIDIA's, those from compute capability 8.0 (Ampere) on; others, and AMD's ("gfx942"), do not
     say their capability as a number.
@@ -305,6 +310,8 @@ def fastest_pass(device: Any) -> str:
     if device.platform != "cpu":
         major = str(getattr(device, "compute_capability", "")).partition(".")[0]
         return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
+    if queries is not None and queries <= _FEW:
+        return "float32"
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
