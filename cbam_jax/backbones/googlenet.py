@@ -123,7 +123,7 @@ class AuxiliaryClassifier(nnx.Module):
         """Map [b, h, w, c] to logits."""
         x = self.conv(adaptive_average_pool(x.astype(jnp.float32), 4)).astype(jnp.float32)
         # torch's order of the entries, channels first: the weights of fc1 follow it.
-        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         return self.fc2(nnx.relu(self.fc1(x)))
 
 

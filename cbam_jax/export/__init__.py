@@ -10,5 +10,6 @@ from cbam_jax.export.contract import is_program as is_program
 from cbam_jax.export.loading import Program as Program
 from cbam_jax.export.loading import load as load
 from cbam_jax.export.module import as_module as as_module
+from cbam_jax.export.saving import FORMATS as FORMATS
 from cbam_jax.export.saving import check as check
 from cbam_jax.export.saving import save as save

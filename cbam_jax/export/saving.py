@@ -1,6 +1,7 @@
 """Writing a model as a program: everything is written beside, checked, then renamed."""
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -70,17 +71,18 @@ def save(
             size = preprocessing.image_size
             document["embedding_dim"] = _write_check(files, embed, weights, size)
             if to == "onnx":
-                onnx.write(files.new(contract.ONNX), embed, weights, size)
+                _write_onnx(files, embed, weights, size)
             else:
                 document["programs"] = _write_programs(files, embed, weights, size, platforms)
             document["files"] = {n: contract.described(path) for n, path in files.paths.items()}
             document["checksum"] = contract.checksum(document)
-            last.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=2) + "\n"
+            last.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"{shown(folder)} cannot be written ({error}): choose another folder"
             ) from error
-    return document
+    return json.loads(text)
 
 
 class _Files:
@@ -145,6 +147,15 @@ def _write_check(files: _Files, embed: Any, weights: Mapping[str, jax.Array], si
     with files.new(contract.CHECK).open("wb") as file:
         np.savez(file, images=images, embeddings=embeddings)
     return embeddings.shape[1]
+
+
+def _write_onnx(files: _Files, embed: Any, weights: Mapping[str, jax.Array], size: int) -> None:
+    """Write the model, and compare it with the check where ONNX Runtime is installed."""
+    path = files.new(contract.ONNX)
+    onnx.write(path, embed, weights, size)
+    if importlib.util.find_spec("onnxruntime") is not None:
+        with np.load(files.paths[contract.CHECK]) as check:
+            onnx.check_file(path, check["images"], check["embeddings"])
 
 
 def _write_programs(
