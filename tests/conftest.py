@@ -21,6 +21,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# Their examples each compile a program; tests/losses compiles one for all of them.
+COMPILING = ("similarity", "softmax", "ranking", "proxies", "distance_weighted")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the examples slow that compile a loss each."""
+    modules = tuple(f"cbam_jax.losses.{name}." for name in COMPILING)
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.name.startswith(modules):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Keep what the commands would keep for the user's next run in a folder of the tests."""

@@ -93,6 +93,7 @@ def test_spread_and_valid_anchors():
     np.testing.assert_allclose(results()["n_pair"][0][1]["valid_anchors"], 3 / 9, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [True, False])
 def test_negatives_are_drawn_in_proportion_to_the_inverse_density(rng, fits):
     """One row of distances, drawn from many times; where none is near enough, alike."""
@@ -113,6 +114,7 @@ def test_negatives_are_drawn_in_proportion_to_the_inverse_density(rng, fits):
     assert np.all(np.abs(counts - total * expected) <= 4.5 * deviation)
 
 
+@pytest.mark.slow
 def test_a_triplet_costs_by_the_negative_that_was_drawn():
     """With one negative for each anchor nothing is left to chance."""
     x, labels = drawn()["x"][:5], np.array([4, 4, 4, 4, 1])

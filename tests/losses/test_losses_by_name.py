@@ -133,6 +133,7 @@ def test_a_run_trains_its_proxies_and_resumes(tmp_path, monkeypatch):
     assert np.abs(vectors - start).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_config_is_given_the_models_proxies():
     config = make_config("cosface", **{"loss.cosface_margin": 0.2})
     proxies = experiment.build_proxies(config, 3, 4)
@@ -195,6 +196,7 @@ def test_a_wrong_loss_of_ones_own_is_told_in_one_line(function, message, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_documented_loss_of_ones_own_trains_as_it_stands(tmp_path, monkeypatch, rng):
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     [program] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
