@@ -64,6 +64,8 @@ MAY_IMPORT = {
     "__main__": {"command_line"},
     "configs": set(),
     "config_files": {"foreign_files"},
+    "linear_heads": {"distances", "losses"},
+    "loss_comparison": {"command_line", "linear_heads", "metrics", "search"},
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {
         "command_line",
@@ -71,6 +73,7 @@ MAY_IMPORT = {
         "datasets",
         "figures",
         "file_locks",
+        "loss_comparison",
         "metrics",
         "stopping",
     },

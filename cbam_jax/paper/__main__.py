@@ -5,6 +5,9 @@ processes of their own, once a seed. The same command again goes on where it was
 however that was: finished rows are kept, and an unfinished one resumes from its checkpoint.
 WORKDIR gets ``table1.md``, ``.csv``, ``.json`` and ``.png``, likewise ``table2``, and the runs
 themselves under ``runs/``; ``figures`` then draws Figures 4 and 5 from these runs.
+
+``compare`` is of no paper's table: it tunes and measures losses under one protocol, on embeddings
+of an encoder that does not change.
 """
 
 import argparse
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if flags.command == "figures":
             document = run_figures(flags, rest)
+        elif flags.command == "compare":
+            document = run_compare(flags, rest)
         else:
             command = shlex.join(["python", "-m", "cbam_jax.paper", *arguments])
             document = run_tables(flags, rest, command)
@@ -86,6 +91,23 @@ def run_figures(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any
     return {"workdir": str(flags.workdir), **drawn}
 
 
+def run_compare(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """Compare the losses that the flags name."""
+    # Here, since it computes in this process: the other commands start processes that do.
+    from cbam_jax.loss_comparison import Protocol, compare
+
+    if rest:
+        raise InputError(f"unknown argument {rest[0]!r}: see python -m cbam_jax.paper --help")
+    protocol = Protocol(**{name: getattr(flags, name) for name in Protocol._fields})
+    for name, value in protocol._asdict().items():
+        if value < (name != "test_classes"):
+            raise InputError(f"--{name}={value}: give at least 1")
+    names = [name.strip() for name in flags.losses.split(",")]
+    table = compare(flags.embeddings, flags.workdir, names, protocol)
+    means = {row["loss"]: row["test"]["map@R"]["mean"] for row in table["rows"]}
+    return {"workdir": str(flags.workdir), "map@R": means}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m cbam_jax.paper",
@@ -109,8 +131,18 @@ def _parser() -> argparse.ArgumentParser:
         "look (Figure 5, Grad-CAM), into WORKDIR/figures.",
         allow_abbrev=False,
     )
+    comparing = commands.add_parser(
+        "compare",
+        help="tune and measure losses under one protocol",
+        description="Tune, train and measure a linear map of embeddings by each loss: folds parted "
+        "by class, the same number of trials a loss, chosen on validation alone, several seeds, "
+        "classes of the test never trained on. Goes on where it stopped; WORKDIR gets compare.md "
+        "and compare.json.",
+        allow_abbrev=False,
+    )
     _add_tables(tables)
     _add_figures(drawing)
+    _add_compare(comparing)
     for command in (tables, drawing):
         command.add_argument("--split", default="test", help="split that is measured")
     return parser
@@ -136,6 +168,25 @@ def _add_figures(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--queries", default="", help="ids without commas, ID,ID")
     command.add_argument("--seed", type=int, default=0, help="whose runs are drawn")
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    path = command_line.path
+    command.add_argument("--workdir", required=True, type=path, help="gets the results")
+    command.add_argument(
+        "--embeddings", required=True, type=path, help="embeddings.npz of evaluate.py"
+    )
+    command.add_argument("--losses", required=True, help="names, such as triplet,proxy_anchor")
+    command.add_argument("--folds", type=int, default=4, help="parts of the training classes")
+    command.add_argument(
+        "--test_classes", type=int, default=0, help="the last so many; default: half"
+    )
+    command.add_argument("--trials", type=int, default=8, help="of each loss, on validation")
+    command.add_argument("--seeds", type=int, default=3, help="of the chosen trial, on the test")
+    command.add_argument("--steps", type=int, default=200, help="of each training")
+    command.add_argument("--batch_classes", type=int, default=8, help="classes of a batch")
+    command.add_argument("--batch_images", type=int, default=8, help="images of each")
+    command.add_argument("--dim", type=int, default=128, help="numbers of an embedding")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""The protocol of a comparison of losses: which rows, which trial, which numbers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cbam_jax import InputError, loss_comparison
+from cbam_jax.linear_heads import LOSSES, draw_batch, initial_head, train_head
+from cbam_jax.loss_comparison import Protocol, compare, draw_trial, measure, split_classes
+
+PROTOCOL = Protocol(folds=2, test_classes=3, trials=3, seeds=2, steps=4, dim=3)
+
+
+@pytest.fixture
+def file(rng, tmp_path):
+    label = rng.integers(0, 7, 80)
+    path = tmp_path / "embeddings.npz"
+    np.savez(path, embedding=rng.normal(size=(80, 5)).astype(np.float32), label=label)
+    return path, label
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Trainings and measurements, which are told by what they are of."""
+    made = []
+
+    def train(features, labels, loss, options, *, learning_rate, seed, **rest):
+        made.append((loss, sorted(set(labels.tolist())), learning_rate, seed))
+        return np.float32([learning_rate, seed])
+
+    def value(features, labels, head=None):
+        rate, seed = (0.0, 0) if head is None or head.ndim == 2 else head.tolist()
+        # The middle learning rate is best on validation; on the test it is another one.
+        test = set(labels.tolist()) & {4, 5, 6}
+        number = seed / 10 + rate if test else 1 - abs(rate - draw_trial("triplet", 1)[0])
+        return dict.fromkeys(loss_comparison.MEASURED, number)
+
+    monkeypatch.setattr(loss_comparison, "train_head", train)
+    monkeypatch.setattr(loss_comparison, "measure", value)
+    return made
+
+
+def test_the_test_classes_are_in_no_training_and_validation_chooses(file, calls, tmp_path):
+    path, _ = file
+    table = compare(path, tmp_path / "out", ["triplet", "circle"], PROTOCOL)
+    assert {loss for loss, *_ in calls} == {"triplet", "circle"}
+    # Folds are classes 0 and 2, 1 and 3; each is trained on for the other's sake.
+    assert [classes for _, classes, *_ in calls[:2]] == [[1, 3], [0, 2]]
+    assert all(not {4, 5, 6} & set(classes) for _, classes, *_ in calls)
+    for loss in ("triplet", "circle"):
+        of = [call for call in calls if call[0] == loss]
+        assert len(of) == 2 * 3 + 2 * 2
+        # The same learning rates for each loss, and that of trial 1 for the seeds.
+        rates = [draw_trial("triplet", number)[0] for number in range(3)]
+        assert [rate for _, _, rate, _ in of] == pytest.approx(
+            np.repeat([*rates, *2 * rates[1:2]], 2)
+        )
+        assert [seed for *_, seed in of[-4:]] == [1, 1, 2, 2]
+    row = next(row for row in table["rows"] if row["loss"] == "triplet")
+    values = [0.1 + rates[1], 0.2 + rates[1]]
+    assert row["test"]["map@R"]["mean"] == pytest.approx(np.mean(values))
+    expected = stats.t.interval(0.95, 1, np.mean(values), stats.sem(values))
+    assert row["test"]["map@R"]["interval"] == pytest.approx(expected)
+    assert "| triplet | " in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_it_goes_on_where_it_stopped(file, calls, tmp_path, monkeypatch):
+    path, _ = file
+    whole = compare(path, tmp_path / "whole", ["triplet"], PROTOCOL)
+    count = len(calls)
+    calls.clear()
+    write = loss_comparison.write_json
+
+    def stop(path, document):
+        write(path, document)
+        if len(document.get("seeds", [])) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss_comparison, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare(path, tmp_path / "cut", ["triplet"], PROTOCOL)
+    monkeypatch.setattr(loss_comparison, "write_json", write)
+    assert compare(path, tmp_path / "cut", ["triplet"], PROTOCOL) == whole
+    assert len(calls) == count
+    with pytest.raises(InputError, match="triplet.json is of other settings: give another --work"):
+        compare(path, tmp_path / "cut", ["triplet"], PROTOCOL._replace(steps=5))
+
+
+def test_wrong_input_gets_one_line(file, tmp_path):
+    path, label = file
+    with pytest.raises(InputError, match=r"--losses has 'tripled': give some of triplet,"):
+        compare(path, tmp_path / "out", ["tripled"], PROTOCOL)
+    with pytest.raises(InputError, match="7 classes, of which 3 for the test, do not give"):
+        split_classes(label, Protocol(folds=3))
+    with pytest.raises(InputError, match="is no embeddings.npz of evaluate.py"):
+        compare(Path("absent.npz"), tmp_path / "out", ["triplet"], PROTOCOL)
+    (tmp_path / "text.npz").write_text(json.dumps([1]))
+    with pytest.raises(InputError, match="is no embeddings.npz of evaluate.py"):
+        compare(tmp_path / "text.npz", tmp_path / "out", ["triplet"], PROTOCOL)
+
+
+def test_map_at_r_is_that_of_loops(rng, monkeypatch):
+    from test_rerank import plain_search
+
+    monkeypatch.setattr(loss_comparison, "search", plain_search)
+    x, label = rng.normal(size=(30, 4)).astype(np.float32), rng.integers(0, 4, 30)
+    values = []
+    for i in range(30):
+        order = [j for j in np.argsort(((x - x[i]) ** 2).sum(1)) if j != i]
+        count = sum(label[i] == label) - 1
+        hits = [label[j] == label[i] for j in order[:count]]
+        values.append(sum(np.mean(hits[: r + 1]) for r in range(count) if hits[r]) / count)
+    assert measure(x, label)["map@R"] == pytest.approx(np.mean(values))
+
+
+def test_batches_hold_each_class_equally_often(rng):
+    label = np.repeat([0, 1, 2, 3], [9, 2, 30, 5])
+    rows = draw_batch(label, 3, 4, rng)
+    assert sorted(np.bincount(label[rows], minlength=4).tolist()) == [0, 4, 4, 4]
+    assert len(set(rows[label[rows] == 2])) in (0, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_pulls_classes_together(rng, loss):
+    label = np.repeat(np.arange(6), 12)
+    features = rng.normal(size=(6, 10))[label] + 1.5 * rng.normal(size=(72, 10))
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+
+    def same_less_other(head):
+        x = features @ head
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        cosine, same = x @ x.T, label[:, None] == label
+        return cosine[same].mean() - cosine[~same].mean()
+
+    options = {name: np.sqrt(np.prod(of)) for name, of in LOSSES[loss].options.items()}
+    budget = {"learning_rate": 0.01, "steps": 40, "batch": (6, 6), "dim": 4, "seed": 3}
+    head = train_head(features, label, loss, options, **budget)
+    assert same_less_other(head) > same_less_other(initial_head(10, 4, 3)) + 0.1
