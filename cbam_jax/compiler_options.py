@@ -4,9 +4,11 @@ import functools
 
 import jax
 
+_KERNELS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
-@functools.cache
-def compiler_options() -> dict[str, str]:
+
+def compiler_options(*, remat: bool = False) -> dict[str, str]:
     """Return the ``compiler_options`` of ``jax.jit`` for the backend in use, none but on a CPU.
 
     XLA's CPU backend computes products, convolutions and reductions by YNNPACK. Here that computes
@@ -14,15 +16,23 @@ def compiler_options() -> dict[str, str]:
     an exact search as well (benchmarks/README.md). The option is experimental: nothing is asked for
     where it is gone. JAX refuses such options in a ``jit`` within another.
 
+    With ``remat``, the barriers stay that keep what is computed again from being computed at once:
+    on a CPU XLA drops them, and rematerialisation then takes more memory than it saves.
+
     Example:
         >>> set(compiler_options()) <= {"xla_cpu_experimental_ynn_fusion_type"}
         True
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     if jax.default_backend() != "cpu":
         return {}
+    options = _KERNELS | (_BARRIERS if remat else {})
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: str) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
-        return {}
-    return options
+        return False
+    return True

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cbam_jax import InputError, experiment, losses, named_parts, steps
+from cbam_jax import InputError, experiment, losses, named_parts, remat, steps
 from cbam_jax.config_files import Config
 from cbam_jax.datasets import RetrievalDataset
 from cbam_jax.foreign_files import read_json, shown
@@ -141,6 +141,7 @@ def check_choices(config: Config) -> None:
         raise InputError(f"model: {error}") from error
     check_own_loss(config, model.embedding_dim)
     check_blocks(config, model)
+    check_remat(config, model)
     check_image_size(config)
 
 
@@ -233,6 +234,17 @@ def check_blocks(config: Config, model: EmbeddingModel) -> None:
             f"has {blocks} blocks; set --config.optimizer.frozen_blocks=0 "
             "--config.optimizer.layer_decay=1.0"
         )
+
+
+def check_remat(config: Config, model: EmbeddingModel) -> None:
+    """Raise InputError where no block of the model can be computed again."""
+    try:
+        remat.recomputed(model) if config.train.remat else None
+    except ValueError as error:
+        raise InputError(
+            f"train.remat=True: {config.model.name} has no blocks that can be computed again; set "
+            "--config.train.remat=False, and for less memory --config.train.chunk_size"
+        ) from error
 
 
 def check_image_size(config: Config) -> None:

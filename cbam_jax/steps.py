@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cbam_jax import model_state
 from cbam_jax.compiler_options import compiler_options
 from cbam_jax.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, learning_rate_schedule
+from cbam_jax.remat import gathered_outside, recomputed
 from cbam_jax.sharding import (
     batch_spec,
     constrain,
@@ -123,6 +124,7 @@ class Step:
         mesh: Mesh | None,
         *,
         places_state: bool = False,
+        remat: bool = False,
         **options: Any,
     ):
         @functools.wraps(function)
@@ -134,7 +136,7 @@ class Step:
         self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._places_state = places_state
         results = (None, self._whole) if places_state else self._whole
-        options |= {"out_shardings": results, "compiler_options": compiler_options()}
+        options |= {"out_shardings": results, "compiler_options": compiler_options(remat=remat)}
         self._jitted = jax.jit(placed, **options)
 
     def __call__(self, *arrays: Any) -> Any:
@@ -253,6 +255,7 @@ def make_train_step(
     seed: int = 0,
     mesh: Mesh | None = None,
     shard_state: bool = False,
+    remat: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted ``train_step(state, batch) -> state, scalars``; the state is donated.
 
@@ -289,18 +292,21 @@ def make_train_step(
         shard_state: keep the state's large arrays shared among the mesh's devices, as
             ``create_train_state`` does with this; parameters are gathered for the step. What it
             computes is the same, to rounding.
+        remat: keep a block's input alone for the backward pass, and compute the block again there:
+            memory for up to a forward pass more. BatchNorm still sees the whole batch.
 
-    Raises ValueError where the model has no ``preprocess``, and for ``shard_state`` without a mesh
-    of axes of type Auto; the step, where the batch has no
+    Raises ValueError where the model has no ``preprocess``, for ``shard_state`` without a mesh of
+    axes of type Auto, for ``remat`` where the model has no blocks; the step, where the batch has no
     ``image`` or ``label``, where the state has a moving average and ``ema_decay`` is 0 or the
     other way round, where a scalar of the loss has the name of one of its own (``loss``,
     ``gradient_norm``), and where an output has no row for each image of a chunk.
     """
     _check_model(model)
     view = model_state.training_view(model, freeze_batch_norm=freeze_batch_norm)
+    over = shareable(mesh) if shard_state else None
+    view = recomputed(view, over) if remat else view
     merge, asked = model_state.merger(view), loss_arguments(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
-    over = shareable(mesh) if shard_state else None
 
     def loss_options(params: Any, state: TrainState, batch: Batch) -> dict[str, Any]:
         options = {"batch": batch, "step": state.step}
@@ -308,7 +314,7 @@ def make_train_step(
             options["key"] = jax.random.fold_in(jax.random.key(seed), state.step)
         if "model" in asked:
             options["model"] = merge(
-                gathered(params, over), state.batch_stats, state.rngs, copy=True
+                gathered_outside(view, params, over), state.batch_stats, state.rngs, copy=True
             )
         memory = {} if state.memory is None else {"memory": state.memory}
         return {name: options[name] for name in asked} | memory
@@ -316,7 +322,7 @@ def make_train_step(
     def compute_loss(params: Any, state: TrainState, batch: Batch):
         def embed(written: Any, images: jax.Array) -> tuple[Any, Any]:
             # A copy: what the model writes to is of the outer trace, and it writes in this.
-            model = merge(gathered(params, over), *written, copy=True)
+            model = merge(gathered_outside(view, params, over), *written, copy=True)
             outputs = forward(model, model.preprocess(images))
             rngs = None if state.rngs is None else model_state.random_state(model)
             return (nnx.state(model, nnx.BatchStat), rngs), outputs
@@ -355,7 +361,7 @@ def make_train_step(
             state = constrain(state, state_shardings(state, over, shard_state=True))
         return state, scalars
 
-    return Step(train_step, mesh, places_state=shard_state, donate_argnums=0)
+    return Step(train_step, mesh, places_state=shard_state, remat=remat, donate_argnums=0)
 
 
 def make_embed_step(

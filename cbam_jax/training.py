@@ -20,6 +20,7 @@ from cbam_jax import (
     command_line,
     config_checks,
     config_files,
+    distributed,
     experiment,
     forecast,
     run_summary,
@@ -101,9 +102,12 @@ def train_and_evaluate(
     workdirs.check_links(workdir)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(take_signals())
+        stack.enter_context(distributed.leaving_together())
         stack.enter_context(workdirs.locked(workdir))
         stack.enter_context(workdirs.told_in_one_line(config, workdir))
         checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))
+        # Again: on the way out, closing the checkpoints would wait for the others.
+        stack.enter_context(distributed.leaving_together())
         config, training, validation, source = open_data(config, workdir, checkpoints)
         model, mesh = build_model(config, source, training), steps.data_mesh()
         optimizer, learning_rate = experiment.build_optimizer(config)
@@ -172,6 +176,8 @@ def train(run: Run, train_step: Callable, position: Position) -> int:
 
 def keep(run: Run, state: steps.TrainState, step: int) -> bool:
     """Save the last step before an error leaves; whether it was sound, and could be."""
+    if jax.process_count() > 1:
+        return False  # Saving takes all processes, and the others have no error.
     try:
         run.monitor.flush()
         if run.monitor.window and step % run.config.train.log_every == 0:
@@ -253,6 +259,7 @@ def make_train_step(
         seed=config.seed,
         mesh=mesh,
         shard_state=config.train.shard_state,
+        remat=config.train.remat,
     )
 
 
@@ -460,11 +467,7 @@ def parse_flags() -> tuple[Config, Path, float | None]:
     parser.add_argument(
         "--stop_after", metavar="TIME", help="45m, 2h, 1h30m: then save and stop, with status 75"
     )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one of several processes; jax.distributed finds them from the cluster's environment",
-    )
+    distributed.add_flags(parser)
     known, overrides = parser.parse_known_args()
     after = None if known.stop_after is None else stopping.seconds(known.stop_after)
     if known.distributed and after is not None:
@@ -473,8 +476,7 @@ def parse_flags() -> tuple[Config, Path, float | None]:
             "leave it out, and let the scheduler send SIGTERM"
         )
     config = config_files.read_config_file(known.config, overrides)
-    if known.distributed:
-        jax.distributed.initialize()
+    distributed.start(known, expanded(known.workdir))
     return config, known.workdir, after
 
 

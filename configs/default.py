@@ -158,6 +158,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Images of the batch, over all devices, whose activations are in memory at a time, for a third
     # more computation; None: all. BatchNorm then normalises each chunk by itself.
     train.chunk_size = placeholder(int)
+    # Keep of each block its input alone for the backward pass, and compute it again there, for a
+    # third more computation; not for VGG16. BatchNorm sees the whole batch.
+    train.remat = False
     # Let the devices share the parameters, the optimizer's state and their moving average, in place
     # of a copy on each: a model larger than one device's memory holds, for more communication.
     train.shard_state = False

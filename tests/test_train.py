@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -248,55 +247,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(manifest, start, tmp_path):
     assert kept.step == 3
     for name, array in (*kept.model.items(), *kept.optimizer.items()):
         assert np.all(np.isfinite(array)), name
-
-
-# --- two processes ---
-
-
-@pytest.mark.processes
-def test_two_processes_give_what_one_gives(manifest, start, tmp_path):
-    # A smooth loss and SGD: the last bit of a sum stays the last bit.
-    options = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e-3"]
-    options += ["--config.model.normalize=True"]
-    options += ["--config.loss.mining=batch_all", "--config.loss.soft=True"]
-    options += ["--config.train.steps=3", "--config.train.checkpoint_every=1"]
-    command = [*overrides(manifest), *options]
-    status, _, stderr = finish(start({}, *command, f"--workdir={tmp_path / 'one'}"))
-    assert status == 0, stderr
-
-    def both(**extra):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-        processes = [
-            start(
-                {"coordinator": coordinator, "process": index, **extra},
-                *command,
-                f"--workdir={tmp_path / 'two'}",
-            )
-            for index in range(2)
-        ]
-        return [finish(process) for process in processes]
-
-    killed = both(kill=2)
-    # One may be aborted for having lost the other before its own turn comes.
-    statuses = {status for status, _, _ in killed}
-    assert -signal.SIGKILL in statuses, killed
-    assert statuses <= {-signal.SIGKILL, -signal.SIGABRT}, killed
-    assert restore(tmp_path / "two").step == 1
-    results = both()
-    assert [status for status, _, _ in results] == [0, 0], results
-    assert json.loads(results[0][1].splitlines()[-1])["step"] == 3
-    expected, actual = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert actual == pytest.approx(expected, abs=1e-5)
-    expected, actual = restore(tmp_path / "one"), restore(tmp_path / "two")
-    assert actual.step == expected.step == 3
-    # SGD's memory is a sum of gradients, the parameters have seen a thousandth of it.
-    for part, atol in {"model": 1e-5, "optimizer": 1e-4}.items():
-        arrays = getattr(actual, part)
-        assert arrays.keys() == getattr(expected, part).keys()
-        for name, array in getattr(expected, part).items():
-            np.testing.assert_allclose(arrays[name], array, rtol=1e-5, atol=atol, err_msg=name)
 
 
 # --- evaluate.py ---

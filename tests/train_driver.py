@@ -68,13 +68,12 @@ def poison_parameters(at):
 def main():
     options = json.loads(sys.argv.pop(1))
     patch_tiny_models(pytest.MonkeyPatch())
-    signals = {options.get("kill"): signal.SIGKILL, options.get("terminate"): signal.SIGTERM}
+    kinds = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
+    signals = {options[name]: number for name, number in kinds.items() if name in options}
     wait_for_every_save()
     follow_steps(options.get("record"), signals)
     if "poison" in options:
         poison_parameters(options["poison"])
-    if "process" in options:
-        jax.distributed.initialize(options["coordinator"], 2, options["process"])
     return command_line.run(train.main)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cbam_jax.backbones.layers import BatchNorm, Conv, DepthwiseConv
+from cbam_jax.remat import recomputable
 
 # Blocks, kernel size, strides of the first block, expansion, channels.
 _LITE0 = (
@@ -60,6 +61,7 @@ class InvertedResidual(nnx.Module):
         self.project_conv = Conv(width, features, 1, dtype=dtype, rngs=rngs)
         self.bn2 = _batch_norm(features, rngs)
 
+    @recomputable
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
         shortcut = x

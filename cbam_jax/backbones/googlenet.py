@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cbam_jax.backbones.layers import BatchNorm, Conv, adaptive_average_pool, max_pool
+from cbam_jax.remat import recomputable
 
 # Input width, then the widths of 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: the
 # paper's Table 1.
@@ -99,6 +100,7 @@ class Inception(nnx.Module):
         )
         self.branch4 = nnx.List([_max_pool_same, basic(in_features, features_pool, 1)])
 
+    @recomputable
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to [b, h, w, sum of the branches' widths]."""
         outputs = [self.branch1(x)]

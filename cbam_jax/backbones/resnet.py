@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool_3x3
+from cbam_jax.remat import recomputable
 
 
 def _downsample(
@@ -55,6 +56,7 @@ class BasicBlock(nnx.Module):
         self.bn2 = BatchNorm(features, scale=0.0, rngs=rngs)
         self.downsample = _downsample(in_features, features, strides, dtype, rngs)
 
+    @recomputable
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
         shortcut = _apply(self.downsample, x)
@@ -86,6 +88,7 @@ class Bottleneck(nnx.Module):
         self.bn3 = BatchNorm(out_features, scale=0.0, rngs=rngs)
         self.downsample = _downsample(in_features, out_features, strides, dtype, rngs)
 
+    @recomputable
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
         shortcut = _apply(self.downsample, x)

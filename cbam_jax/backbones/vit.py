@@ -21,6 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from cbam_jax.remat import recomputable
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nnx.gelu, approximate=False),
     "gelu_tanh": partial(nnx.gelu, approximate=True),
@@ -315,6 +317,7 @@ class Block(nnx.Module):
         drop = partial(nnx.Dropout, drop_path, broadcast_dims=(1, 2), rngs=parts.rngs)
         self.drop_path = drop() if drop_path else None
 
+    @recomputable
     def __call__(
         self,
         x: jax.Array,

@@ -1,0 +1,71 @@
+"""The same run by 1, 2 and 4 processes of 1 to 8 devices in all: losses and metrics, side by side.
+
+python benchmarks/processes.py --out=benchmarks/results/processes_cpu.json
+
+Twenty steps of the tests' tiny model on drawn photos, whose processes are of this machine; it needs
+the repository. The greatest difference is relative, over the losses, gradient norms and metrics.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from test_processes import curve, finish, starter, together
+
+from cbam_jax.benchmark import machine
+
+# Processes, devices of each, and whether these share the training state.
+RUNS = (
+    (1, 1, False), (1, 2, False), (1, 4, False), (1, 8, False), (1, 8, True),
+    (2, 1, False), (2, 4, True), (4, 1, False), (4, 2, True),
+)  # fmt: skip
+
+
+def run(start, workdir, processes, devices, shard_state):
+    """Train; the run's curve."""
+    flag = f"--config.train.shard_state={shard_state}"
+    if processes == 1:
+        began = [start(workdir, flag, devices=devices)]
+    else:
+        began = together(start, workdir, processes, flag, devices=devices)
+    for status, _, stderr in finish(*began, within=600):
+        if status:
+            sys.exit(stderr)
+    return curve(workdir)
+
+
+def row(found, expected, processes, devices, shard_state):
+    """What a run gave, beside one process with one device."""
+    losses = [found[step, "loss"] for step in (1, 5, 10, 20)]
+    apart = max(abs(found[key] - value) / abs(value) for key, value in expected.items() if value)
+    return {
+        "processes": processes,
+        "devices": processes * devices,
+        "shard_state": shard_state,
+        "loss_at_1_5_10_20": losses,
+        "validation_map@10": found[20, "validation/map@10"],
+        "greatest_difference": apart,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, starter(Path(folder)) as start:
+        expected = {}
+        for number, fields in enumerate(RUNS):
+            found = run(start, Path(folder, str(number)), *fields)
+            expected = expected or found
+            rows.append(row(found, expected, *fields))
+            print(json.dumps(rows[-1]), flush=True)
+    options.out.write_text(json.dumps({"rows": rows, **machine()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
