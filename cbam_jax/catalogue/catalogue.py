@@ -25,7 +25,7 @@ from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.rebuilding import rebuild
 from cbam_jax.catalogue.store import Kept, Store, damaged
-from cbam_jax.foreign_files import expanded, parse_json, read_file
+from cbam_jax.foreign_files import expanded, read_file
 
 if TYPE_CHECKING:
     from cbam_jax.catalogue.milvus.syncing import Synced
@@ -383,8 +383,8 @@ class Catalogue:
 
     def _payload(self, number: int, text: str) -> dict[str, Any]:
         try:
-            return dict(parse_json(text))
-        except (TypeError, ValueError) as error:
+            return sources.known_as(text)
+        except ValueError as error:
             reason = f"what is known of photo {number} is no JSON"
             raise damaged(self.store.path, reason) from error
 

@@ -419,7 +419,10 @@ def _format_flags(parser: argparse.ArgumentParser) -> None:
 
 def _printer(options: argparse.Namespace, what: str) -> Callable[[Any], str]:
     kind = "json" if options.json else "csv" if options.csv else "text"
-    return getattr(printing, f"{what}_{kind}")
+    made = getattr(printing, f"{what}_{kind}")
+    # Into a file the cells of a table go as they are; on a terminal they would move its cursor.
+    shown = options.csv and sys.stdout.isatty()
+    return (lambda found: printing.on_a_terminal(made(found))) if shown else made
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cbam_jax.catalogue.items import Item, Neighbour
 from cbam_jax.command_line import to_json
-from cbam_jax.foreign_files import shown
+from cbam_jax.foreign_files import escaped, shown
 
 _COPIES = 3  # Named in a line of text.
 Answer = tuple[str, Sequence[Neighbour]]  # What was asked, and what was found.
@@ -135,6 +135,16 @@ def groups_csv(groups: Sequence[Sequence[Item]]) -> str:
         for item in group
     ]
     return _csv(["group", "id", "path"], rows)
+
+
+def on_a_terminal(table: str) -> str:
+    r"""A table whose cells may hold what moves a cursor, escaped; its lines stay lines.
+
+    >>> print(on_a_terminal("id,path\n3,/a\x1b[2J.jpg"))
+    id,path
+    3,/a\x1b[2J.jpg
+    """
+    return "\n".join(map(escaped, table.split("\n")))
 
 
 def payload_text(payload: Mapping[str, Any]) -> str:

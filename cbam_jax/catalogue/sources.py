@@ -19,7 +19,7 @@ from cbam_jax.command_line import to_json
 from cbam_jax.datasets import is_manifest
 from cbam_jax.datasets.image_files import is_photo, is_told, other_kind, passed_over
 from cbam_jax.datasets.tables import BOX, Row, at_home, read_lines, refuse
-from cbam_jax.foreign_files import expanded, is_gone, shown
+from cbam_jax.foreign_files import expanded, is_gone, parse_json, shown
 from cbam_jax.progress import few
 
 
@@ -40,8 +40,38 @@ class Photo(NamedTuple):
         >>> Photo("/a.jpg", {"price": 5, "size": None}).merged('{"size": 8, "shop": "north"}')
         '{"shop": "north", "price": 5}'
         """
-        both = json.loads(known) | dict(self.payload)
-        return to_json({name: value for name, value in both.items() if value is not None})
+        try:
+            both = known_as(known) | dict(self.payload)
+        except ValueError as error:
+            raise InputError(
+                f"what the catalogue knows of {shown(self.path)} is no JSON ({shown(str(error))}): "
+                "forget the photo by `cbam-jax catalogue remove`, and add it again"
+            ) from error
+        text = to_json({name: value for name, value in both.items() if value is not None})
+        if "\\ud" in text and not _is_text(both):
+            raise InputError(f"the payload of {shown(self.path)} holds half a letter: give UTF-8")
+        return text
+
+
+def _is_text(document: Any) -> bool:
+    """Whether all texts are UTF-8: half a letter, as JSON may hold it, is none."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def known_as(payload: str) -> dict[str, Any]:
+    """What a catalogue keeps of a photo; raises a ValueError where that is no JSON object.
+
+    >>> known_as('{"price": 5}')
+    {'price': 5}
+    """
+    found = parse_json(payload)
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
 
 
 class Listed(NamedTuple):

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sqlite3
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from cbam_jax.foreign_files import expanded, is_gone, shown
 _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
 _WAIT = 30  # Seconds to wait for another process that writes.
+_LONGEST = 64 << 20  # Bytes of a row or a value: a damaged one can claim a gigabyte.
 _AMONG = 500  # Values of one query: SQLite takes 999 at least.
 # What SQLite itself keeps in a database: the last id of a table, statistics.
 _SQLITES = re.compile(r"CREATE TABLE sqlite_(sequence|stat\d)\([\w,]+\)")
@@ -97,6 +99,7 @@ class Store:
                 f"the catalogue {self.path} {what}: make one with "
                 f"`cbam-jax catalogue add {shlex.quote(str(self.path))} PHOTOS`"
             )
+        _check_beside(self.path)
         with self._told():
             self._connection = _connect(self.path)
         try:
@@ -325,6 +328,19 @@ def check_place(path: Path) -> None:
         )
 
 
+def _check_beside(path: Path) -> None:
+    """Raise an InputError where SQLite would write elsewhere, by a link in a stranger's folder."""
+    for ending in ("-wal", "-shm", "-journal"):
+        beside = os.path.realpath(path) + ending
+        if not os.path.lexists(beside):
+            continue
+        status = os.lstat(beside)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise InputError(
+                f"{shown(beside)} is a link, or no file, and SQLite would write to it: move it away"
+            )
+
+
 def damaged(path: Path, reason: str) -> InputError:
     """What is said, in one line, of a file that is not as it was written.
 
@@ -355,6 +371,7 @@ def _distrusting(address: str | Path, *, uri: bool = False) -> sqlite3.Connectio
     """Connect; triggers and views, which others may have put there, call nothing with effects."""
     connection = sqlite3.connect(address, uri=uri, timeout=_WAIT, isolation_level=None)
     connection.execute("PRAGMA trusted_schema = OFF")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
     checksums.allow(connection)
     return connection
 

@@ -393,3 +393,12 @@ def test_an_empty_catalogue_a_missing_one_and_ctrl_c_are_told(run, tmp_path, mon
     monkeypatch.setattr("cbam_jax.catalogue.commands.Catalogue.open", interrupted)
     assert run("find", "shop.db", "1") == (130, "", "stopped\n")
     assert run("add", "shop.db", "none", "--model=runs/mine")[2].endswith("before is kept\n")
+
+
+def test_a_table_is_data_in_a_file_and_escaped_on_a_terminal(run, photos, monkeypatch):
+    run("add", "shop.db", photos[0], "--model=runs/mine", "--set", "note==\x1b[2J,1")
+    _, out, _ = run("list", "shop.db", "--csv")
+    assert list(csv.reader(io.StringIO(out)))[1][-1] == "=\x1b[2J,1"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, shown, _ = run("list", "shop.db", "--csv")
+    assert shown == out.replace("\x1b", "\\x1b")

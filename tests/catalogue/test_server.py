@@ -13,6 +13,7 @@ from fakes import FakeEmbedder, make_shop, write_photo
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue
 from cbam_jax.catalogue.alike import Alike
+from cbam_jax.catalogue.store import Store
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'cbam_jax[serve]'")
 pytest.importorskip("httpx2", reason="HTTPX is not installed: pip install 'cbam_jax[test]'")
@@ -367,3 +368,36 @@ def test_a_port_that_is_taken_and_another_models_catalogue_are_told(folder):
         server.bound("nowhere.invalid", 0)
     with pytest.raises(InputError, match="another model"):
         server.create_app(folder / "shop.db", FakeEmbedder("0" * 64))
+
+
+PAYLOADS = {
+    "half a letter": ('{"category": "\\ud800"}', {"category": "\ud800"}),
+    "half a name": ('{"\\udc00": 1}', {"\udc00": 1}),
+    "no number": ('{"price": NaN}', {"price": None}),
+    "a number beyond all": ('{"price": 1e999}', {"price": None}),
+    "a zero byte": ('{"category": "a\\u0000b"}', {"category": "a\0b"}),
+    "a number of 4,000 digits": ('{"price": %s}' % ("9" * 4_000), {"price": int("9" * 4_000)}),
+}
+
+
+@pytest.mark.parametrize("what", PAYLOADS)
+def test_every_answer_is_json_whatever_a_payload_holds(what, client, folder):
+    text, payload = PAYLOADS[what]
+
+    def keep(text):
+        with Store(folder / "shop.db") as store, store.transaction():
+            store.run("UPDATE item SET payload = ? WHERE id = 4", [text])
+
+    keep(text)
+    try:
+        assert client.get("/items/4").json()["payload"] == payload
+        neighbours = client.post("/search?id=3&k=12").json()["neighbours"]
+        assert [n["payload"] for n in neighbours if n["id"] == 4] == [payload]
+        for address in ("/categories", "/health"):
+            assert client.get(address).status_code in (200, 400)
+        for asked in ("category=coat", "price=7", "%ff%fe=1", "a=%ED%A0%80"):
+            answer = client.post(f"/search?id=3&where={asked}")
+            assert answer.status_code == 400
+            assert answer.json()["error"].isprintable()
+    finally:
+        keep('{"category": "dress"}')

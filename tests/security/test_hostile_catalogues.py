@@ -1,5 +1,6 @@
 """Catalogues that someone damaged, or made to do harm: SQLite files with other contents."""
 
+import json
 import os
 import re
 import sqlite3
@@ -11,6 +12,7 @@ from cost import cheap  # noqa: F401, all is measured
 from cbam_jax import InputError
 from cbam_jax.catalogue import Catalogue, commands, gallery
 from cbam_jax.catalogue.milvus import address
+from cbam_jax.catalogue.sources import Photo
 from cbam_jax.catalogue.store import Store
 
 
@@ -150,6 +152,55 @@ def test_a_name_that_is_looked_for_where_a_payload_is_no_object(payload, shop):
         store.run("UPDATE item SET payload = ? WHERE id = 2", [payload])
     with Catalogue.open(shop) as catalogue, pytest.raises(InputError, match="no photo has 'hat'"):
         list(catalogue.items("hat=x"))
+
+
+# What is kept of a photo, which another program wrote.
+PAYLOADS = {
+    "a payload nested 50,000 deep": '{"a":' * 50_000 + "1" + "}" * 50_000,
+    "a number of 5,000 digits in a payload": '{"a": ' + "9" * 5_000 + "}",
+    "a payload of pairs": '[["category", "hat"]]',
+    "a payload that is text": '"hat"',
+    "a payload that is empty": "",
+    "a payload as JSON5 has it": "{category: 'hat',}",
+}
+
+
+@pytest.mark.parametrize("what", PAYLOADS)
+def test_what_is_kept_of_a_photo_is_no_json(what, shop):
+    with Store(shop) as store, store.transaction():
+        store.run("UPDATE item SET payload = ? WHERE id = 2", [PAYLOADS[what]])
+    with Catalogue.open(shop) as catalogue, pytest.raises(InputError, match="photo 2 is no JSON"):
+        list(catalogue.items())
+    with pytest.raises(InputError, match="/2.jpg is no JSON .*forget the photo"):
+        Photo("/2.jpg", {"price": 5}).merged(PAYLOADS[what])
+
+
+@pytest.mark.parametrize("payload", [{"a": "\ud800"}, {"\udc00": 1}, {"a": [["\udc00\ud800"]]}])
+def test_half_a_letter_is_not_kept(payload):
+    with pytest.raises(InputError, match="payload of /a.jpg holds half a letter"):
+        Photo("/a.jpg", payload).merged("{}")
+    assert json.loads(Photo("/a.jpg", {"a": "\U0001f457"}).merged("{}")) == {"a": "\U0001f457"}
+
+
+@pytest.mark.parametrize("ending", ["-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("make", ["symlink_to", "hardlink_to"])
+def test_sqlite_writes_to_no_file_elsewhere_by_a_link(ending, make, shop, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    beside = shop.with_name(shop.name + ending)
+    beside.unlink(missing_ok=True)
+    getattr(beside, make)(tmp_path / "mine")
+    (tmp_path / "link.db").symlink_to(shop)
+    for path in (shop, tmp_path / "link.db"):
+        with pytest.raises(InputError, match=f"shop.db{ending} is a link"):
+            read(path)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_row_beyond_all_size_is_not_read(shop, monkeypatch):
+    monkeypatch.setattr("cbam_jax.catalogue.store._LONGEST", 1_000_000)
+    run(shop, *SUMLESS, "UPDATE item SET embedding = zeroblob(2000000) WHERE id = 2")
+    with pytest.raises(InputError, match="too big"):
+        read(shop)
 
 
 def test_a_payload_nested_900_deep_is_told(shop):

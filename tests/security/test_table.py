@@ -61,6 +61,7 @@ KINDS = (
     ("a run that goes on", test_hostile_runs.LINKS, "is a link to"),
     ("a catalogue", test_hostile_catalogues.CHANGED, plain),
     ("a catalogue's photo", test_hostile_catalogues.TYPES, "is not as it was written"),
+    ("a catalogue's payload", test_hostile_catalogues.PAYLOADS, "is no JSON"),
     ("an embedding to find by", test_hostile_catalogues.EMBEDDINGS, "cannot be read"),
     (
         "an address in Milvus",

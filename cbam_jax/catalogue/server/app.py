@@ -20,6 +20,7 @@ from cbam_jax.catalogue.server.explaining import Explainer, Pair
 from cbam_jax.catalogue.server.finding import Finder, Search
 from cbam_jax.catalogue.server.uploads import Guard, check_photo
 from cbam_jax.catalogue.sources import parse_box
+from cbam_jax.command_line import to_json
 from cbam_jax.datasets.looks import shrunk, small_image
 from cbam_jax.foreign_files import read_file
 from cbam_jax.pages import encode_jpeg
@@ -71,6 +72,7 @@ def create_app(
         title="cbam_jax catalogue",
         version=__version__,
         lifespan=life,
+        default_response_class=_strict_json(),
         docs_url=None,
         redoc_url=None,
     )
@@ -80,6 +82,17 @@ def create_app(
     _add_why(app, explainer)
     _add_items(app, path)
     return Guard(app, hosts)
+
+
+def _strict_json() -> type:
+    """Answers that every parser reads, whatever a payload holds: NaN, or half of a letter."""
+    from fastapi.responses import JSONResponse
+
+    class Strict(JSONResponse):
+        def render(self, content: Any) -> bytes:
+            return to_json(content).encode()
+
+    return Strict
 
 
 def _add_errors(app: "FastAPI", path: str | os.PathLike) -> None:
@@ -152,7 +165,7 @@ def _add_page(app: "FastAPI") -> None:
 def _add_search(app: "FastAPI", finder: Finder) -> None:
     from fastapi import Query, Request
 
-    @app.post("/search")
+    @app.post("/search", response_model=None)  # Of names in a payload FastAPI's model takes UTF-8.
     async def search(
         request: Request,
         id: Annotated[int | None, Query(description="of a photo; else send one", ge=1)] = None,
@@ -226,7 +239,7 @@ def _add_items(app: "FastAPI", path: str | os.PathLike) -> None:
         with Catalogue.open(path, create=False) as catalogue:
             return {"categories": catalogue.categories(_CATEGORIES)}
 
-    @app.get("/items/{id}")
+    @app.get("/items/{id}", response_model=None)
     def item(id: Annotated[int, InPath(ge=1, lt=2**63)]) -> dict[str, Any]:
         """What is known of a photo."""
         found = _item(path, id)
