@@ -82,8 +82,8 @@ def measure(functions, images, repeats):
     }
     return {
         name: {
-            "images_per_second": len(images) / clock,
-            "processor_seconds_per_image": processors / len(images),
+            "images_per_second": float(len(images) / clock),
+            "processor_seconds_per_image": float(processors / len(images)),
             "difference": differences[name],
         }
         for name, (clock, processors) in take_turns(functions, images, repeats).items()

@@ -20,6 +20,7 @@ from cbam_jax.backbones.windows import (
     Window,
     add_views,
     convolution,
+    for_onnx,
     on_cpu,
     phased_views,
     views_of,
@@ -104,7 +105,7 @@ class Conv(nnx.Module):
         place = Window.same if self.same else Window.over
         window = place(x, kernel.shape[0], self.strides)
         few = window.height * window.width <= _FEW_PIXELS and on_cpu()
-        if window.size > 1 and not few:
+        if (window.size > 1 or for_onnx()) and not few:
             return _convolve(x, kernel, window)
         columns = jnp.concatenate(views_of(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)

@@ -126,3 +126,11 @@ def compiled_for(platform: str) -> Iterator[None]:
 def on_cpu() -> bool:
     """Return whether XLA's CPU backend is what programs are compiled for."""
     return (_platform.get() or jax.default_backend()) == "cpu"
+
+
+def for_onnx() -> bool:
+    """Return whether it is ONNX, whose runtimes lay maps out in their own way between convolutions.
+
+    There a convolution of 1 x 1 stays one: a product would have the map laid out as ours is.
+    """
+    return _platform.get() == "onnx"

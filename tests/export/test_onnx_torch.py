@@ -29,6 +29,17 @@ def session(path):
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
+def test_every_convolution_stays_one(tmp_path):
+    import onnx as written
+
+    build = lambda: models.create_model("efficientnet_lite0", rngs=nnx.Rngs(0))  # noqa: E731
+    embed, weights = lowering.split(drawn_model(build))
+    onnx.write(tmp_path / "model.onnx", embed, weights, 32)
+    nodes = written.load(tmp_path / "model.onnx").graph.node
+    kernels = [weight for weight in weights.values() if weight.ndim == 4]
+    assert sum(node.op_type == "Conv" for node in nodes) == len(kernels) == 49
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_gives_what_the_model_gives(family, tmp_path, rng):
     arguments = {"name": family, **FAMILIES[family]}
