@@ -80,9 +80,9 @@ def create_optimizer(
     Args:
         name: ``"sgd"`` (weight decay is added to the gradient, as in torch) or ``"adamw"``
             (decoupled), or ``"lion"`` (Chen et al. 2023, decoupled), or ``"muon"`` (Jordan et al.
-            2024): kernels as matrices [inputs, outputs], biases and scales by Adam, both looking
-            ahead. Or a function of the learning rate that returns optax's transformation; the next
-            five are then unused.
+            2024): kernels as matrices [inputs, outputs], biases, scales and a loss's proxies by
+            Adam, both looking ahead. Or a function of the learning rate that returns optax's
+            transformation; the next five are then unused.
         learning_rate: a number, or a schedule over optimizer updates.
         weight_decay: of parameters with two or more dimensions only: never of biases, BatchNorm
             or the pooling exponent.
@@ -196,13 +196,16 @@ def _is_matrix(params: Any) -> Any:
 
 
 def _as_matrices(params: Any) -> Any:
-    """How Muon looks at each parameter: [inputs, outputs], the last axis the outputs'."""
+    """How Muon looks at each parameter: [inputs, outputs], the last axis the outputs'.
 
-    def axes(param: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        inputs = tuple(range(param.ndim - 1))
+    A loss's proxies are rows, each by itself, and no map: they are Adam's.
+    """
+
+    def axes(path: Any, param: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        inputs = () if "proxies" in _names(path) else tuple(range(param.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(inputs, param.ndim - 1) if inputs else None
 
-    return jax.tree.map(axes, params)
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _new_layers(is_new: Collection[str] | Callable, params: Any) -> Any:

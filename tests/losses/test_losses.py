@@ -16,6 +16,8 @@ LABELS = np.array([3, 0, 3, 1, 0, 3, 1, 7, 0])  # 7 has no positive.
 PAIRS = ("multi_similarity", "circle", "contrastive", "n_pair", "sup_con", "nt_xent")
 RANKS = ("recall_at_k_surrogate", "smooth_ap")
 PROXIES = ("proxy_anchor", "proxy_nca", "cosface", "arcface", "soft_triple")
+# Steps with a slope, and negatives on both sides of the margin.
+OPTIONS = {name: {"temperature": 0.2} for name in RANKS} | {"contrastive": {"margin": 2.5}}
 
 
 @functools.cache
@@ -38,8 +40,8 @@ def results():
         for name in PAIRS + RANKS + PROXIES:
             vectors = {"proxies": centers if name == "soft_triple" else proxies}
             arrays = {"embeddings": x} | (vectors if name in PROXIES else {})
-            options = {"temperature": 0.2} if name in RANKS else {}  # Steps with a slope.
-            loss = functools.partial(call, getattr(losses, f"{name}_loss"), labels, options)
+            loss = getattr(losses, f"{name}_loss")
+            loss = functools.partial(call, loss, labels, OPTIONS.get(name, {}))
             found[name] = jax.value_and_grad(loss, has_aux=True)(arrays)
         return found
 
@@ -51,16 +53,17 @@ def results():
 def test_value_and_gradient_match_float64(name):
     (value, _), gradient = results()[name]
     x = drawn()["x"].astype(np.float64)
-    fixed = {"fixed": x} if name == "circle" else {}  # Its weights have no gradient.
-    check(value, gradient["embeddings"], lambda x: getattr(reference, name)(x, LABELS, **fixed), x)
+    options = {"fixed": x} if name == "circle" else OPTIONS.get(name, {})  # Weights have no slope.
+    loss = functools.partial(getattr(reference, name), labels=LABELS, **options)
+    check(value, gradient["embeddings"], loss, x)
 
 
 @pytest.mark.parametrize("name", RANKS)
 def test_losses_of_rankings_match_float64(name):
     (value, _), gradient = results()[name]
     x = drawn()["x"].astype(np.float64)
-    loss = getattr(reference, name)
-    check(value, gradient["embeddings"], lambda x: loss(x, LABELS, temperature=0.2), x)
+    loss = functools.partial(getattr(reference, name), labels=LABELS, **OPTIONS[name])
+    check(value, gradient["embeddings"], loss, x)
 
 
 @pytest.mark.parametrize("name", PROXIES)

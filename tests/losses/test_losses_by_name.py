@@ -83,6 +83,18 @@ def test_proxies_learn_at_their_own_rate():
     np.testing.assert_allclose(updates["proxies"]["vectors"], -5.0)
 
 
+@pytest.mark.slow
+def test_muon_takes_proxies_for_no_matrix():
+    """Adam's first step is the learning rate, whatever the gradient's size."""
+    params = {"proxies": {"vectors": jnp.ones((2, 3))}, "kernel": jnp.ones((2, 3))}
+    gradients = jax.tree.map(lambda x: x * jnp.array([[1.0, -2.0, 3.0], [1.0, 5.0, -7.0]]), params)
+    optimizer = steps.create_optimizer("muon", 0.5)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    vectors = updates["proxies"]["vectors"]
+    np.testing.assert_allclose(np.abs(vectors), np.abs(vectors)[0, 0], rtol=1e-4)
+    assert np.ptp(np.abs(updates["kernel"])) > 0.01
+
+
 def test_a_run_is_read_without_its_proxies(tmp_path, monkeypatch):
     tiny_run.patch_tiny_models(monkeypatch)
     config = tiny_run.make_config("photos.csv", **{"loss.name": "proxy_anchor"})
