@@ -166,6 +166,24 @@ def test_float64_search_alone(rng, monkeypatch, metric):
 
 
 @pytest.mark.parametrize("kept", [groups._KEPT, 1])
+def test_both_selections_keep_the_same(rng, kept):
+    """Of 3 blocks at once, or of one after another, by XLA and by NumPy."""
+    blocks = []
+    for first in (0, 80, 150):
+        low = rng.permutation(20 * 6).reshape(20, 6).astype(np.int32) * 1024 + first
+        low = (low & -4) | rng.integers(0, 4, low.shape, np.int32)
+        blocks.append((np.int32(first), low, low + rng.integers(0, 99, low.shape, np.int32)))
+    turns = [blocks] if kept > 1 else [[block] for block in blocks]
+    best = [groups._nothing(6, 9)] * 2
+    for turn in turns:
+        best = [groups._select(best[0], turn, size=4), groups._select_many(best[1], turn, 4)]
+    for a, b in zip(*best, strict=True):
+        np.testing.assert_array_equal(a, b)
+    lowest = np.sort(np.concatenate([low.T for _, low, _ in blocks], axis=1))[:, :9]
+    np.testing.assert_array_equal(best[1].bound, lowest)
+
+
+@pytest.mark.parametrize("kept", [groups._KEPT, 1])
 def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
     """Bounds are kept of the lowest two of each group of 8: rows i, i + groups, ..."""
     assert passes.group_size(4, 1130) == 8

@@ -18,6 +18,7 @@ from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
 from cbam_jax.search.shards import GROUP, blocks_of, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
+_MANY = 128  # Lowest bounds of a query above which NumPy's partition selects them.
 _KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
 # The same of all tiles together, 3 GiB, and blocks, at most, where a product takes less time than a
 # selection, which sorts as much whatever the number of blocks.
@@ -68,9 +69,9 @@ def lowest_bounds(
             for t, side in enumerate(sides[i]):
                 kept[i][t].append((first, *minima(*side, *block, size=size)))
         if number % most == 0:
-            best = _selected(best, kept, size)
+            best = _selected(best, kept, size, shards[0].device.platform)
             kept = [[[] for _ in parts] for _ in shards]
-    best = _selected(best, kept, size)
+    best = _selected(best, kept, size, shards[0].device.platform)
     lowest = [Lowest(*(_untiled(part, parts, q) for part in zip(*s, strict=True))) for s in best]
     if preparation.dtype == "float64":
         shares = [np.zeros(len(rows)) for rows in parts]  # They are in the bounds.
@@ -164,9 +165,10 @@ def _group_minima(x, own, query, y, share, fresh, items, size):
     return lowest, second
 
 
-def _selected(best: list, kept: list, size: int) -> list:
+def _selected(best: list, kept: list, size: int, platform: str) -> list:
     """`_select` of each shard and tile; in threads, since on a CPU a top_k keeps one core busy."""
-    select = functools.partial(_select, size=size)
+    many = platform == "cpu" and best[0][0].bound.shape[1] > _MANY
+    select = functools.partial(_select_many if many else _select, size=size)
     with ThreadPoolExecutor() as pool:
         rows = [pool.map(select, *both) for both in zip(best, kept, strict=True)]
         return [list(row) for row in rows]
@@ -194,6 +196,28 @@ def _select(best: Lowest, kept: list, size: int) -> Lowest:
     every = Lowest(*(jnp.concatenate(part, axis=1) for part in parts))
     place = _lowest_places(every.bound, count)
     return Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in every))
+
+
+def _select_many(best: Lowest, kept: list, size: int) -> Lowest:
+    """`_select` where XLA's top_k, which takes the longer the more it selects, is the slower."""
+    if not kept:
+        return best
+    first = np.concatenate([np.full(len(low), i, np.int32) for i, low, _ in kept])
+    group = np.concatenate([np.arange(len(low), dtype=np.int32) for _, low, _ in kept])
+    groups = len(kept[0][1])
+    before = Lowest(*(np.asarray(a) for a in best))
+    bound, second = (
+        np.concatenate([old, *(np.asarray(block[i]).T for block in kept)], axis=1)
+        for i, old in ((1, before.bound), (2, before.second))
+    )
+    count = before.bound.shape[1]
+    place = np.argpartition(bound, count - 1, axis=1)[:, :count]
+    place = np.take_along_axis(place, np.take_along_axis(bound, place, 1).argsort(axis=1), 1)
+    bound, second = (np.take_along_axis(a, place, axis=1) for a in (bound, second))
+    new = np.maximum(place - count, 0)
+    index = first[new] + group[new] + (bound & (size - 1)) * groups
+    old = np.take_along_axis(before.index, np.minimum(place, count - 1), axis=1)
+    return Lowest(bound, np.where(place < count, old, index).astype(np.int32), second)
 
 
 def _by_rows(x: jax.Array) -> jax.Array:
