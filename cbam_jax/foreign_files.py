@@ -115,7 +115,10 @@ def read_file(path: str | os.PathLike, most: int = MOST_IMAGE) -> bytes:
     b'abc'
     """
     with open_regular(path, most) as file:
-        return file.read(most)
+        content = file.read(most)
+    if content is None:  # As of a system's log, which gives what there will be.
+        raise InputError(f"{shown(path)} is a file that would be waited for: give another")
+    return content
 
 
 def read_text(path: str | os.PathLike, most: int = MOST_JSON) -> str:

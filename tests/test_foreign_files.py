@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import socket
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cbam_jax import InputError
+from cbam_jax import InputError, foreign_files
 from cbam_jax.foreign_files import expanded, open_regular, read_file, read_json, read_text, shown
 
 
@@ -87,3 +88,13 @@ def test_a_tilde_is_a_home_folder_or_the_beginning_of_a_name(tmp_path, monkeypat
         expanded("~a.jpg")
     Path("~a.jpg").touch()
     assert expanded("~a.jpg") == Path("~a.jpg")
+
+
+def test_a_file_that_would_be_waited_for_is_told(tmp_path, monkeypatch):
+    class Log(io.BytesIO):
+        def read(self, size=-1):
+            return None
+
+    monkeypatch.setattr(foreign_files, "open_regular", lambda path, most: Log())
+    with pytest.raises(InputError, match="kmsg is a file that would be waited for"):
+        foreign_files.read_file("/proc/kmsg")

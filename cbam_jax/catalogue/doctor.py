@@ -72,6 +72,7 @@ def _catalogue(store: Store, model: str | None) -> Iterator[str]:
     kept = "" if cache_path(store.path).exists() else "not "
     yield f"copy of the embeddings for searches: {kept}there"
     known = store.about("model")
+    known = None if known is None else str(known)
     # What a catalogue remembers is a whole path, a published name, or an id of the hub.
     own = known is not None and model is None and not os.path.isabs(known)
     yield f"model: {known}" if own else _model(model or known, new=not fingerprint)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import cbam_jax
 from cbam_jax import InputError
 from cbam_jax.catalogue.store import Store
-from cbam_jax.foreign_files import expanded
+from cbam_jax.foreign_files import expanded, shown
 
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
@@ -75,7 +75,7 @@ def load_embedder(source: str | None, store: Store, batch_size: int | None = Non
     if source is None and remembered is None:
         raise InputError(no_model(store.path))
     try:
-        embedder = load_named(source or remembered, batch_size)
+        embedder = load_named(source or str(remembered), batch_size)
     except InputError as error:
         if source is not None:
             raise
@@ -114,7 +114,7 @@ def check_fingerprint(store: Store, fingerprint: str) -> None:
     own = store.about("fingerprint")
     if own not in (None, fingerprint):
         raise InputError(
-            f"{store.path} holds embeddings of another model ({own[:12]}, this one is "
+            f"{store.path} holds embeddings of another model ({shown(str(own)[:12])}, this one is "
             f"{fingerprint[:12]}): give that one, or embed all photos anew with "
             f"`cbam-jax catalogue rebuild {shlex.quote(str(store.path))} --model=MODEL`"
         )

@@ -6,6 +6,7 @@ schema below says what a row is. Whatever SQLite refuses is told in one line.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -24,6 +25,9 @@ _APPLICATION = 0xCBA3  # SQLite's application_id: whose file this is.
 _VERSION = 1
 _WAIT = 30  # Seconds to wait for another process that writes.
 _LONGEST = 64 << 20  # Bytes of a row or a value: a damaged one can claim a gigabyte.
+# Steps of SQLite's machine between two looks at how many are left, and what is left: so many a byte
+# of the file, and so many looks. A row takes some ten steps, and has dozens of bytes.
+_STEPS, _PATIENCE = 100_000, 20
 _AMONG = 500  # Values of one query: SQLite takes 999 at least.
 # What SQLite itself keeps in a database: the last id of a table, statistics.
 _SQLITES = re.compile(r"CREATE TABLE sqlite_(sequence|stat\d)\([\w,]+\)")
@@ -122,7 +126,7 @@ class Store:
     def rows(self, sql: str, values: Iterable[Any] = ()) -> list[tuple]:
         """Return the rows that a query selects."""
         with self._told():
-            return self._connection.execute(sql, tuple(values)).fetchall()
+            return self._execute(sql, values).fetchall()
 
     def among(self, sql: str, some: Iterable[Any], values: Iterable[Any] = ()) -> list[tuple]:
         """Return the rows of a query that ends with what is to be one of ``some``."""
@@ -138,8 +142,17 @@ class Store:
         with self._told():
             # Not `yield from`: that closes the cursor of an abandoned stream, an error by then
             # where the database was closed before.
-            for row in self._connection.execute(sql, tuple(values)):  # noqa: UP028
+            for row in self._execute(sql, values):  # noqa: UP028
                 yield row
+
+    def _execute(self, sql: str, values: Iterable[Any]) -> sqlite3.Cursor:
+        """A query, which ends: pages that name each other may hold rows without an end.
+
+        So the steps of SQLite's machine are counted, and are far fewer for a file of its size.
+        """
+        left = itertools.count(_PATIENCE * _held(self.path) // _STEPS + _PATIENCE, -1)
+        self._connection.set_progress_handler(lambda: next(left) < 0, _STEPS)
+        return self._connection.execute(sql, tuple(values))
 
     def embeddings(self) -> Iterator[tuple]:
         """Yield each photo's id, embedding and the embedding's sum, by id; a sum may be None."""
@@ -192,7 +205,11 @@ class Store:
             rows = self.stream(f"{sql} ORDER BY id", values)
         else:
             rows = self.among(f"{sql} AND {among[0]}", among[1], values)
+        last = None
         for *row, noted, sum_ in rows:  # A row that nobody noted has been another's.
+            if among is None and last is not None and row[0] <= last:
+                raise damaged(self.path, f"photo {row[0]} comes behind photo {last}")
+            last = row[0]
             # SQLite keeps a value of any type in any column.
             typed = all(isinstance(value, type_) for value, type_ in zip(row, _TYPES, strict=True))
             unknown = typed and noted is not None and sum_ is None
@@ -328,6 +345,13 @@ def check_place(path: Path) -> None:
         )
 
 
+def _held(path: Path) -> int:
+    """Bytes that a database has on the disk, with its log."""
+    files = [name for name in (f"{path}", f"{path}-wal") if os.path.exists(name)]
+    states = map(os.stat, files)
+    return sum(min(s.st_size, 512 * getattr(s, "st_blocks", s.st_size)) for s in states)
+
+
 def _check_beside(path: Path) -> None:
     """Raise an InputError where SQLite would write elsewhere, by a link in a stranger's folder."""
     for ending in ("-wal", "-shm", "-journal"):
@@ -378,6 +402,8 @@ def _distrusting(address: str | Path, *, uri: bool = False) -> sqlite3.Connectio
 
 def _told(path: Path, error: Exception) -> str:
     text = shown(" ".join(str(error).split()))  # It may quote a damaged schema.
+    if text == "interrupted":
+        return str(damaged(path, "it has more rows than bytes for them"))
     if "locked" in text:
         return (
             f"another process has been writing to {path} for {_WAIT} s: wait until it has ended; "

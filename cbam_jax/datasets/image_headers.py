@@ -230,7 +230,7 @@ def is_packed_otherwise(encoded: bytes) -> bool:
         return False
     try:
         return not _TIFF_PACKED.issuperset(_tiff_tags(encoded).get(259, ()))
-    except struct.error:  # Cut off.
+    except (struct.error, OverflowError):  # Cut off, or its tags lie beyond all files.
         return True
 
 

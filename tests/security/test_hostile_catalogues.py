@@ -1,16 +1,18 @@
 """Catalogues that someone damaged, or made to do harm: SQLite files with other contents."""
 
+import itertools
 import json
 import os
 import re
 import sqlite3
+import struct
 
 import numpy as np
 import pytest
 from cost import cheap  # noqa: F401, all is measured
 
 from cbam_jax import InputError
-from cbam_jax.catalogue import Catalogue, commands, gallery
+from cbam_jax.catalogue import Catalogue, commands, doctor, embedders, gallery
 from cbam_jax.catalogue.milvus import address
 from cbam_jax.catalogue.sources import Photo
 from cbam_jax.catalogue.store import Store
@@ -101,6 +103,43 @@ def test_a_view_without_an_end_in_the_place_of_the_photos(shop):
     run(shop, *SUMLESS, "DROP TABLE item", f"CREATE VIEW item AS {COUNTED} SELECT {columns} FROM c")
     with pytest.raises(InputError, match=r"holds more than .*\(CREATE VIEW item"):
         read(shop)
+
+
+def loop_pages(path, depth=9, times=200):
+    """Make the table of photos a tree of which each page names the next one many times."""
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode = DELETE")
+    (root,), (size,) = (
+        connection.execute(sql).fetchone()
+        for sql in ("SELECT rootpage FROM sqlite_master WHERE name = 'item'", "PRAGMA page_size")
+    )
+    connection.close()
+    data = bytearray(path.read_bytes())
+    leaf, behind = data[(root - 1) * size : root * size], len(data) // size
+    pages = [root, *range(behind + 1, behind + 1 + depth)]
+    data += bytes(size * depth)
+    for page, below in itertools.pairwise(pages):
+        cells = range(size - 6 * times, size, 6)
+        head = struct.pack(">BHHHBI", 5, 0, times, cells[0], 0, below)
+        head += b"".join(struct.pack(">H", place) for place in cells)
+        made = head.ljust(cells[0], b"\0") + struct.pack(">IBB", below, 0x81, 0) * times
+        data[(page - 1) * size : page * size] = made
+    data[(pages[-1] - 1) * size : pages[-1] * size] = leaf
+    struct.pack_into(">I", data, 28, len(data) // size)
+    path.write_bytes(data)
+
+
+def test_photos_without_an_end_of_pages_that_name_each_other(shop):
+    loop_pages(shop)
+    with Catalogue.open(shop) as catalogue:
+        for reading in (
+            lambda: list(catalogue.items()),
+            lambda: len(catalogue),
+            lambda: catalogue.categories(10),
+            lambda: catalogue.find(np.zeros(3, np.float32)),
+        ):
+            with pytest.raises(InputError, match="is damaged .*(comes behind|rows than bytes)"):
+                reading()
 
 
 def test_what_a_schemas_list_calls_by_another_name_is_told(shop):
@@ -221,6 +260,15 @@ def test_a_strangers_words_move_no_cursor(shop, capsys, monkeypatch):
         told = capsys.readouterr().out
         assert told.count("\\x1b[2J\\nhat") == 1
         assert "\x1b" not in told
+
+
+def test_a_model_that_is_a_number_is_told(shop):
+    with Store(shop) as store, store.transaction():
+        store.tell(fingerprint=5, model=5)
+    with Store(shop) as store:
+        with pytest.raises(InputError, match="embeddings of another model \\(5, this"):
+            embedders.check_fingerprint(store, "f" * 64)
+        assert any("5" in line for line in doctor._catalogue(store, None))
 
 
 ADDRESSES = {

@@ -111,6 +111,10 @@ IMAGES = {
     "a TIFF in a compression that is not read": (tiff(packed=34712), DAMAGED),
     "a TIFF in a compression that is none": (tiff(packed=65_000), DAMAGED),
     "a TIFF whose list of tags is itself": (b"II*\0" + struct.pack("<I", 4) * 9, DAMAGED),
+    "a TIFF whose tags lie beyond all files": (
+        b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(16),
+        DAMAGED,
+    ),
     "a WebP that claims 16,383 x 16,383": (patched(WEBP, 26, b"\xff\x3f\xff\x3f"), LARGE),
     "an AVIF that claims 40,000 x 40,000": (
         b"\0\0\0\x1cftypavif" + bytes(12)
