@@ -2,7 +2,7 @@
 
 python evaluate.py --workdir=RUN [--split=test] [--checkpoint=best|last|STEP|untrained]
     [--data=PATH] [--out=DIR] [--figures] [--query=ID]... [--html] [--focus]
-    [--rerank=STEP,STEP]
+    [--rerank=STEP,STEP] [--trec]
 
 ``cbam_jax.runs.evaluate`` does it. An installed package has it as ``cbam-jax evaluate``.
 """

@@ -151,6 +151,22 @@ def relevant_images(label: np.ndarray, protocol: Protocol) -> np.ndarray:
     )
 
 
+def relevant_matches(label: np.ndarray, protocol: Protocol) -> Iterator[np.ndarray]:
+    """For each query in turn which gallery images are to be found, bool [gallery].
+
+    >>> protocol = make_protocol(np.ones(3, bool), np.ones(3, bool), ks=(1,))
+    >>> [row.tolist() for row in relevant_matches(np.array([5, 7, 5]), protocol)]
+    [[False, False, True], [False, False, False], [True, False, False]]
+    """
+    for row, query in enumerate(protocol.query):
+        match = label[protocol.gallery] == label[query]
+        if protocol.own[row] >= 0:
+            match[protocol.own[row]] = False
+        if protocol.query_group is not None and protocol.gallery_group is not None:
+            match &= protocol.gallery_group != protocol.query_group[row]
+        yield match
+
+
 def chance_precision(relevant: np.ndarray, searched: np.ndarray, k: int) -> float:
     """Return what precision@K is for images found at random, over the same queries.
 

@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from cbam_jax import command_line, evaluation, experiment, focus, report_text, reranked, run_figures
+from cbam_jax import (
+    command_line,
+    evaluation,
+    experiment,
+    focus,
+    report_text,
+    reranked,
+    run_figures,
+    trec,
+)
 from cbam_jax.run_figures import Measured
 from cbam_jax.whole_files import save_arrays
 
@@ -26,6 +35,19 @@ def write_metrics(measured: Measured) -> None:
     path = measured.folder / "neighbours.csv"
     evaluation.save_neighbours(path, measured.result, dataset.id, names)
     print(report_text.format_report(measured.report), flush=True)
+
+
+def write_trec(measured: Measured) -> None:
+    """Write run.txt and qrels.txt, which trec_eval reads."""
+    dataset, result = measured.dataset, measured.result
+    protocol = experiment.split_protocol(measured.config, dataset)
+    place = np.full(len(dataset), -1)
+    place[protocol.gallery] = np.arange(len(protocol.gallery))
+    index = np.where(result.neighbour >= 0, place[result.neighbour], -1)
+    names = dataset.id[protocol.query].tolist(), dataset.id[protocol.gallery].tolist()
+    trec.write_run(measured.folder / "run.txt", *names, index)
+    matches = evaluation.relevant_matches(dataset.label, protocol)
+    trec.write_qrels(measured.folder / "qrels.txt", *names, matches)
 
 
 def write_reranked(

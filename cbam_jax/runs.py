@@ -230,6 +230,7 @@ def evaluate(
     frames: str = "green",
     measure: bool = False,
     rerank: Sequence[reranked.Step] = (),
+    trec: bool = False,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -245,6 +246,7 @@ def evaluate(
         frames: colour of a hit's frame in the figures, ``"green"`` or the paper's ``"red"``.
         measure: measure the focus too.
         rerank: steps of ``reranked.parse_steps``, to rank by once more and compare.
+        trec: write run.txt and qrels.txt for trec_eval.
         overrides: ``--config.FIELD=VALUE`` of the sections ``data`` and ``eval``.
         out: folder of what is written; None: ``RUN/eval/SPLIT``, or for another dataset than the
             run's ``RUN/eval/DATASET-SPLIT``.
@@ -292,6 +294,8 @@ def evaluate(
             config, workdir, folder, dataset, model, mesh, result, embeddings, report
         )
         run_results.write_metrics(measured)
+        if trec:
+            run_results.write_trec(measured)
         if rerank:
             known = None if train is None else embed_split(config, train, embed_step, state, mesh)
             run_results.write_reranked(measured, rerank, known)
@@ -392,6 +396,7 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--html", action="store_true", help="write a page of it, with the figures")
     parser.add_argument("--focus", action="store_true", help="measure the heat on the garments")
+    parser.add_argument("--trec", action="store_true", help="write run.txt, qrels.txt (trec_eval)")
     parser.add_argument(
         "--rerank",
         metavar="STEP,STEP",
@@ -442,6 +447,7 @@ def main() -> None:
         frames=flags.frames,
         measure=flags.focus,
         rerank=rerank,
+        trec=flags.trec,
         overrides=overrides,
         out=flags.out,
     )

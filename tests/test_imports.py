@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "model_state": set(),
     "gradcam": {"attention", "model_state"},
     "whole_files": set(),
+    "trec": {"whole_files"},
     "file_locks": set(),
     "foreign_files": set(),
     "progress": set(),
@@ -138,6 +139,7 @@ MAY_IMPORT = {
         "report_text",
         "reranked",
         "run_figures",
+        "trec",
         "whole_files",
     },
     "runs": {

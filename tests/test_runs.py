@@ -1,6 +1,7 @@
 """A run used elsewhere: moved, only readable, on other data, with damaged or missing files."""
 
 import builtins
+import csv
 import fcntl
 import functools
 import io
@@ -27,6 +28,7 @@ from cbam_jax import (
 )
 from cbam_jax.datasets import open_dataset
 from cbam_jax.pretrained import load_pretrained
+from cbam_jax.trec import read_qrels, read_run
 
 # ml_collections loads configs by a method that Python means to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -161,6 +163,7 @@ def test_ranked_again_beside_the_plain_ranking(run, measured, tmp_path, monkeypa
         f"--workdir={run}",
         f"--out={tmp_path}",
         "--rerank=whiten:dim=5,k_reciprocal:k1=4:k2=2",
+        "--trec",
     )
     status, line, stderr = evaluate(monkeypatch, capsys, *flags)
     assert status == 0, stderr
@@ -170,6 +173,13 @@ def test_ranked_again_beside_the_plain_ranking(run, measured, tmp_path, monkeypa
     assert report["rerank"]["plain"]["map@10"] == pytest.approx(report["metrics"]["map@10"])
     rows = (tmp_path / "reranked.csv").read_text().splitlines()
     assert len(rows) == len((tmp_path / "neighbours.csv").read_text().splitlines())
+    found, qrels = read_run(tmp_path / "run.txt"), read_qrels(tmp_path / "qrels.txt")
+    with open(tmp_path / "neighbours.csv", encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            assert found[row["query"]][int(row["rank"]) - 1][0] == row["neighbour"]
+            same = row["neighbour"] in qrels[row["query"]]
+            assert same == (row["same_category"] == "true")
+    assert {query: len(items) for query, items in qrels.items()} == dict.fromkeys(found, 5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Prepares a dataset, checks, shrinks or draws photos, finds images that are there twice.
 
 ``python -m cbam_jax.datasets prepare NAME``, ``... resize NAME FOLDER``, ``... verify NAME``,
-``... draw FOLDER``.
+``... draw FOLDER``, ``... manifest {sop,cub,cars} FOLDER OUT.csv``.
 """
 
 import argparse
@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "verify":
             return _verify(options.name, options.data_dir, options.manual_dir, options.all)
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
-        {"prepare": _prepare, "resize": _resize, "draw": _draw}[options.command](**arguments)
+        commands = {"prepare": _prepare, "resize": _resize, "draw": _draw, "manifest": _manifest}
+        commands[options.command](**arguments)
     except InputError as error:
         # Advice is given as an argument of a program's; here that is a flag.
         told = str(error).replace("on_bad_image='skip'", "--on_bad_image=skip")
@@ -63,6 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--number", type=int, default=200, help="of photos; default: 200")
     draw.add_argument("--image_size", type=int, default=192, help="in pixels; default: 192")
     draw.add_argument("--seed", type=int, default=0, help="another one draws other garments")
+    manifest = commands.add_parser(
+        "manifest", help="write the manifest of a copy of SOP, CUB-200-2011 or Cars-196"
+    )
+    manifest.add_argument("name", choices=("sop", "cub", "cars"), help="what it is a copy of")
+    manifest.add_argument("folder", help="of the copy, unpacked")
+    manifest.add_argument("path", metavar="OUT.csv", help="the manifest, to train and measure with")
+    manifest.add_argument(
+        "--validation", type=int, default=0, help="classes to keep from training, to choose by"
+    )
     return parser
 
 
@@ -111,6 +121,13 @@ def _resize(name: str, folder: str, **options) -> None:
 
     count = resize_dataset(name, folder, **options)
     print(f"{count} images; train on them with --config.data.name={folder.rstrip('/')}/{MANIFEST}")
+
+
+def _manifest(name: str, folder: str, path: str, validation: int) -> None:
+    from cbam_jax.datasets.benchmarks import write_manifest
+
+    count = write_manifest(name, folder, path, validation=validation)
+    print(f"{count} images; train on them with --config.data.name={path}")
 
 
 def _draw(folder: str, **options) -> None:
