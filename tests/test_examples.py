@@ -1,11 +1,15 @@
 """Files to start from on a cluster: they are what their programs read, and call ours as it is."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cbam_jax.catalogue.shards.commands import _parser, wanted
 
@@ -46,3 +50,20 @@ def test_the_values_of_milvus():
     assert values["queryNode"]["replicas"] * memory * 2**30 >= 1.25 * 10_000_000 * 1280 * 4
     assert values["service"]["type"] == "ClusterIP"
     assert yaml.safe_load(values["extraConfigFiles"]["user.yaml"])["common"]["security"]
+
+
+def test_the_encoder_for_mteb_embeds_every_image_of_every_batch():
+    spec = importlib.util.spec_from_file_location("mteb_images", FOLDER.parent / "mteb_images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    colours = np.random.default_rng(0).integers(0, 256, (5, 3), np.uint8)
+    photos = [Image.new("RGB", (4 + i, 3), tuple(map(int, c))) for i, c in enumerate(colours)]
+    photos[2] = photos[2].convert("RGBA")
+    embedder = SimpleNamespace(
+        embed_images=lambda images: np.stack([i[0, 0] for i in images]) + 0.5
+    )
+    batches = [{"image": photos[:2]}, {"image": photos[2:]}]
+    found = module.Encoder(embedder).encode(batches, task_metadata=None, prompt_type="query")
+    expected = colours + 0.5
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected)
