@@ -223,7 +223,9 @@ def _check_along_any_directions(rng, monkeypatch, kind, n, d, k, first_pass):
     assert_same(search(queries, kept, k), brute_force(queries, gallery, k))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])]
+)
 def test_any_gallery_along_any_directions(rng, monkeypatch, kind):
     _check_along_any_directions(rng, monkeypatch, kind, 300, 130, 7, "float32")
 
@@ -239,6 +241,7 @@ def test_two_hundred_galleries_along_any_directions(rng, monkeypatch):
         _check_along_any_directions(rng, monkeypatch, kind, n, d, k, first_pass)
 
 
+@pytest.mark.slow
 def test_what_was_prepared_is_read_for_its_gallery_alone(rng, cheap_pairs, tmp_path):
     gallery, path = correlated(rng, 300, 192), tmp_path / "gallery.prepared"
     kept = prepare(gallery, k=3, first_pass="bfloat16")
