@@ -18,34 +18,29 @@ from test_processes import curve, finish, starter, together
 
 from cbam_jax.benchmark import machine
 
-# Processes, devices of each, and whether these share the training state.
-RUNS = (
-    (1, 1, False), (1, 2, False), (1, 4, False), (1, 8, False), (1, 8, True),
-    (2, 1, False), (2, 4, True), (4, 1, False), (4, 2, True),
-)  # fmt: skip
+# Processes, and devices of each.
+RUNS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2))
 
 
-def run(start, workdir, processes, devices, shard_state):
+def run(start, workdir, processes, devices):
     """Train; the run's curve."""
-    flag = f"--config.train.shard_state={shard_state}"
     if processes == 1:
-        began = [start(workdir, flag, devices=devices)]
+        began = [start(workdir, devices=devices)]
     else:
-        began = together(start, workdir, processes, flag, devices=devices)
+        began = together(start, workdir, processes, devices=devices)
     for status, _, stderr in finish(*began, within=600):
         if status:
             sys.exit(stderr)
     return curve(workdir)
 
 
-def row(found, expected, processes, devices, shard_state):
+def row(found, expected, processes, devices):
     """What a run gave, beside one process with one device."""
     losses = [found[step, "loss"] for step in (1, 5, 10, 20)]
     apart = max(abs(found[key] - value) / abs(value) for key, value in expected.items() if value)
     return {
         "processes": processes,
         "devices": processes * devices,
-        "shard_state": shard_state,
         "loss_at_1_5_10_20": losses,
         "validation_map@10": found[20, "validation/map@10"],
         "greatest_difference": apart,

@@ -9,6 +9,7 @@ memory of its compilation. The figures are the compiler's for the devices that t
 
 import argparse
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +72,14 @@ def row(name, pixels, devices, shard_state, remat, batch, chunk_size):
         remat=remat,
     )
     state = abstract_state(model, optimizer, mesh, shard_state)
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    print(name, devices, shard_state, f"state: {held / 1e9:.3f} GB a device", flush=True)
     _, cost = compile_cold(step, state, abstract_batch(batch, pixels, mesh))
     asked = {"devices": devices, "shard_state": shard_state, "remat": remat, "batch_size": batch}
+    asked["state_bytes_per_device"] = held
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {"model": name, "parameters": parameters, **asked, "chunk_size": chunk_size, **cost}
 

@@ -87,6 +87,9 @@ def start(options: argparse.Namespace, workdir: Path) -> None:
         return
     log = _keep_aside(workdir, options.process_id)
     local = options.local_device_ids
+    # Where not all come, JAX ends the process rather than to raise.
+    apart = _not_joined(options, f"what JAX said of it is in {log}")
+    _tell_an_abort(f"error: {apart}", 2)
     try:
         jax.distributed.initialize(
             options.coordinator,
@@ -98,7 +101,7 @@ def start(options: argparse.Namespace, workdir: Path) -> None:
         )
     except (ValueError, RuntimeError) as error:
         _leave(InputError(_not_joined(options, str(error))))  # JAX would wait for the others.
-    _tell_an_abort(f"{_lost()}; what JAX said of it is in {log}")
+    _tell_an_abort(f"{_lost()}; what JAX said of it is in {log}", STATUS)
     print(topology(), flush=True)
 
 
@@ -222,16 +225,16 @@ def _keep_aside(workdir: Path, number: int | None) -> Path:
 _handlers: list[Any] = []  # Kept: C holds no reference to them.
 
 
-def _tell_an_abort(line: str) -> None:
+def _tell_an_abort(line: str, status: int) -> None:
     """Print ``line`` where JAX's service ends this process, which it does by SIGABRT.
 
-    It does so from a thread of its own, where no handler of Python's ``signal`` would run.
+    It does so from inside of its own code, where no handler of Python's ``signal`` would run.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def aborted(_: int) -> None:
         print(line, file=sys.stderr, flush=True)
-        os._exit(STATUS)
+        os._exit(status)
 
     _handlers.append(aborted)
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)

@@ -1,16 +1,23 @@
 """Files to start from on a cluster: they are what their programs read, and call ours as it is."""
 
+import argparse
 import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_run import write_photos
 
+from cbam_jax import distributed
 from cbam_jax.catalogue.shards.commands import _parser, wanted
 
 FOLDER = Path(__file__).parent.parent / "examples" / "cluster"
@@ -67,3 +74,89 @@ def test_the_encoder_for_mteb_embeds_every_image_of_every_batch():
     expected = colours + 0.5
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected)
+
+
+# --- training by several processes ---
+
+
+def processes_of(arguments):
+    """The flags of a run of several processes, checked; the rest is the config's."""
+    parser = argparse.ArgumentParser()
+    distributed.add_flags(parser)
+    options, rest = parser.parse_known_args(arguments)
+    distributed.check_flags(options, {})
+    assert options.distributed
+    return options, rest
+
+
+def test_the_training_script_of_slurm():
+    path = FOLDER / "train.sbatch"
+    subprocess.run(["bash", "-n", path], check=True)
+    (command,) = re.findall(r"^srun cbam-jax train (.*)", path.read_text(), re.M)
+    options, rest = processes_of(shlex.split(command))
+    assert (options.coordinator, rest) == (None, ["$@"])  # JAX asks SLURM.
+    assert f'"$status" = {distributed.STATUS} ]' in path.read_text()
+
+
+def test_the_jobset_of_kubernetes():
+    yaml = pytest.importorskip("yaml")
+    jobset = yaml.safe_load((FOLDER / "train-jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    arguments = [text.replace("$(JOB_COMPLETION_INDEX)", "3") for text in container["args"]]
+    options, rest = processes_of(arguments)
+    assert options.num_processes == spec["completions"] == spec["parallelism"]
+    host, _, port = options.coordinator.partition(":")
+    assert host == "{0}-{1}-0-0.{0}".format(jobset["metadata"]["name"], job["name"])
+    assert container["ports"] == [{"containerPort": int(port)}]
+    assert {text.partition("=")[0] for text in rest} == {"--config", "--workdir"}
+
+
+def test_the_task_of_skypilot():
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((FOLDER / "train-sky.yaml").read_text())
+    nodes = {"NODE_IPS": "10.0.0.5\n10.0.0.6", "NUM_NODES": "2", "NODE_RANK": "1"}
+    environment = {f"SKYPILOT_{name}": value for name, value in nodes.items()}
+    shown = task["run"].replace("cbam-jax train", "printf '%s\\n'")
+    words = subprocess.run(
+        ["bash", "-c", shown], env=os.environ | environment, capture_output=True, text=True
+    ).stdout.splitlines()
+    options, _ = processes_of(words)
+    assert options.coordinator == "10.0.0.5:12345"
+    assert (options.num_processes, options.process_id) == (task["num_nodes"], 1)
+
+
+@pytest.mark.processes
+def test_slurm_runs_its_training_script(tmp_path):
+    if shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True).returncode:
+        pytest.skip("no SLURM that answers sinfo")
+    command = tmp_path / "cbam-jax"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m cbam_jax "$@"\n')
+    command.chmod(0o755)
+    fields = {
+        "data.name": write_photos(tmp_path, splits=("train", "validation")),
+        "data.image_size": 32, "data.classes_per_batch": 2, "data.images_per_class": 4,
+        "model.name": "resnet10", "optimizer.warmup_steps": 1, "train.steps": 2,
+        "train.eval_every": 2, "eval.batch_size": 8, "eval.ks": "(5,10)",
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    here = ["--nodes=1", "--ntasks-per-node=2", "--gres=none", "--cpus-per-task=1", "--wait"]
+    script = [str(FOLDER / "train.sbatch"), "--config=quickstart", *flags]
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(FOLDER.parent.parent),
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+    }
+    subprocess.run(
+        ["sbatch", *here, f"--output={tmp_path}/out", *script, f"--workdir={tmp_path}/run"],
+        env=environment,
+        check=True,
+        timeout=900,
+    )
+    told = (tmp_path / "out").read_text()
+    assert {"process 0 of 2", "process 1 of 2"} <= set(re.findall("process . of 2", told))
+    (summary,) = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert summary["finished"]

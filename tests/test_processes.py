@@ -87,7 +87,7 @@ def config(photos):
     return ["--config=quickstart", *(f"--config.{name}={v}" for name, v in fields.items())]
 
 
-def finish(*processes, within=240):
+def finish(*processes, within=480):
     """Wait for all; exit status, stdout and stderr of each."""
     outputs = [process.communicate(timeout=within) for process in processes]
     return [
@@ -202,9 +202,17 @@ def test_where_one_ends_the_others_do(end, start, tmp_path):
         assert line(results[1][2]) == "interrupted: nothing is left half written"
 
 
+def test_sigterm_in_one_stops_all_at_the_same_step(start, tmp_path):
+    results = finish(*together(start, tmp_path / "run", 2, options={1: {"terminate": 3}}))
+    assert [status for status, *_ in results] == [75, 75], results
+    assert "stopped by preemption" in results[0][1]
+    step = json.loads(results[0][1].splitlines()[-1])["step"]
+    assert 3 <= step == last(tmp_path / "run").step < STEPS
+
+
 def test_too_few_processes_are_one_line(start, tmp_path):
     first, second = together(start, tmp_path / "run", 2)
     second.kill()
-    (status, _, stderr), _ = finish(first, second, within=90)
+    (status, _, stderr), _ = finish(first, second, within=180)
     assert status == 2
     assert "the processes did not come together within 50 s" in line(stderr)
