@@ -24,10 +24,11 @@ RUNS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2))
 
 def run(start, workdir, processes, devices):
     """Train; the run's curve."""
+    flag = "--config.model.embedding_dim=16"
     if processes == 1:
-        began = [start(workdir, devices=devices)]
+        began = [start(workdir, flag, devices=devices)]
     else:
-        began = together(start, workdir, processes, devices=devices)
+        began = together(start, workdir, processes, flag, devices=devices)
     for status, _, stderr in finish(*began, within=600):
         if status:
             sys.exit(stderr)

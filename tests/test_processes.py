@@ -70,7 +70,7 @@ def config(photos):
         "data.classes_per_batch": 2,
         "data.images_per_class": 4,
         "model.name": "tiny",
-        "model.embedding_dim": 16,
+        "model.embedding_dim": 1024,  # So that the projection is worth sharing.
         "model.normalize": True,
         "loss.mining": "batch_all",
         "optimizer.name": "sgd",
