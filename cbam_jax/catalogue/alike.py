@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
+from cbam_jax import InputError
+
 if TYPE_CHECKING:
     from cbam_jax.embedder import Embedder
 
@@ -48,11 +50,15 @@ def pair_heat(embedder: "Embedder", query: Photo, result: Photo) -> Alike:
     The programs are compiled the first time, which takes seconds.
 
     Raises:
-        InputError: a photo cannot be decoded, or its box holds no pixel.
+        InputError: a photo cannot be decoded, its box holds no pixel, or the model is a program.
     """
     from cbam_jax import gradcam  # Late, as it loads what computes.
 
     model, side = embedder.model, embedder.preprocessing.image_size
+    if not hasattr(model, "features"):
+        raise InputError(
+            "a program embeds and has no maps to look at: give the model it was exported from, --model"
+        )
     inputs = [model.preprocess(_cut(embedder, p, side)[None]) for p in (query, result)]
     heats = [np.asarray(maps.heat[0]) for maps in gradcam.pair_maps(model, *inputs)]
     larger = max(1, round(_SIDE / side)) * side

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from cbam_jax import InputError
 from cbam_jax.export.loading import Program
 from cbam_jax.preprocessing import check_images
 
@@ -25,11 +24,6 @@ def as_module(program: Program) -> Any:
         def preprocess(self, images: Any) -> Any:
             check_images(images)
             return images
-
-        def features(self, images: Any) -> Any:
-            raise InputError(
-                "a program embeds and has no maps to look at: give the model it was exported from"
-            )
 
         def __call__(self, images: Any) -> Any:
             weights = {name: getattr(self, name)[...] for name in program.weights}

@@ -62,9 +62,9 @@ def save(
     check(folder, to, platforms)
     embed, weights = lowering.split(model)
     document = _document(to, preprocessing, arguments, license)
-    with contextlib.ExitStack() as stack:  # All are there before any takes its place.
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:  # All are there before any takes its place.
             # The contract is entered first, so renamed last: it vouches for the others.
             last = stack.enter_context(written_whole(folder / contract.CONTRACT))
             files = _Files(folder, stack)
@@ -74,15 +74,20 @@ def save(
                 _write_onnx(files, embed, weights, size)
             else:
                 document["programs"] = _write_programs(files, embed, weights, size, platforms)
-            document["files"] = {n: contract.described(path) for n, path in files.paths.items()}
-            document["checksum"] = contract.checksum(document)
-            text = json.dumps(document, indent=2) + "\n"
+            text = _sealed(document, files.paths)
             last.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"{shown(folder)} cannot be written ({error}): choose another folder"
-            ) from error
+    except OSError as error:
+        raise InputError(
+            f"{shown(folder)} cannot be written ({error}): choose another folder"
+        ) from error
     return json.loads(text)
+
+
+def _sealed(document: dict[str, Any], paths: Mapping[str, Path]) -> str:
+    """The contract's text, with what tells damage of the files and of itself."""
+    document["files"] = {name: contract.described(path) for name, path in paths.items()}
+    document["checksum"] = contract.checksum(document)
+    return json.dumps(document, indent=2) + "\n"
 
 
 class _Files:

@@ -18,6 +18,7 @@ import cbam_jax
 from cbam_jax import InputError, export, export_command, models
 from cbam_jax.backbones.layers import DepthwiseConv
 from cbam_jax.catalogue import Catalogue
+from cbam_jax.catalogue.alike import Photo, pair_heat
 from cbam_jax.embedder import Embedder
 from cbam_jax.export import lowering
 from cbam_jax.preprocessing import Preprocessing
@@ -81,8 +82,9 @@ def test_a_program_embeds_photos_as_its_model_does(tmp_path):
     np.testing.assert_allclose(actual.embeddings, expected.embeddings, rtol=0, atol=1e-6)
     assert [path for path, _ in actual.failed] == [str(files[-1])]
     assert loaded.fingerprint == model.fingerprint
-    with pytest.raises(InputError, match="no maps to look at: give the model it was exported"):
-        loaded.model.features(pixels(1, 32))
+    photo = Photo(files[0].read_bytes())
+    with pytest.raises(InputError, match="no maps to look at: give the model it was"):
+        pair_heat(loaded, photo, photo)
 
 
 class Depthwise(nnx.Module):
