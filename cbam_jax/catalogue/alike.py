@@ -57,7 +57,7 @@ def pair_heat(embedder: "Embedder", query: Photo, result: Photo) -> Alike:
     model, side = embedder.model, embedder.preprocessing.image_size
     if not hasattr(model, "features"):
         raise InputError(
-            "a program embeds and has no maps to look at: give the model it was exported from, --model"
+            "a program has no maps to look at: give the model it was exported from, --model=RUN"
         )
     inputs = [model.preprocess(_cut(embedder, p, side)[None]) for p in (query, result)]
     heats = [np.asarray(maps.heat[0]) for maps in gradcam.pair_maps(model, *inputs)]

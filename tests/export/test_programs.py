@@ -83,7 +83,7 @@ def test_a_program_embeds_photos_as_its_model_does(tmp_path):
     assert [path for path, _ in actual.failed] == [str(files[-1])]
     assert loaded.fingerprint == model.fingerprint
     photo = Photo(files[0].read_bytes())
-    with pytest.raises(InputError, match="no maps to look at: give the model it was"):
+    with pytest.raises(InputError, match="a program has no maps to look at: give the model"):
         pair_heat(loaded, photo, photo)
 
 
