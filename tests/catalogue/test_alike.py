@@ -27,7 +27,9 @@ def embedder(monkeypatch):
 
     monkeypatch.setattr(gradcam, "pair_maps", pair_maps)
     fake = FakeEmbedder()
-    fake.model = types.SimpleNamespace(preprocess=lambda images: images.astype(np.float32))
+    fake.model = types.SimpleNamespace(
+        preprocess=lambda images: images.astype(np.float32), features=None
+    )
     fake.preprocessing = CUT
     return fake
 
