@@ -63,6 +63,7 @@ def load_prepared(
 
     Example:
       >>> import os, tempfile
+      >>> from cbam_jax.search import prepare, search
       >>> gallery = np.array([[0.0], [2.0], [3.0]], np.float32)
       >>> path = os.path.join(tempfile.mkdtemp(), "gallery.prepared")
       >>> save_prepared(path, prepare(gallery))

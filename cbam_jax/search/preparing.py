@@ -51,6 +51,7 @@ def prepare(
       ValueError: For NaN or infinite embeddings, other shapes or dtypes, or an unknown metric.
 
     Example:
+      >>> from cbam_jax.search import search
       >>> gallery = prepare(np.array([[0.0], [2.0], [3.0]], np.float32))
       >>> gallery.shape, gallery.width
       ((3, 1), 1)
