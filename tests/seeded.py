@@ -6,7 +6,8 @@ import numpy as np
 from flax import nnx
 from golden.make_backbones import seeded_array
 
-from cbam_jax.backbones.layers import BatchNorm, Conv
+from cbam_jax.backbones.batch_norm import BatchNorm
+from cbam_jax.backbones.layers import Conv
 from cbam_jax.models import create_model
 from cbam_jax.pretrained import create_classifier, load_pretrained
 

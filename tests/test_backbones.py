@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from cbam_jax.backbones import layers, resnet
+from cbam_jax.backbones.batch_norm import BatchNorm
 from cbam_jax.backbones.layers import (
-    BatchNorm,
     Conv,
     DepthwiseConv,
     kaiming_normal,
@@ -146,74 +146,6 @@ def test_max_pool_gradient_goes_to_the_greatest(rng, shape, size, strides, paddi
     dy = rng.normal(size=y.shape).astype(np.float32)
     expected = slow_max_pool_gradient(x, dy, size, strides, padding)
     np.testing.assert_allclose(gradient(jnp.asarray(dy))[0], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("height", [6, 7, 11, 16])
-def test_batch_norm_sums_maps_of_any_height(rng, height):
-    x = rng.normal(2.0, 3.0, (2, height, 3, 4)).astype(np.float32)
-    norm = BatchNorm(4, rngs=nnx.Rngs(0))
-    norm(jnp.asarray(x))
-    expected = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2), ddof=1)
-    np.testing.assert_allclose(norm.var[...], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 3, 5), (2, 4, 3, 3), (1, 2, 3, 3, 4)])
-def test_batch_norm_names_another_shape(shape):
-    with pytest.raises(ValueError, match=r"BatchNorm: x has shape .* expected \[b, h, w, 4\]"):
-        BatchNorm(4, rngs=nnx.Rngs(0))(jnp.zeros(shape))
-
-
-def test_batch_norm_against_float64(rng):
-    x = rng.normal(40.0, 2.0, (3, 4, 5, 6)).astype(np.float32)
-    norm = BatchNorm(6, rngs=nnx.Rngs(0))
-    norm.scale[...] = jnp.asarray(rng.normal(1, 0.3, 6), jnp.float32)
-    norm.bias[...] = jnp.asarray(rng.normal(size=6), jnp.float32)
-    scale, bias = np.asarray(norm.scale[...], np.float64), np.asarray(norm.bias[...], np.float64)
-    exact = x.astype(np.float64)
-    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
-    y = norm(jnp.asarray(x))
-    np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5) * scale + bias, atol=2e-5)
-    # Torch's running averages: momentum 0.1, unbiased variance (n = 60).
-    np.testing.assert_allclose(norm.mean[...], 0.1 * mean, rtol=1e-5)
-    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * var * 60 / 59, rtol=1e-5)
-    evaluated = nnx.view(norm, use_running_average=True)(jnp.asarray(x))
-    mean, var = np.asarray(norm.mean[...], np.float64), np.asarray(norm.var[...], np.float64)
-    running = (exact - mean) / np.sqrt(var + 1e-5)
-    np.testing.assert_allclose(evaluated, running * scale + bias, rtol=1e-5)
-
-
-def test_batch_norm_gradient_is_autodiffs(rng):
-    x = jnp.asarray(rng.normal(2.0, 3.0, (3, 4, 5, 6)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    scale = jnp.asarray(rng.normal(1, 0.3, 6), jnp.float32)
-    bias = jnp.asarray(rng.normal(size=6), jnp.float32)
-
-    def written_out(x, scale, bias):
-        norm = BatchNorm(6, rngs=nnx.Rngs(0))
-        norm.scale[...], norm.bias[...] = scale, bias
-        return jnp.sum(weight * jnp.tanh(norm(x)))
-
-    def by_definition(x, scale, bias):
-        mean = jnp.mean(x, (0, 1, 2), keepdims=True)
-        var = jnp.var(x, (0, 1, 2), keepdims=True)
-        y = (x - mean) / jnp.sqrt(var + 1e-5) * scale.reshape(1, 1, 1, -1)
-        return jnp.sum(weight * jnp.tanh(y + bias.reshape(1, 1, 1, -1)))
-
-    ours = jax.grad(written_out, argnums=(0, 1, 2))(x, scale, bias)
-    theirs = jax.grad(by_definition, argnums=(0, 1, 2))(x, scale, bias)
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_batch_norm_stays_float32_in_bfloat16(rng):
-    # Mean 100, deviation 0.1: in bfloat16 the statistics themselves would be lost.
-    norm = nnx.view(BatchNorm(4, rngs=nnx.Rngs(0)), use_running_average=True)
-    norm.mean[...] = jnp.full((4,), 100.3)
-    norm.var[...] = jnp.full((4,), 0.01)
-    x = jnp.full((1, 2, 2, 4), 100.5, jnp.bfloat16)
-    assert norm(x).dtype == jnp.bfloat16
-    expected = (float(x[0, 0, 0, 0]) - 100.3) / 0.1
-    np.testing.assert_allclose(norm(x).astype(np.float32), expected, rtol=0.02)
 
 
 @pytest.mark.slow

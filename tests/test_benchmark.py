@@ -13,7 +13,7 @@ from flax import nnx
 from seeded import SmallBackbone
 
 from cbam_jax import benchmark, models, steps
-from cbam_jax.backbones import layers
+from cbam_jax.backbones import batch_norm
 from cbam_jax.benchmark import __main__ as command
 from cbam_jax.benchmark import (
     benchmark_search,
@@ -119,7 +119,7 @@ def replicated_operations():
 @pytest.mark.slow
 def test_a_device_of_n_does_an_nth_of_the_work(capsys, small, monkeypatch):
     # Sums over slices repeat what is fused with them, which XLA does or not depending on sizes.
-    monkeypatch.setattr(layers, "_SLICES", 1)
+    monkeypatch.setattr(batch_norm, "_SLICES", 1)
     sizes = ("--model=resnet18", "--image_size=16", "--batch_size=16", "--images_per_class=4")
     with jax.numpy_dtype_promotion("standard"):  # As optax's Adam needs it.
         results = {n: run(capsys, "train", *sizes, f"--devices={n}") for n in (1, 2, 8)}

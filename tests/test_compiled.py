@@ -67,6 +67,29 @@ def test_kernels_of_a_gpus_text():
     assert kernels(CALLED) == (2, (64 + 64 + 1000 + 64) + (64 + 64 + 4))
 
 
+# The first operand is read at one pixel, seen in another shape; the second in full as well.
+SLICED = """
+%pixel (a: bf16[64,4], b: f32[8,4]) -> f32[1,4] {
+  %b = f32[8,4]{1,0} parameter(1)
+  %a = bf16[64,4]{1,0} parameter(0)
+  %map = bf16[8,8,4]{2,1,0} bitcast(%a)
+  %p = bf16[1,1,4]{2,1,0} slice(%map), slice={[0:1], [3:4], [0:4]}
+  %q = f32[1,4]{1,0} slice(%b), slice={[0:1], [0:4]}
+  ROOT %r = f32[1,4]{1,0} fancy(%p, %q, %b)
+}
+
+ENTRY %main {
+  %x = bf16[64,4]{1,0} parameter(0)
+  %w = f32[8,4]{1,0} parameter(1)
+  ROOT %sum = f32[1,4]{1,0} fusion(%x, %w), kind=kLoop, calls=%pixel
+}
+"""
+
+
+def test_of_an_operand_that_is_sliced_the_slice_counts():
+    assert kernels(SLICED) == (1, 8 + 8 * 4 * 4 + 4 * 4)
+
+
 def test_operations_of_the_program_that_xla_is_given(rng, monkeypatch):
     """Where it counts none of its own, as on a GPU: those of all devices, shared out."""
     mesh = steps.data_mesh()

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cbam_jax import distances
 from cbam_jax.distances import l2_normalize, pairwise_distances
 
 
@@ -123,9 +124,9 @@ def test_a_row_that_is_not_finite_spoils_its_own_distances_alone(rng, value):
     clean = [0, 1, 3, 4]
     actual = np.asarray(pairwise_distances(broken, broken))
     same = jnp.asarray(broken)
-    for distances in (actual, np.asarray(pairwise_distances(same, same))):
-        assert not np.isfinite(distances[2]).any()
-        assert not np.isfinite(distances[:, 2]).any()
+    for both in (actual, np.asarray(pairwise_distances(same, same))):
+        assert not np.isfinite(both[2]).any()
+        assert not np.isfinite(both[:, 2]).any()
         np.testing.assert_allclose(
             distances[np.ix_(clean, clean)],
             np.linalg.norm(x[clean, None] - x[None, clean], axis=-1),
@@ -145,3 +146,20 @@ def test_a_batch_of_batches_is_refined_by_a_loop_and_not_by_both_sides_of_a_bran
     exact = x.astype(np.float64)
     expected = np.linalg.norm(exact[:, :, None] - exact[:, None], axis=-1)
     np.testing.assert_allclose(jax.jit(find)(x), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_an_accelerator_takes_few_differences_themselves(rng, monkeypatch):
+    """No product, whose digits would cancel, and no loop that depends on what it gave."""
+    x = rng.normal(1e3, 1e-3, (5, 7)).astype(np.float32)
+    y = np.concatenate([x[1:3], rng.normal(1e3, 1.0, (2, 7)).astype(np.float32)])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    find = lambda x, y: distances._distances.__wrapped__(False, True, x, y)  # noqa: E731
+    program = str(jax.make_jaxpr(find)(x, y))
+    assert "dot_general" not in program
+    assert "while" not in program
+    exact = np.square(x[:, None].astype(np.float64) - y[None].astype(np.float64)).sum(-1)
+    found = jax.jit(find)(x, y)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    assert found[1, 0] == found[2, 1] == 0
+    monkeypatch.setattr(distances, "_FEW_DIFFERENCES", x.shape[0] * y.size - 1)
+    assert "dot_general" in str(jax.make_jaxpr(lambda x, y: find(x, y))(x, y))

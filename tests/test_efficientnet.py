@@ -10,8 +10,9 @@ from golden.make_efficientnet import HEIGHT, WIDTH
 from seeded import Add, jitted, seeded_model, torch_arrays
 
 from cbam_jax.backbones import layers
+from cbam_jax.backbones.batch_norm import BatchNorm
 from cbam_jax.backbones.efficientnet import EfficientNetLite, InvertedResidual
-from cbam_jax.backbones.layers import BatchNorm, Conv, DepthwiseConv
+from cbam_jax.backbones.layers import Conv, DepthwiseConv
 from cbam_jax.pretrained import load_pretrained
 
 

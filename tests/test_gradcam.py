@@ -13,7 +13,7 @@ from golden.make_gradcam import CASES, inputs
 from seeded import seeded_model
 
 from cbam_jax.attention import CBAM, SqueezeExcite
-from cbam_jax.backbones.layers import BatchNorm
+from cbam_jax.backbones.batch_norm import BatchNorm
 from cbam_jax.gradcam import METHODS, attention_gates, find_layer, grad_cam, pair_maps
 
 

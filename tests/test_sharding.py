@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cbam_jax import model_state, steps
 from cbam_jax.attention import CBAM
-from cbam_jax.backbones.layers import BatchNorm, Conv, DepthwiseConv
+from cbam_jax.backbones.batch_norm import BatchNorm
+from cbam_jax.backbones.layers import Conv, DepthwiseConv
 from cbam_jax.distances import pairwise_distances
 from cbam_jax.losses import cross_entropy_loss, triplet_loss
 from cbam_jax.metrics import count_relevant, label_matches, retrieval_metrics

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, Conv, DepthwiseConv
+from cbam_jax.backbones.batch_norm import BatchNorm, conv_norm
+from cbam_jax.backbones.layers import Conv, DepthwiseConv
 from cbam_jax.remat import recomputable
 
 # Blocks, kernel size, strides of the first block, expansion, channels.
@@ -65,10 +66,10 @@ class InvertedResidual(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
         shortcut = x
-        if self.expand_conv is not None and self.bn0 is not None:
-            x = nnx.relu6(self.bn0(self.expand_conv(x)))
-        x = nnx.relu6(self.bn1(self.depthwise_conv(x)))
-        x = self.bn2(self.project_conv(x))
+        if self.expand_conv is not None:
+            x = conv_norm(self.expand_conv, self.bn0, x, nnx.relu6)
+        x = conv_norm(self.depthwise_conv, self.bn1, x, nnx.relu6)
+        x = conv_norm(self.project_conv, self.bn2, x)
         return x + shortcut if x.shape == shortcut.shape else x
 
 
@@ -113,10 +114,10 @@ class EfficientNetLite(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the last feature map, after its attention."""
-        x = nnx.relu6(self.bn0(self.conv_stem(images)))
+        x = conv_norm(self.conv_stem, self.bn0, images, nnx.relu6)
         if self.stem_attention is not None:
             x = self.stem_attention(x)
         for block in self.blocks:
             x = block(x)
-        x = nnx.relu6(self.bn1(self.conv_head(x)))
+        x = conv_norm(self.conv_head, self.bn1, x, nnx.relu6)
         return x if self.last_attention is None else self.last_attention(x)

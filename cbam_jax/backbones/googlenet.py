@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, Conv, adaptive_average_pool, max_pool
+from cbam_jax.backbones.batch_norm import BatchNorm, conv_norm
+from cbam_jax.backbones.layers import Conv, adaptive_average_pool, max_pool
 from cbam_jax.remat import recomputable
 
 # Input width, then the widths of 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: the
@@ -64,7 +65,7 @@ class BasicConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the three."""
-        return nnx.relu(self.bn(self.conv(x)))
+        return conv_norm(self.conv, self.bn, x, nnx.relu)
 
 
 def _max_pool_same(x: jax.Array) -> jax.Array:

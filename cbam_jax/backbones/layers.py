@@ -1,6 +1,6 @@
-"""Convolutions, BatchNorm and max-pool with torch's conventions, in the form XLA runs fastest.
+"""Convolutions and pooling with torch's conventions, in the form XLA runs fastest.
 
-Parameters are float32 and shaped as ``nnx.Conv`` and ``nnx.BatchNorm`` shape them.
+Parameters are float32 and shaped as ``nnx.Conv`` shapes them.
 """
 
 import math
@@ -31,8 +31,6 @@ from cbam_jax.sharding import as_varying
 _FEW_PIXELS = 16
 # From which on the gradient of a strided convolution's input is a product; see _convolve.
 _MANY_PIXELS = 28 * 28
-# Most slices that a sum over a map starts with, see _channel_sum; more take long to compile.
-_SLICES = 8
 # Fewest numbers that are drawn at once; see kaiming_normal.
 _FEWEST_DRAWN = 4**8
 
@@ -102,14 +100,18 @@ class Conv(nnx.Module):
         """Map [b, h, w, c] to [b, h', w', d]."""
         kernel = self.kernel[...].astype(self.dtype)
         x = x.astype(self.dtype)
-        place = Window.same if self.same else Window.over
-        window = place(x, kernel.shape[0], self.strides)
+        window = self.window(x)
         few = window.height * window.width <= _FEW_PIXELS and on_cpu()
         if (window.size > 1 or for_onnx()) and not few:
             return _convolve(x, kernel, window)
         columns = jnp.concatenate(views_of(x, window, 0.0), axis=-1)
         product = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(columns.shape[-1], -1)
         return product.reshape(x.shape[0], window.height, window.width, -1)
+
+    def window(self, x: jax.Array) -> Window:
+        """Return the places where the kernel stands on [b, h, w, c]."""
+        place = Window.same if self.same else Window.over
+        return place(x, self.kernel.shape[0], self.strides)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -172,7 +174,7 @@ class DepthwiseConv(nnx.Module):
         """Map [b, h, w, c] to [b, h', w', c]."""
         kernel = self.kernel[...].astype(self.dtype)
         x = x.astype(self.dtype)
-        window = Window.same(x, kernel.shape[0], self.strides)
+        window = self.window(x)
         if not on_cpu():
             return convolution(x, kernel, window, groups=x.shape[-1])
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
@@ -186,6 +188,10 @@ class DepthwiseConv(nnx.Module):
                 "mode (vjp, jacrev), or an accelerator"
             ) from error
         return y.astype(self.dtype)
+
+    def window(self, x: jax.Array) -> Window:
+        """Return the places where the kernel stands on [b, h, w, c]."""
+        return Window.same(x, self.kernel.shape[0], self.strides)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -226,135 +232,6 @@ def _depthwise_kernel_gradient(x: jax.Array, dy: jax.Array, window: Window) -> j
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
-
-
-class BatchNorm(nnx.Module):
-    """BatchNorm over [b, h, w] in float32, with torch's defaults and torch's running variance.
-
-    The running variance is the unbiased one, as in torch (``nnx.BatchNorm`` keeps the biased one).
-    ``momentum`` is the share that is kept: 0.9 is torch's 0.1. Statistics and the normalisation are
-    float32 whatever the dtype of the input, which the result takes on again. ``scale`` is where the
-    scales start. The batch is the
-    global one: under ``jit`` over a mesh the sums run over all devices.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        *,
-        epsilon: float = 1e-5,
-        momentum: float = 0.9,
-        scale: float = 1.0,
-        rngs: nnx.Rngs,
-    ):
-        del rngs  # Nothing is random; taken so that all layers are built alike.
-        self.scale = nnx.Param(jnp.full((features,), scale, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
-        self.mean = nnx.BatchStat(jnp.zeros((features,), jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones((features,), jnp.float32))
-        self.epsilon = epsilon
-        self.momentum = momentum
-        self.use_running_average = False
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Choose running (True) or batch (False) statistics; called by ``nnx.view``."""
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise [b, h, w, c]; in training, update the running statistics in place."""
-        if x.ndim != 4 or x.shape[-1:] != self.scale.shape:
-            raise ValueError(
-                f"BatchNorm: x has shape {x.shape}, expected [b, h, w, {self.scale.shape[0]}]"
-            )
-        if self.use_running_average:
-            inverse = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
-            y = _per_channel(x.astype(jnp.float32), self.mean[...], inverse, self.bias[...])
-            return y.astype(x.dtype)
-        results: Any = _normalize(self.epsilon, x, self.scale[...], self.bias[...])
-        y, mean, var = results
-        count = x.size // x.shape[-1]
-        self._update(mean, var * (count / max(count - 1, 1)))
-        return y
-
-    def _update(self, mean: jax.Array, var: jax.Array) -> None:
-        keep = self.momentum
-        self.mean[...] = keep * self.mean[...] + (1 - keep) * lax.stop_gradient(mean)
-        self.var[...] = keep * self.var[...] + (1 - keep) * lax.stop_gradient(var)
-
-
-def _per_channel(x: jax.Array, mean: jax.Array, inverse: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean) * inverse + bias, each [c]; the mean first, so that large means do not cancel."""
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    return (x - mean.reshape(shape)) * inverse.reshape(shape) + bias.reshape(shape)
-
-
-def _channel_sum(x: jax.Array) -> jax.Array:
-    """Sum [b, h, w, c], the result of a calculation, to [c].
-
-    Before a reduction over rows XLA's CPU backend writes what is to be summed to memory. It does
-    not before an addition of slices, which leaves a reduction of an eighth of the size.
-    """
-    if not on_cpu():
-        return jnp.sum(x, axis=(0, 1, 2))
-    parts = _slices(x.shape[1])
-    sliced = x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:])
-    return jnp.sum(reduce(jnp.add, [sliced[:, i] for i in range(parts)]), axis=(0, 1, 2))
-
-
-def _slices(height: int) -> int:
-    return max(n for n in range(1, _SLICES + 1) if height % n == 0)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(
-    epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise by the batch's own statistics; also its mean and biased variance, both [c]."""
-    return _normalized(epsilon, x, scale, bias)
-
-
-def _normalized(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array):
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=(0, 1, 2))
-    # Two passes: E[x^2] - E[x]^2 in one would cancel where the mean is large.
-    var = _channel_sum(jnp.square(x32 - mean.reshape(1, 1, 1, -1))) / (x.size // x.shape[-1])
-    inverse = lax.rsqrt(var + epsilon)
-    y = _per_channel(x32, mean, scale * inverse, bias).astype(x.dtype)
-    return y, mean, var
-
-
-@_normalize.defjvp
-def _normalize_jvp(epsilon: float, primals: Any, tangents: Any):
-    # No gradient flows through the returned statistics, which only feed the running averages; but
-    # second derivatives do through these.
-    y, mean, var = _normalized(epsilon, *primals)
-    x, scale, _ = primals
-    # Kept for the backward pass is x alone. Without a barrier (prevent_cse): it would be read once
-    # more behind it.
-    change = jax.checkpoint(_normalized_change, prevent_cse=False)
-    changed = change(x, mean, lax.rsqrt(var + epsilon), scale, *tangents)
-    return (y, mean, var), (changed, jnp.zeros_like(mean), jnp.zeros_like(var))
-
-
-def _normalized_change(x, mean, inverse, scale, dx, d_scale, d_bias):
-    # Backwards one pass over the feature map for two sums, of what is spread, and one for the rest.
-    normalized = _per_channel(x.astype(jnp.float32), mean, inverse, jnp.zeros_like(mean))
-    dx = dx.astype(jnp.float32) * inverse.reshape(1, 1, 1, -1)
-    count = x.size // x.shape[-1]
-    offset = d_bias - scale * (jnp.sum(dx, axis=(0, 1, 2)) / count)
-    slope = d_scale - scale * (jnp.sum(normalized * dx, axis=(0, 1, 2)) / count)
-    change = dx * scale.reshape(1, 1, 1, -1) + offset.reshape(1, 1, 1, -1)
-    return (change + normalized * _spread(slope, x)).astype(x.dtype)
-
-
-def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Repeat [c] over a map [b, h, w, c]: the transpose of `_channel_sum`."""
-    if not on_cpu():
-        return jnp.broadcast_to(x.reshape(1, 1, 1, -1), like.shape)
-    parts = _slices(like.shape[1])
-    shape = (like.shape[0], like.shape[1] // parts, *like.shape[2:])
-    return jnp.concatenate([jnp.broadcast_to(x.reshape(1, 1, 1, -1), shape)] * parts, axis=1)
 
 
 def max_pool(

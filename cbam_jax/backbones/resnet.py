@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, Conv, max_pool_3x3
+from cbam_jax.backbones.batch_norm import BatchNorm, conv_norm
+from cbam_jax.backbones.layers import Conv, max_pool_3x3
 from cbam_jax.remat import recomputable
 
 
@@ -30,10 +31,11 @@ def _downsample(
     return nnx.List([convolution, BatchNorm(features, rngs=rngs)])
 
 
-def _apply(layers: nnx.List | None, x: jax.Array) -> jax.Array:
-    for layer in layers or ():
-        x = layer(x)
-    return x
+def _shortcut(downsample: nnx.List | None, x: jax.Array) -> jax.Array:
+    if downsample is None:
+        return x
+    conv, norm = downsample
+    return conv_norm(conv, norm, x)
 
 
 class BasicBlock(nnx.Module):
@@ -59,10 +61,9 @@ class BasicBlock(nnx.Module):
     @recomputable
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        shortcut = _apply(self.downsample, x)
-        x = nnx.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        return nnx.relu(x + shortcut)
+        shortcut = _shortcut(self.downsample, x)
+        x = conv_norm(self.conv1, self.bn1, x, nnx.relu)
+        return conv_norm(self.conv2, self.bn2, x, nnx.relu, shortcut)
 
 
 class Bottleneck(nnx.Module):
@@ -91,11 +92,10 @@ class Bottleneck(nnx.Module):
     @recomputable
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the block."""
-        shortcut = _apply(self.downsample, x)
-        x = nnx.relu(self.bn1(self.conv1(x)))
-        x = nnx.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        return nnx.relu(x + shortcut)
+        shortcut = _shortcut(self.downsample, x)
+        x = conv_norm(self.conv1, self.bn1, x, nnx.relu)
+        x = conv_norm(self.conv2, self.bn2, x, nnx.relu)
+        return conv_norm(self.conv3, self.bn3, x, nnx.relu, shortcut)
 
 
 class ResNet(nnx.Module):
@@ -139,12 +139,13 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the last feature map, after its attention."""
-        x = nnx.relu(self.bn1(self.conv1(images)))
+        x = conv_norm(self.conv1, self.bn1, images, nnx.relu)
         if self.stem_attention is not None:
             x = self.stem_attention(x)
         x = max_pool_3x3(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = _apply(stage, x)
+            for block in stage:
+                x = block(x)
         return x if self.last_attention is None else self.last_attention(x)
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cbam_jax.backbones.layers import BatchNorm, kaiming_normal, max_pool
+from cbam_jax.backbones.batch_norm import BatchNorm
+from cbam_jax.backbones.layers import kaiming_normal, max_pool
 
 # Widths of the 3 x 3 convolutions; None is a max-pool. The paper's configuration "D".
 _VGG16 = (64, 64, None, 128, 128, None, *(256,) * 3, None, *(512,) * 3, None, *(512,) * 3, None)

@@ -6,6 +6,7 @@ that XLA is given: of its own it counts none inside a library's call (cuDNN, cuB
 GPUs' programs nothing at all.
 """
 
+import collections
 import contextlib
 import math
 import re
@@ -26,7 +27,7 @@ _OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # A line of a program: its name, its result's type, the operation, its operands and the rest.
 _LINE = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)")
-_NOT_RUN = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
+_NOT_RUN = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant", "opt-barrier")
 
 
 @contextlib.contextmanager
@@ -102,8 +103,8 @@ def _devices(compiled: Any) -> int:
 def kernels(text: str) -> tuple[int, int]:
     """Count the operations that a compiled program starts, and the bytes that they read and write.
 
-    Each counts its operands and its results, as if nothing stayed in a cache; a loop counts once,
-    as what it is given and gives back.
+    Each counts its operands, of one that it takes slices of these alone, and its results, as if
+    nothing stayed in a cache; a loop counts once, as what it is given and gives back.
 
     Example:
       >>> kernels('''
@@ -113,17 +114,57 @@ def kernels(text: str) -> tuple[int, int]:
       ... }''')
       (1, 512)
     """
-    entry = text[text.index("\nENTRY ") :].splitlines()[1:]
-    found = [match.groups() for match in map(_LINE.match, entry) if match]
+    start = text.index("\nENTRY ")
+    sliced = _slices_of_fusions(text[:start])
+    found = _lines(text[start:])
     sizes = {name: _all_bytes(result) for name, result, _, _ in found}
     count = moved = 0
     for name, _, operation, rest in found:
         if operation in _NOT_RUN or operation.endswith("-done"):
             continue
-        operands = dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
         count += 1
-        moved += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
+        moved += sizes[name]
+        called = re.search(r"calls=%([\w.\-]+)", rest)
+        read = sliced.get(called[1], {}) if called else {}
+        operands = {operand: place for place, operand in enumerate(_operands(rest))}
+        for operand, place in operands.items():
+            size = sizes.get(operand, 0)
+            moved += min(read.get(place, size), size)
     return count, moved
+
+
+def _lines(text: str) -> list[tuple[str, ...]]:
+    return [match.groups() for match in map(_LINE.match, text.splitlines()) if match]
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+
+
+def _slices_of_fusions(text: str) -> dict[str, dict[int, int]]:
+    """Bytes that a fusion reads of the operands of which it takes slices alone, by their place."""
+    found = {}
+    for computation in text.split("\n\n"):
+        name = re.search(r"%([\w.\-]+) \(", computation)
+        if name is not None:
+            found[name[1]] = _slices(_lines(computation))
+    return found
+
+
+def _slices(lines: list[tuple[str, ...]]) -> dict[int, int]:
+    places: dict[str, int] = {}  # Of parameters, and of what is one seen in another shape.
+    read, whole = collections.Counter(), set()
+    for name, result, operation, rest in lines:
+        if operation == "parameter":
+            places[name] = int(rest.split(")")[0])
+        taken = {places[operand] for operand in _operands(rest) if operand in places}
+        if operation == "bitcast" and taken:
+            (places[name],) = taken
+        elif operation == "slice":
+            read.update(dict.fromkeys(taken, _all_bytes(result)))
+        else:
+            whole |= taken
+    return {place: size for place, size in read.items() if place not in whole}
 
 
 def program_memory(compiled: Any) -> dict[str, int] | None:

@@ -34,7 +34,8 @@ import numpy as np
 from flax import nnx
 
 from cbam_jax import command_line, models, training
-from cbam_jax.backbones.layers import BatchNorm, Conv
+from cbam_jax.backbones.batch_norm import BatchNorm
+from cbam_jax.backbones.layers import Conv
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.runlog import read_log
 
