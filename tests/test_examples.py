@@ -125,6 +125,7 @@ def test_the_task_of_skypilot():
     options, _ = processes_of(words)
     assert options.coordinator == "10.0.0.5:12345"
     assert (options.num_processes, options.process_id) == (task["num_nodes"], 1)
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == distributed.STATUS
 
 
 @pytest.mark.processes
