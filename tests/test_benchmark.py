@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from seeded import SmallBackbone
 
-from cbam_jax import benchmark, models, steps
+from cbam_jax import InputError, benchmark, models, steps
 from cbam_jax.backbones import batch_norm
 from cbam_jax.benchmark import __main__ as command
 from cbam_jax.benchmark import (
@@ -200,6 +200,8 @@ PHOTOS = [cv2.imencode(".jpg", np.zeros((40, 30, 3), np.uint8))[1].tobytes()]
         (["search", "--devices=99"], "--devices is 99, there are 8"),
         (["search", "--embeddings=setup.cfg"], "--embeddings=setup.cfg: no embeddings: give clust"),
         (["search", "--embeddings=clusters:wide"], "--embeddings=clusters:wide: no embeddings: gi"),
+        (["search", "--embeddings=clusters:nan"], "=clusters:nan: give a spread from 0 to 1e6"),
+        (["search", "--embeddings=clusters:-1"], "=clusters:-1: give a spread from 0 to 1e6"),
         (["search", "--embeddings=a", "--memmap=b"], "leave out --memmap or --embeddings"),
         (["search", "--gallery=9", "--devices=2"], "--gallery 9 is no multiple of 2 devices"),
     ],
@@ -223,6 +225,20 @@ def test_searches_are_measured_on_the_embeddings_of_a_file(rng, tmp_path):
     noise = more - x[np.arange(30) % 9]
     assert 0 < np.abs(noise).max() < 0.3
     assert not np.array_equal(more[:9], more[9:18])
+
+
+def test_a_damaged_file_of_embeddings_is_told_in_a_line(rng, tmp_path):
+    path, x = tmp_path / "embeddings.npz", rng.normal(size=(9, 5)).astype(np.float16)
+    np.savez(path, embedding=x)
+    whole = path.read_bytes()
+    for damaged in whole[:-30], whole[:100], b"PK\3\4":
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"embeddings\.npz: no embeddings: give clusters"):
+            galleries.queries_and_gallery(str(path), 4, None, 99)
+    x[3, 2] = np.nan
+    np.savez(path, embedding=x)
+    with pytest.raises(InputError, match=r"npz: NaN or infinity in it"):
+        galleries.queries_and_gallery(str(path), 4, None, 99)
 
 
 @pytest.mark.slow

@@ -231,10 +231,10 @@ def test_any_gallery_along_any_directions(rng, monkeypatch, kind):
 
 
 @pytest.mark.slow
-def test_two_hundred_galleries_along_any_directions(rng, monkeypatch):
+def test_eighty_galleries_along_any_directions(rng, monkeypatch):
     """Sizes come from short lists: each new combination is compiled."""
     cases = [(n, d, k) for n, d in ((40, 130), (700, 150)) for k in (1, n // 9, n)]
-    for number in range(200):
+    for number in range(80):
         n, d, k = cases[number % len(cases)]
         first_pass = ("bfloat16", "float32")[number // len(cases) % 2]
         kind = KINDS[number % len(KINDS)]
@@ -256,10 +256,29 @@ def test_what_was_prepared_is_read_for_its_gallery_alone(rng, cheap_pairs, tmp_p
     with pytest.raises(ValueError, match=r"gallery\.prepared was prepared of another gallery"):
         load_prepared(path, gallery[::-1].copy())
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:-3000] + bytes(9) + whole[-2991:], b"x"):
+    list_of_contents = whole.rindex(b"PK\x01\x02")
+    method = list_of_contents + 10  # How a member is compressed: not in a way there is.
+    unknown = whole[:method] + bytes([99]) + whole[method + 1 :]
+    away = list_of_contents + 42  # Where a member begins: before the file does.
+    nowhere = whole[:away] + b"\xff\xff\xff\x7f" + whole[away + 4 :]
+    half, other = whole[: len(whole) // 2], whole[:-3000] + bytes(9) + whole[-2991:]
+    for damaged in (half, other, b"x", unknown, nowhere):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"gallery\.prepared is damaged"):
             load_prepared(path, gallery)
+    with open(path, "wb") as file:
+        np.savez(file, about=np.array('{"content": {}}'))
+    with pytest.raises(ValueError, match=r"gallery\.prepared is damaged"):
+        load_prepared(path, gallery)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5])
+def test_prepare_asks_for_a_whole_k(rng, k):
+    gallery = rng.normal(size=(20, 3)).astype(np.float32)
+    with pytest.raises(ValueError, match=f"k is {k}: give a whole number from 1"):
+        prepare(gallery, k=k)
+    with pytest.raises(ValueError, match=f"k is {k}, but the gallery has 20 items; k is a whole"):
+        search(gallery, gallery, k)
 
 
 def test_a_search_asks_for_what_was_prepared(rng):

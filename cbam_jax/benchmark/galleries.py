@@ -50,12 +50,15 @@ def of_file(path: str, count: int | None) -> np.ndarray:
       InputError: Where there are none.
     """
     try:
-        file = np.load(Path(path).expanduser(), allow_pickle=False)
-        y = (file if isinstance(file, np.ndarray) else file["embedding"]).astype(np.float32)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        with open(Path(path).expanduser(), "rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            y = (file if isinstance(file, np.ndarray) else file["embedding"]).astype(np.float32)
+    except Exception as error:  # Of a damaged archive zipfile and NumPy raise many kinds.
         raise InputError(_wrong(path)) from error
     if y.ndim != 2 or not y.size:
         raise InputError(_wrong(path))
+    if not np.isfinite(y).all():
+        raise InputError(f"--embeddings={path}: NaN or infinity in it: leave such rows out")
     if count is None or count <= len(y):
         return y[:count]
     noise = np.float32(_NOISE * y.std()) * embeddings(count, y.shape[1], seed=3)
@@ -67,6 +70,17 @@ def _wrong(path: str) -> str:
         f"--embeddings={path}: no embeddings: give clusters:0.05, an array in a .npy file, "
         "or the embeddings.npz of an evaluation"
     )
+
+
+def _spread(source: str, given: str) -> float:
+    """The spread that ``source`` gives clusters."""
+    try:
+        spread = float(given)
+    except ValueError as error:
+        raise InputError(_wrong(source)) from error
+    if not 0 <= spread <= 1e6:  # Beyond, the centres are rounded away.
+        raise InputError(f"--embeddings={source}: give a spread from 0 to 1e6")
+    return spread
 
 
 def queries_and_gallery(
@@ -91,10 +105,7 @@ def queries_and_gallery(
         return embeddings(queries, dim, seed=1), embeddings(gallery or 100_000, dim, seed=2)
     kind, _, spread = source.partition(":")
     if kind == "clusters":
-        try:
-            y = clustered(gallery or 100_000, dim, float(spread))
-        except ValueError as error:
-            raise InputError(_wrong(source)) from error
+        y = clustered(gallery or 100_000, dim, _spread(source, spread))
     else:
         y = of_file(source, gallery)
     return y[np.random.default_rng(4).integers(0, len(y), queries)], y

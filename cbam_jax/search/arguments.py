@@ -1,5 +1,6 @@
 """What `search` and `top_k` are given, checked before they begin; of tracers the shapes alone."""
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -32,8 +33,10 @@ def check(
     """Raises a ValueError for what does not fit together or is not known; of ``items`` in all."""
     if queries.shape[1] != gallery[1]:
         raise ValueError(f"queries are {queries.shape[1]} wide, the gallery {gallery[1]}")
-    if not 1 <= k <= items:
-        raise ValueError(f"k is {k}, but the gallery has {items} items; k is from 1 to that")
+    if not isinstance(k, Integral) or not 1 <= k <= items:
+        raise ValueError(
+            f"k is {k}, but the gallery has {items} items; k is a whole number from 1 to that"
+        )
     if items >= 2**31:
         raise ValueError(f"the gallery has {items} items, indices are int32")
     if metric not in METRICS:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from cbam_jax.search.types import Shard
 from cbam_jax.whole_files import written_whole
 
 _BITS = {2: np.uint16, 4: np.uint32}  # NumPy's files have no bfloat16.
+_ABOUT = {"metric", "dtype", "scale", "candidates", "gallery", "content"}
 
 
 def save_prepared(path: str | os.PathLike, prepared: Prepared) -> None:
@@ -60,6 +60,7 @@ def load_prepared(
 
     Raises:
       ValueError: Where the file is damaged or was written for another gallery.
+      OSError: Where there is none, or it may not be read.
 
     Example:
       >>> import os, tempfile
@@ -93,14 +94,15 @@ def load_prepared(
 
 
 def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        about = json.loads(arrays.pop("about").item())
-        whole = about["content"] == {name: _digest([a]) for name, a in arrays.items()}
-    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise _damaged(path) from error
-    if not whole:
+    with open(path, "rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            about = json.loads(arrays.pop("about").item())
+            whole = about["content"] == {name: _digest([a]) for name, a in arrays.items()}
+        except Exception as error:  # Of a changed archive zipfile and NumPy raise many kinds.
+            raise _damaged(path) from error
+    if not (whole and set(about) >= _ABOUT and "share" in arrays):
         raise _damaged(path)
     return about, arrays
 

@@ -1,6 +1,7 @@
 """`prepare`: what a search does with the gallery alone, done once."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ def prepare(
       What `search` takes in place of the gallery.
 
     Raises:
-      ValueError: For NaN or infinite embeddings, other shapes or dtypes, or an unknown metric.
+      ValueError: For NaN or infinite embeddings, other shapes or dtypes, an unknown metric, or k
+        below 1.
 
     Example:
       >>> from cbam_jax.search import search
@@ -59,7 +61,9 @@ def prepare(
       [[0, 1]]
     """
     gallery = arguments.matrix(gallery, "gallery")
-    arguments.check(gallery, gallery.shape, len(gallery), min(max(k, 1), len(gallery)), metric)
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k is {k}: give a whole number from 1, about what searches will ask for")
+    arguments.check(gallery, gallery.shape, len(gallery), min(k, len(gallery)), metric)
     arguments.check_passes(first_pass, None, None)
     shards = split_gallery(gallery, devices)
     dtype = first_pass or fastest_pass(shards[0].device)
