@@ -60,7 +60,7 @@ def main():
             expected = expected or found
             rows.append(row(found, expected, *fields))
             print(json.dumps(rows[-1]), flush=True)
-    options.out.write_text(json.dumps({"rows": rows, **machine()}, indent=2) + "\n")
+            options.out.write_text(json.dumps({"rows": rows, **machine()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
