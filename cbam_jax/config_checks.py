@@ -42,7 +42,6 @@ def check_config(config: Config) -> None:
             f"data.classes_per_batch x data.images_per_class = {batch} cannot be divided among "
             f"{devices} devices: make it a multiple of {devices}"
         )
-    check_large_batch(config, batch, devices)
     check_evaluation(config)
     for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
         if config.train[field] < 1:
@@ -74,6 +73,7 @@ def check_config(config: Config) -> None:
             "train.ema_batch_stats=True, of no average: set --config.train.ema_decay=0.999 too"
         )
     check_choices(config)
+    check_large_batch(config, batch, devices)
     experiment.preprocessing(config)
 
 
@@ -98,6 +98,10 @@ def check_large_batch(config: Config, batch: int, devices: int) -> None:
         raise InputError(
             f"train.chunk_size={chunk}: give a divisor of the batch of {batch} images that is a "
             f"multiple of {devices} devices"
+        )
+    if size and not experiment.has_memory(config):
+        raise InputError(
+            f"loss.memory_size={size}: {config.loss.name} takes no memory; leave it out, or give 0"
         )
     if size and size < batch:
         raise InputError(
@@ -139,23 +143,19 @@ def check_choices(config: Config) -> None:
         raise
     except ValueError as error:
         raise InputError(f"model: {error}") from error
-    check_own_loss(config, model.embedding_dim)
+    check_own_loss(config, model)
     check_blocks(config, model)
     check_remat(config, model)
     check_image_size(config)
 
 
 def check_loss(config: Config) -> None:
-    """Raise InputError where the loss has no memory, is of another model, or refuses its fields."""
-    name, size = config.loss.name, config.loss.memory_size
+    """Raise InputError where the loss is of another model, or refuses its fields."""
+    name = config.loss.name
     if name in OF_DIRECTIONS and not config.model.normalize:
         raise InputError(
             f"loss.name={name} compares directions, and retrieval distances: set "
             "--config.model.normalize=True, so that both order alike"
-        )
-    if size and not experiment.has_memory(config):
-        raise InputError(
-            f"loss.memory_size={size}: {name} takes no memory; leave it out, or give 0"
         )
     if not named_parts.is_named(name) and name not in ("triplet", "cross_entropy"):
         check_numbers(config)
@@ -182,7 +182,7 @@ def check_numbers(config: Config) -> None:
         raise InputError(f"loss.{name}_{told}") from error
 
 
-def check_own_loss(config: Config, dim: int) -> None:
+def check_own_loss(config: Config, model: EmbeddingModel) -> None:
     """Raise InputError where a loss of one's own can't be called, or returns something else.
 
     One that asks for the batch or the model, which there are none of yet, is tried by the first
@@ -197,6 +197,7 @@ def check_own_loss(config: Config, dim: int) -> None:
         return
     given = {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)}
     given = {argument: given[argument] for argument in asked}
+    dim = model.embedding_dim
     rows = jax.ShapeDtypeStruct((batch, dim), jnp.float32)
     try:
         found = jax.eval_shape(loss, rows, jax.ShapeDtypeStruct((batch,), jnp.int32), **given)

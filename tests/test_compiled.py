@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cbam_jax import steps
@@ -123,9 +124,11 @@ def cache(tmp_path):
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], str(tmp_path))
     jax.config.update(names[1], 0)
+    compilation_cache.reset_cache()  # What ran before may have opened one elsewhere.
     yield tmp_path
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_a_cold_compilation_leaves_the_cache_alone(cache):

@@ -59,7 +59,8 @@ def convolution(x: jax.Array, kernel: jax.Array, window: Window, *, groups: int 
 def views_of(x: jax.Array, window: Window, value: float) -> list[jax.Array]:
     """Return size x size shifted, strided views [b, height, width, c] of the padded map, by row."""
     size, strides, ((top, _), (left, _)), height, width = window
-    rows, columns = strides * (height - 1) + 1, strides * (width - 1) + 1
+    # Poolings may leave no row of a small image: then the views have none either.
+    rows, columns = (max(strides * (places - 1) + 1, 0) for places in (height, width))
     bottom = max(rows + size - 1 - x.shape[1] - top, 0)
     right = max(columns + size - 1 - x.shape[2] - left, 0)
     border = ((0, 0), (top, bottom), (left, right), (0, 0))

@@ -20,13 +20,18 @@ def test_many_names_are_ten():
 @pytest.mark.parametrize(
     "header", ["path,label,split", "path,label,split," + "c,".join("ab" * 500)]
 )
-def test_a_manifest_of_many_splits_and_columns_is_told_in_a_short_line(header, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("mark", "told"), [("", "choose one of"), ("\x1b[2J", "with control characters: write it")]
+)
+def test_a_manifest_of_many_splits_and_columns_is_told_in_a_short_line(
+    header, mark, told, tmp_path, capsys
+):
     columns = header.split(",")
     columns = columns[:3] + [f"{i}\x1b" for i, _ in enumerate(columns[3:])]
     cells = ["x"] * (len(columns) - 3)
-    rows = [",".join([f"{i}.png", "a", f"split-\x1b[2J{i}", *cells]) for i in range(300)]
+    rows = [",".join([f"{i}.png", "a", f"split-{mark}{i}", *cells]) for i in range(300)]
     (tmp_path / "x.csv").write_text("\n".join([",".join(columns), *rows]))
-    with pytest.raises(InputError, match="choose one of") as caught:
+    with pytest.raises(InputError, match=told) as caught:
         open_dataset(str(tmp_path / "x.csv"), "train")
     assert len(str(caught.value)) < 1_200
     assert str(caught.value).isprintable()
