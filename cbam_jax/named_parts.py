@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import os
+import traceback
 from typing import Any
 
 from cbam_jax import InputError
@@ -39,7 +40,8 @@ def load(name: str, field: str) -> Any:
         field: what names it, for messages, such as ``"model.name"``.
 
     Raises:
-        InputError: the name is not trusted, or there is no such module or function.
+        InputError: the name is not trusted, there is no such module or function, or importing the
+            module failed.
 
     >>> trust("math:sqrt")
     >>> load("math:sqrt", "model.name")(4)
@@ -52,11 +54,18 @@ def load(name: str, field: str) -> Any:
             f"cbam_jax.named_parts.trust({shown(repr(name), 80)})"
         )
     module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise InputError(f"{field}={name!r} names no module; expected package.module:function")
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise InputError(
             f"{field}={name!r}: {error}; put PYTHONPATH=FOLDER, where it lies, before the command"
+        ) from error
+    except Exception as error:  # Whatever the module does wrong as it is imported.
+        raise InputError(
+            f"{field}={name!r}: importing {module} failed{_where(error)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     part = getattr(found, attribute, None)
     if not callable(part):
@@ -83,6 +92,14 @@ def call(name: str, field: str, *arguments: Any, **options: Any) -> Any:
             f"{field}={name!r}: {error}; it is called as {name.partition(':')[2]}({taken})"
         ) from None
     return part(*arguments, **options)
+
+
+def _where(error: Exception) -> str:
+    """The line that failed; a SyntaxError's own message has it."""
+    if isinstance(error, SyntaxError):
+        return ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" in {last.filename}, line {last.lineno}"
 
 
 def _signature(part: Any) -> inspect.Signature:

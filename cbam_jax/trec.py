@@ -6,6 +6,7 @@ ties; true distances are in ``neighbours.csv``. Names are percent-encoded where 
 part a line, since in these files blanks part the fields.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ def write_run(
       indices: [q, k] integers into the gallery, nearest first, -1 where a row ends.
 
     Raises:
-      ValueError: For two queries or two items of one name, which the files could not tell apart.
+      ValueError: For two queries or two items of one name, which the files could not tell apart, or
+        for an empty name.
     """
     queries, items = _names(queries, "queries"), _names(items, "items")
     k = indices.shape[1]
@@ -62,15 +64,24 @@ def write_qrels(
       grades: [n] integers, or bool, of each query in turn; ignored items, the query itself, are 0.
 
     Raises:
-      ValueError: As `write_run` does.
+      ValueError: As `write_run` does, or for grades of another shape or dtype.
     """
     queries, items = _names(queries, "queries"), _names(items, "items")
+
+    def checked(query: str, row: np.ndarray) -> np.ndarray:
+        if row.shape != (len(items),) or row.dtype.kind not in "iub":
+            raise ValueError(
+                f"the grades of query {query!r} have shape {row.shape} and dtype {row.dtype}, "
+                f"expected ({len(items)},) and integers"
+            )
+        return row
+
     _write(
         path,
         (
             f"{query} 0 {items[index]} {int(row[index])}\n"
             for query, row in zip(queries, grades, strict=True)
-            for index in np.flatnonzero(row > 0).tolist()
+            for index in np.flatnonzero(checked(query, row) > 0).tolist()
         ),
     )
 
@@ -82,7 +93,8 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
     sort them by name, the last first.
 
     Raises:
-      InputError: For a line that is none of a run, or an item that a query found twice.
+      InputError: For a line that is none of a run, a score or rank that is not finite, or an item
+        that a query found twice.
     """
     found: dict[str, list[tuple[float, float, str]]] = {}
     for where, (query, _, item, rank, score, _) in _lines(path, 6, "query Q0 item rank score tag"):
@@ -97,10 +109,19 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
 
 
 def read_qrels(path: str | os.PathLike) -> dict[str, dict[str, int]]:
-    """Read judgements: query -> item -> grade. InputError for a line that is none."""
+    """Read judgements: query -> item -> grade.
+
+    Raises:
+      InputError: For a line that is none of judgements, a grade that is no whole number, or an item
+        that a query has two grades of.
+    """
     grades: dict[str, dict[str, int]] = {}
     for where, (query, _, item, grade) in _lines(path, 4, "query 0 item grade"):
-        grades.setdefault(query, {})[item] = int(_number(grade, where))
+        number = _number(grade, where)
+        if not number.is_integer():
+            raise InputError(f"{where}: grade {grade[:80]!r} is no whole number")
+        if grades.setdefault(query, {}).setdefault(item, int(number)) != number:
+            raise InputError(f"{where}: item {item!r} of query {query!r} has another grade above")
     return grades
 
 
@@ -109,6 +130,8 @@ def _names(names: Sequence[str], what: str) -> list[str]:
     encoded = [
         re.sub(r"[\s%\x00-\x20]", lambda m: quote(m[0], safe=""), str(name)) for name in names
     ]
+    if "" in encoded:
+        raise ValueError(f"one of the {what} has no name, which a file of trec_eval cannot hold")
     if len(set(encoded)) < len(encoded):
         raise ValueError(f"two {what} have one name, which a file of trec_eval cannot tell apart")
     return encoded
@@ -124,7 +147,8 @@ def _write(path: str | os.PathLike, lines: Iterator[str]) -> None:
 
 def _lines(path: str | os.PathLike, count: int, form: str) -> Iterator[tuple[str, list[Any]]]:
     """Where a line stands, and its fields, names decoded."""
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    # utf-8-sig: some editors on Windows begin a file with a mark, which is no part of a name.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
             # Other blanks than these can be a part of names that others wrote.
             fields = re.split(r"[ \t\r\n]+", line.strip(" \t\r\n"))
@@ -136,7 +160,11 @@ def _lines(path: str | os.PathLike, count: int, form: str) -> Iterator[tuple[str
 
 
 def _number(text: str, where: str) -> float:
+    """A finite number: NaN has no place in an order."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError as error:
         raise InputError(f"{where}: {text[:80]!r} is no number") from error
+    if not math.isfinite(number):
+        raise InputError(f"{where}: {text[:80]!r} is not finite")
+    return number

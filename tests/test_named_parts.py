@@ -76,6 +76,27 @@ def test_a_strangers_config_imports_nothing(untrusted, monkeypatch):
         create_model("test_named_parts:nothing", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        ("", None, "':loss' names no module; expected package.module:function"),
+        (".near", None, "'.near:loss' names no module"),
+        ("unparsed", "def loss(:", "importing unparsed failed: SyntaxError: .*line 1"),
+        ("divided", "\n1 / 0", "importing divided failed in .*divided.py, line 2: ZeroDivision"),
+        ("renamed", "from math import no", "importing renamed failed in .*line 1: ImportError"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_in_a_line(
+    tmp_path, monkeypatch, untrusted, module, text, message
+):
+    if text is not None:
+        (tmp_path / f"{module}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+    named_parts.trust(f"{module}:loss")
+    with pytest.raises(InputError, match=message):
+        named_parts.load(f"{module}:loss", "loss.name")
+
+
 def test_a_part_that_takes_other_arguments_is_told_which_are_given(untrusted):
     names = {"Backbone", "optimizer", "schedule", "loss"}
     named_parts.trust(*(f"test_named_parts:{name}" for name in names))

@@ -61,6 +61,7 @@ def test_equal_scores_of_others_keep_their_ranks(tmp_path):
     [
         ("1 Q0 a 1 0.5", "run.txt:1 is not 'query Q0 item rank score tag'"),
         ("1 Q0 a 1 0.5 x\n1 Q0 b 2 far x", "run.txt:2: 'far' is no number"),
+        ("1 Q0 a 1 nan x", "run.txt:1: 'nan' is not finite"),
         ("1 Q0 a 1 0.5 x\n1 Q0 a 2 0.4 x", "query '1' has an item twice"),
     ],
 )
@@ -68,6 +69,36 @@ def test_damaged_lines_are_named(tmp_path, lines, message):
     (tmp_path / "run.txt").write_text(lines)
     with pytest.raises(InputError, match=message):
         read_run(tmp_path / "run.txt")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("1 0 a nan", "qrels.txt:1: 'nan' is not finite"),
+        ("1 0 a 1\n1 0 b 1e999", "qrels.txt:2: '1e999' is not finite"),
+        ("1 0 a 0.5", "qrels.txt:1: grade '0.5' is no whole number"),
+        ("1 0 a 1\n1 0 a 2", "qrels.txt:2: item 'a' of query '1' has another grade above"),
+    ],
+)
+def test_grades_that_are_none_are_named(tmp_path, lines, message):
+    (tmp_path / "qrels.txt").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        read_qrels(tmp_path / "qrels.txt")
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "qrels.txt").write_text("\ufeff1 0 a 2\n1 0 a 2\n", encoding="utf-8")
+    assert read_qrels(tmp_path / "qrels.txt") == {"1": {"a": 2}}
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+    path = tmp_path / "qrels.txt"
+    with pytest.raises(ValueError, match="one of the items has no name"):
+        write_qrels(path, ["1"], [""], iter([np.array([1])]))
+    for row in (np.array([0.5]), np.array([1, 1])):
+        with pytest.raises(ValueError, match="the grades of query '1' have shape"):
+            write_qrels(path, ["1"], ["a"], iter([row]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_name_twice_is_refused(tmp_path):
