@@ -124,11 +124,16 @@ def check_flags(options: argparse.Namespace, environment: Mapping[str, str]) -> 
     if number is not None and not 0 <= number < (count or number + 1):
         raise InputError(f"--process_id={number}: give one from 0 to {(count or 1) - 1}")
     address = options.coordinator
-    if address is not None and not address.rpartition(":")[2].isdigit():
+    if address is not None and not _is_address(address):
         raise InputError(f"--coordinator={address}: give HOST:PORT, such as 10.0.0.5:12345")
     local = options.local_device_ids
-    if local is not None and not all(part.isdigit() for part in local.split(",")):
+    if local is not None and not all(part.isdecimal() for part in local.split(",")):
         raise InputError(f"--local_device_ids={local}: give numbers, such as 0,1")
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 2**16
 
 
 def topology() -> str:

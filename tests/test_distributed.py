@@ -32,6 +32,9 @@ ADDRESS = "--coordinator=10.0.0.5:12345"
         ),
         (["--distributed", "--process_id=-1"], "--process_id=-1: give one from 0"),
         (["--distributed", "--coordinator=host"], "--coordinator=host: give HOST:PORT, such as"),
+        (["--distributed", "--coordinator=:12345"], "--coordinator=:12345: give HOST:PORT"),
+        (["--distributed", "--coordinator=host:123456"], "--coordinator=host:123456: give HOST"),
+        (["--distributed", "--local_device_ids=0,²"], "--local_device_ids=0,²: give numbers"),
         (["--distributed", "--local_device_ids=0,a"], "--local_device_ids=0,a: give numbers"),
     ],
 )

@@ -199,12 +199,22 @@ def _read_check(program: Program) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             images, embeddings = arrays["images"], arrays["embeddings"]
-        if embeddings.shape != (len(images), program.dimension):
-            raise ValueError(f"embeddings of shape {embeddings.shape}")
-        check_images(images)
+        _compare_shapes(program, images, embeddings)
     except Exception as error:  # NumPy reads headers as Python does, which raises many kinds.
         raise InputError(
             f"{shown(program.folder / contract.CHECK)} is damaged ({shown(str(error))}): export it "
             "again"
         ) from error
     return images, embeddings
+
+
+def _compare_shapes(program: Program, images: np.ndarray, embeddings: np.ndarray) -> None:
+    """Raise ValueError where a check holds nothing that a program can be compared with."""
+    check_images(images)
+    side = program.preprocessing.image_size
+    if not len(images) or images.shape[1:3] != (side, side):
+        raise ValueError(f"images of shape {images.shape}")
+    if embeddings.shape != (len(images), program.dimension) or embeddings.dtype != np.float32:
+        raise ValueError(f"embeddings {embeddings.dtype} of shape {embeddings.shape}")
+    if not 0 < np.max(np.abs(embeddings)) < np.inf:
+        raise ValueError("embeddings that are all 0, or not finite")

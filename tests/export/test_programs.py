@@ -20,7 +20,7 @@ from cbam_jax.backbones.layers import DepthwiseConv
 from cbam_jax.catalogue import Catalogue
 from cbam_jax.catalogue.alike import Photo, pair_heat
 from cbam_jax.embedder import Embedder
-from cbam_jax.export import lowering
+from cbam_jax.export import contract, lowering
 from cbam_jax.preprocessing import Preprocessing
 
 pytest.importorskip("flatbuffers", reason="programs are written and read by it")
@@ -69,6 +69,31 @@ def test_a_folder_of_the_first_format_gives_what_it_gave():
     assert program.check() < 1e-5
     assert program.contract["license"] == "CC0-1.0"
     assert program(pixels(0, 32)).shape == (0, program.dimension) == (0, 16)
+
+
+EMBEDDINGS = np.ones((3, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("images", "embeddings", "message"),
+    [
+        (pixels(0, 32), EMBEDDINGS[:0], "images of shape"),
+        (pixels(3, 30), EMBEDDINGS, "images of shape"),
+        (pixels(3, 32), EMBEDDINGS.astype("U4"), "embeddings <U4"),
+        (pixels(3, 32), 0 * EMBEDDINGS, "all 0, or not finite"),
+        (pixels(3, 32), np.inf * EMBEDDINGS, "all 0, or not finite"),
+    ],
+)
+def test_a_check_that_cannot_be_made_is_told(images, embeddings, message, tmp_path):
+    folder = tmp_path / "program"
+    shutil.copytree(GOLDEN, folder)
+    np.savez(folder / "check.npz", images=images, embeddings=embeddings)
+    document = json.loads((folder / "contract.json").read_text())
+    document["files"]["check.npz"] = contract.described(folder / "check.npz")
+    document["checksum"] = contract.checksum(document)
+    (folder / "contract.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"check.npz is damaged .*{message}.*: export it again"):
+        export.load(folder).check()
 
 
 @pytest.mark.usefixtures("_tiny")
