@@ -42,7 +42,7 @@ def write(
 
     images = jax.ShapeDtypeStruct(("b", size, size, 3), jnp.uint8)
     with _quiet(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        import jax2onnx
+        import jax2onnx  # pyright: ignore[reportMissingImports]
 
         model = jax2onnx.to_onnx(
             program,
@@ -60,7 +60,7 @@ def check_file(path: Path, images: np.ndarray, expected: np.ndarray) -> float:
     Raises:
         InputError: it is more than 1e-4, or ONNX Runtime cannot run the file.
     """
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # It warns of shapes that it merges, which harms nothing.
