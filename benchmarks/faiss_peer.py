@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from search_cases import CASES
 
+from cbam_jax import InputError
 from cbam_jax.benchmark import bare_product, machine, queries_and_gallery, seconds
 from cbam_jax.search import prepare, search
 
@@ -89,7 +90,12 @@ if __name__ == "__main__":
     queries, gallery, dim = CASES[options.case]
     in_file = options.embeddings and not options.embeddings.startswith("clusters:")
     gallery = options.gallery or (None if in_file else gallery)
-    x, y = queries_and_gallery(options.embeddings, options.queries or queries, gallery, dim)
+    try:
+        x, y = queries_and_gallery(options.embeddings, options.queries or queries, gallery, dim)
+    except InputError as error:
+        parser.error(str(error))
+    if not 1 <= options.k <= len(y):
+        parser.error(f"--k is {options.k}, expected from 1 to the gallery's {len(y)}")
     about = vars(options) | {"queries": len(x), "gallery": len(y), "dim": y.shape[1]}
     result = compare(x, y, options.k, options.repeats, options.first_pass)
     print(

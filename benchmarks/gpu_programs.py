@@ -8,7 +8,8 @@ driver nor a toolkit (any version of JAX, but the figures are of one):
     pip install jax==0.10.2 jax-cuda12-plugin==0.10.2 nvidia-cuda-nvcc-cu12==12.9.86
 
 Passes, fusions, layouts and collectives are those of a GPU. Autotuning is not: on a GPU a product
-may become a call of cuBLAS. Nothing is run, so nothing is said of values or of time.
+may become a call of cuBLAS. Nothing is run, so nothing is said of values or of time. Embedding is
+compiled with BatchNorm folded (``CBAM_JAX_FOLD_BATCH_NORM=1``).
 
 ``--check`` ends with status 1 where a program breaks a rule (``rules``), or has other figures than
 ``gpu_programs.json`` by more than 1 %: a change that means to writes them anew with ``--update``.
@@ -35,6 +36,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from cbam_jax import losses, model_state, models, steps
+from cbam_jax.backbones import batch_norm
 from cbam_jax.benchmark import collectives, given_flops, kernels
 from cbam_jax.search import groups, pairs, passes, shards, types
 
@@ -286,6 +288,7 @@ def without_a_gpu(dump: str) -> None:
     """Have XLA ask for no GPU and keep the PTX; have the layers take a GPU's forms."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
+    os.environ[batch_norm.FOLD_VARIABLE] = "1"  # Of training, where nothing is frozen, no change.
     jax.config.update("jax_platforms", "cpu")
     jax.default_backend = lambda: "gpu"
 

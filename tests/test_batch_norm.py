@@ -195,6 +195,7 @@ def test_folded_into_the_kernel_it_is_the_same_function(rng, monkeypatch, name):
 
     expected = gradient(state, x)
     monkeypatch.setattr(batch_norm, "on_cpu", lambda: False)
+    monkeypatch.setenv(batch_norm.FOLD_VARIABLE, "1")
     for a, b in zip(*map(jax.tree.leaves, (gradient(state, x), expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -208,9 +209,12 @@ def test_a_folded_norm_is_no_layer_that_is_run(rng, on_gpu, monkeypatch):
     def seeing(layer):
         return lambda x: seen.append(layer) or layer(x)
 
+    np.testing.assert_array_equal(conv_norm(conv, norm, x, nnx.relu), expected)  # Not asked for.
+    monkeypatch.setenv(batch_norm.FOLD_VARIABLE, "1")
     monkeypatch.setattr(BatchNorm, "__call__", lambda *_: pytest.fail("is run"))
     np.testing.assert_allclose(conv_norm(conv, norm, x, nnx.relu), expected, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
+    monkeypatch.setenv(batch_norm.FOLD_VARIABLE, "1")
     monkeypatch.setattr(batch_norm, "on_cpu", lambda: False)
     for pair in ((seeing(conv), norm), (conv, seeing(norm))):
         np.testing.assert_array_equal(conv_norm(*pair, x, nnx.relu), expected)
