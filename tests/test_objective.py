@@ -165,7 +165,7 @@ def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
         ({**CLASSIFY, "model.num_classes": 1}, "model.num_classes=1: .* at least 2"),
         ({**CLASSIFY, "model.num_classes": 5}, "num_classes=5, but split 'train' .* 4 classes"),
         ({**CLASSIFY, "model.normalize": True}, "model.normalize=True: .* set it to False"),
-        ({**CLASSIFY, "loss.memory_size": 64}, "memory_size=64: cross_entropy takes no memory; leave it out"),
+        ({**CLASSIFY, "loss.memory_size": 64}, "memory_size=64: cross_entropy takes no memory"),
         (
             {"loss.auxiliary_weight": -0.3},
             "loss.auxiliary_weight=-0.3: give a weight of at least 0",
