@@ -8,6 +8,7 @@ a map a fold, and the mean of their MAP@R on the test classes is one measurement
 seeds. What it says of a linear map on frozen features need not hold for a network that is trained.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def compare(
     split = split_classes(labels, protocol)
     workdir.mkdir(parents=True, exist_ok=True)
     settings = {**protocol._asdict(), "images": len(labels), "width": features.shape[1]}
+    settings["data"] = fingerprint(features, labels)
     rows = [_baseline(features, labels, split, protocol)]
     for name in names:
         kept = read_kept(workdir / f"{name}.json", settings)
@@ -97,6 +99,13 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), labels
 
 
+def fingerprint(features: np.ndarray, labels: np.ndarray) -> str:
+    """What tells embeddings of the same photos by another model from these."""
+    digest = hashlib.sha256(np.ascontiguousarray(features).tobytes())
+    digest.update(np.unique(labels, return_inverse=True)[1].astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
 def split_classes(labels: np.ndarray, protocol: Protocol) -> Split:
     """The last classes are the test's, the others dealt to the folds; InputError for too few.
 
@@ -124,10 +133,11 @@ def read_kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"settings": dict(settings), "trials": [], "seeds": []}
     try:
         kept = json.loads(path.read_text())
-    except ValueError as error:
+        of = kept["settings"]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: delete it, and the loss is done again") from error
-    if kept["settings"] != settings:
-        raise InputError(f"{path} is of other settings: give another --workdir")
+    if of != settings:
+        raise InputError(f"{path} is of other settings or embeddings: give another --workdir")
     return kept
 
 

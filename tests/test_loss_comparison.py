@@ -85,8 +85,20 @@ def test_it_goes_on_where_it_stopped(file, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_comparison, "write_json", write)
     assert compare(path, tmp_path / "cut", ["triplet"], PROTOCOL) == whole
     assert len(calls) == count
-    with pytest.raises(InputError, match="triplet.json is of other settings: give another --work"):
+    with pytest.raises(InputError, match="triplet.json is of other settings or embeddings: give"):
         compare(path, tmp_path / "cut", ["triplet"], PROTOCOL._replace(steps=5))
+
+
+def test_embeddings_of_the_same_photos_by_another_model_are_others(file, calls, tmp_path, rng):
+    path, label = file
+    compare(path, tmp_path / "out", ["triplet"], PROTOCOL)
+    other = tmp_path / "other.npz"
+    np.savez(other, embedding=rng.normal(size=(80, 5)).astype(np.float32), label=label)
+    with pytest.raises(InputError, match="triplet.json is of other settings or embeddings"):
+        compare(other, tmp_path / "out", ["triplet"], PROTOCOL)
+    (tmp_path / "out" / "triplet.json").write_text("[]")
+    with pytest.raises(InputError, match="triplet.json is damaged: delete it"):
+        compare(path, tmp_path / "out", ["triplet"], PROTOCOL)
 
 
 def test_wrong_input_gets_one_line(file, tmp_path):
