@@ -94,3 +94,15 @@ def test_damaged_lists_are_named(tmp_path):
     (tmp_path / "cars_annos.mat").write_bytes(b"no matrix")
     with pytest.raises(InputError, match="is no copy of cars"):
         write_manifest("cars", tmp_path, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("image", ["../a/1.JPG", "/etc/passwd", "a/../../x.JPG"])
+def test_a_list_does_not_lead_out_of_its_folder(image, tmp_path):
+    make_sop(tmp_path)
+    header = "image_id class_id super_class_id path\n"
+    (tmp_path / "Ebay_train.txt").write_text(
+        f"{header}1 1 1 a/1.JPG\n2 1 1 {image}\n3 2 1 b/3.JPG\n"
+    )
+    with pytest.raises(InputError, match=f"leads out of the folder: {image}"):
+        write_manifest("sop", tmp_path, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()

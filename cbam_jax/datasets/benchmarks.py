@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cbam_jax import InputError
+from cbam_jax.datasets.matlab_tables import read_structs
+from cbam_jax.foreign_files import is_gone, read_text, shown
 from cbam_jax.whole_files import written_whole
 
 Row = tuple[str, int, bool]  # An image's path in the copy, its class, whether it is trained on.
@@ -31,15 +33,7 @@ def cub(folder: Path) -> Iterator[Row]:
 
 def cars(folder: Path) -> Iterator[Row]:
     """Rows of Cars-196: cars_annos.mat, all 16,185 images in one list, beside car_ims/."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    path = _file(folder / "cars_annos.mat")
-    try:
-        table = loadmat(path, squeeze_me=True)["annotations"]
-    except MatReadError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    for row in table:
+    for row in read_structs(_file(folder / "cars_annos.mat"), "annotations"):
         yield str(row["relative_im_path"]), int(row["class"]), int(row["class"]) <= 98
 
 
@@ -71,7 +65,9 @@ def write_manifest(name: str, folder: str | Path, path: str | Path, *, validatio
     except (ValueError, KeyError, TypeError, NotImplementedError, OSError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{folder} is no copy of {name} ({error}): give {wanted}") from error
+        raise InputError(
+            f"{shown(folder)} is no copy of {name} ({shown(str(error))}): give {wanted}"
+        ) from error
     known = sorted({label for _, label, train in rows if train})
     if not 0 <= validation < len(known):
         raise InputError(f"--validation={validation}: {name} trains on {len(known)} classes")
@@ -90,25 +86,30 @@ def write_manifest(name: str, folder: str | Path, path: str | Path, *, validatio
 
 
 def _check_images(folder: Path, rows: list[Row]) -> None:
-    """InputError where the images are not beside the lists, by the first and the last."""
+    """InputError where images are not beside the lists: the first, the last, any by its path."""
     if not rows:
-        raise InputError(f"{folder}: its list names no image")
+        raise InputError(f"{shown(folder)}: its list names no image")
+    for image, _, _ in rows:
+        if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
+            raise InputError(f"{shown(folder)}: its list leads out of the folder: {shown(image)}")
     for image, _, _ in (rows[0], rows[-1]):
         if not (folder / image).is_file():
-            raise InputError(f"{folder / image} is missing: unpack the images beside the lists")
+            raise InputError(
+                f"{shown(folder / image)} is missing: unpack the images beside the lists"
+            )
 
 
 def _file(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: give the folder that has it")
+    if is_gone(path):
+        raise InputError(f"{shown(path)} is missing: give the folder that has it")
     return path
 
 
 def _fields(path: Path, count: int) -> list[list[str]]:
     """The fields of each line of a list."""
-    lines = _file(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(_file(path)).splitlines()
     rows = [line.split() for line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         if len(row) != count:
-            raise InputError(f"{path}:{number} has {len(row)} fields, expected {count}")
+            raise InputError(f"{shown(path)}:{number} has {len(row)} fields, expected {count}")
     return rows
