@@ -8,9 +8,11 @@ such a file names is shown escaped: a name may hold what moves a terminal's curs
 import errno
 import io
 import json
+import math
 import os
 import stat
 import sys
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -174,6 +176,55 @@ def map_array(path: str | os.PathLike) -> np.ndarray:
         raise
     except Exception as error:  # Its header is parsed as Python is, which raises many kinds.
         raise ValueError(shown(" ".join(str(error).split()))) from error
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the arrays of a ``.npz`` file that ``np.savez`` wrote, of any type but objects.
+
+    Raises:
+        ValueError: it is none, damaged, compressed, or an array is larger than its part of the
+            file; InputError as ``open_regular``.
+        OSError: it is not there, or may not be read.
+    """
+    with open_regular(path, sys.maxsize) as file:
+        return parse_arrays(file)
+
+
+def parse_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
+    """Return the arrays of an open ``.npz``; raises a ValueError as ``read_arrays``.
+
+    ``np.load`` sets aside what a header asks for before it reads, and unpacks whatever is packed.
+
+    >>> file = io.BytesIO()
+    >>> np.savez(file, x=np.array([1, 2]))
+    >>> parse_arrays(file)["x"].tolist()
+    [1, 2]
+    """
+    try:
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > size:
+                raise ValueError("it is compressed, or its parts are larger than itself")
+            return {m.filename.removesuffix(".npy"): _array(archive, m) for m in members}
+    except Exception as error:  # zipfile raises many kinds, and a header is parsed as Python is.
+        raise ValueError(shown(" ".join(str(error).split()))) from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as part:
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(part)]
+        shape, _, dtype = read_header(part)
+        if math.prod(shape) * max(dtype.itemsize, 1) > member.file_size:
+            raise ValueError(f"{member.filename} is larger than its part of the file")
+    with archive.open(member) as part:
+        return np.lib.format.read_array(part, allow_pickle=False)
+
+
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def _children(item: Any) -> Iterable[Any]:

@@ -9,7 +9,6 @@ seeds. What it says of a linear map on frozen features need not hold for a netwo
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.command_line import write_json
+from cbam_jax.foreign_files import read_arrays, read_json, shown
 from cbam_jax.linear_heads import LOSSES, embed, initial_head, train_head
 from cbam_jax.metrics import count_relevant, label_matches, retrieval_metrics, t_interval
 from cbam_jax.search import search
@@ -87,13 +87,15 @@ def check_names(names: Sequence[str]) -> None:
 def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, d] of unit length and labels [n]; InputError where the file has none."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            x, labels = file["embedding"].astype(np.float32), file["label"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        file = read_arrays(path)
+        x, labels = file["embedding"], file["label"]
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"--embeddings={path} is no embeddings.npz of evaluate.py ({error}): make one, such as "
-            "by evaluate.py --workdir=RUN --split=all --checkpoint=untrained"
+            f"--embeddings={shown(path)} is no embeddings.npz of evaluate.py "
+            f"({shown(str(error))}): make one, such as by evaluate.py --workdir=RUN --split=all "
+            "--checkpoint=untrained"
         ) from error
+    x = x.astype(np.float32) if x.dtype.kind == "f" else np.full(1, np.nan)
     if x.ndim != 2 or labels.shape != x.shape[:1] or not np.isfinite(x).all():
         raise InputError(f"--embeddings={path}: expected finite embeddings [n, d] and labels [n]")
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), labels
@@ -132,11 +134,13 @@ def read_kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"settings": dict(settings), "trials": [], "seeds": []}
     try:
-        kept = json.loads(path.read_text())
-        of = kept["settings"]
+        kept = read_json(path)
+        found, _, _ = kept["settings"], kept["trials"], kept["seeds"]
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is damaged: delete it, and the loss is done again") from error
-    if of != settings:
+    if found != settings:
         raise InputError(f"{path} is of other settings or embeddings: give another --workdir")
     return kept
 

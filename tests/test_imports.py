@@ -21,9 +21,9 @@ MAY_IMPORT = {
     "model_state": set(),
     "gradcam": {"attention", "model_state"},
     "whole_files": set(),
-    "trec": {"whole_files"},
-    "file_locks": set(),
     "foreign_files": set(),
+    "trec": {"foreign_files", "whole_files"},
+    "file_locks": set(),
     "progress": set(),
     "command_line": {"foreign_files", "whole_files"},
     "distributed": {"command_line"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "preprocessing": {"foreign_files"},
     "data": {"datasets", "preprocessing"},
     "losses": {"distances", "sharding"},
-    "search": {"compiler_options", "distances", "sharding", "whole_files"},
+    "search": {"compiler_options", "distances", "foreign_files", "sharding", "whole_files"},
     "rerank": {"search"},
     "evaluation": {"metrics", "search", "whole_files"},
     "reranked": {"evaluation", "metrics", "rerank", "search"},
@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "configs": set(),
     "config_files": {"foreign_files"},
     "linear_heads": {"distances", "losses"},
-    "loss_comparison": {"command_line", "linear_heads", "metrics", "search"},
+    "loss_comparison": {"command_line", "foreign_files", "linear_heads", "metrics", "search"},
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {
         "command_line",
@@ -83,6 +83,7 @@ MAY_IMPORT = {
         "datasets",
         "figures",
         "file_locks",
+        "foreign_files",
         "loss_comparison",
         "metrics",
         "stopping",
@@ -250,7 +251,16 @@ MAY_IMPORT = {
         "whole_files",
     },
     # It measures what the others do.
-    "benchmark": {"data", "datasets", "losses", "model_state", "models", "search", "steps"},
+    "benchmark": {
+        "data",
+        "datasets",
+        "foreign_files",
+        "losses",
+        "model_state",
+        "models",
+        "search",
+        "steps",
+    },
 }
 # These use numpy and jax alone, so that they can be taken out and used elsewhere.
 WITHOUT_INPUT_ERROR = (

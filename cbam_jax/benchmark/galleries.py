@@ -1,10 +1,9 @@
 """What searches are measured on: normal embeddings, tight clusters, or those of a file."""
 
-from pathlib import Path
-
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import expanded, map_array, read_arrays, shown
 
 _NOISE = 0.05  # Of copies of a file's rows, over the deviation of their numbers.
 
@@ -50,15 +49,15 @@ def of_file(path: str, count: int | None) -> np.ndarray:
       InputError: Where there are none.
     """
     try:
-        with open(Path(path).expanduser(), "rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            y = (file if isinstance(file, np.ndarray) else file["embedding"]).astype(np.float32)
-    except Exception as error:  # Of a damaged archive zipfile and NumPy raise many kinds.
+        file = expanded(path)
+        y = map_array(file) if file.suffix == ".npy" else read_arrays(file)["embedding"]
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(_wrong(path)) from error
+    y = y.astype(np.float32) if y.dtype.kind in "fiu" else np.zeros(0, np.float32)
     if y.ndim != 2 or not y.size:
         raise InputError(_wrong(path))
     if not np.isfinite(y).all():
-        raise InputError(f"--embeddings={path}: NaN or infinity in it: leave such rows out")
+        raise InputError(f"--embeddings={shown(path)}: NaN or infinity in it: leave such rows out")
     if count is None or count <= len(y):
         return y[:count]
     noise = np.float32(_NOISE * y.std()) * embeddings(count, y.shape[1], seed=3)
@@ -67,7 +66,7 @@ def of_file(path: str, count: int | None) -> np.ndarray:
 
 def _wrong(path: str) -> str:
     return (
-        f"--embeddings={path}: no embeddings: give clusters:0.05, an array in a .npy file, "
+        f"--embeddings={shown(path)}: no embeddings: give clusters:0.05, an array in a .npy file, "
         "or the embeddings.npz of an evaluation"
     )
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ from cbam_jax.datasets.building import SKIPPED_LIST
 from cbam_jax.datasets.decoding import decode_image
 from cbam_jax.datasets.retrieval import RetrievalDataset
 from cbam_jax.file_locks import open_lock, take_lock
-from cbam_jax.foreign_files import MOST_TABLE, open_regular, read_json, read_text, shown
+from cbam_jax.foreign_files import read_arrays, read_json, read_text, shown
 from cbam_jax.progress import few, progress
 from cbam_jax.whole_files import written_whole
 
@@ -354,7 +353,7 @@ def _read_columns(
     path = Path(builder.data_dir) / f"columns-{digest}.npz"
     state = _state(Path(builder.data_dir))
     with contextlib.suppress(Exception):  # NumPy and zipfile raise many kinds, by the damage.
-        columns = _load_arrays(path)
+        columns = read_arrays(path)
         if str(columns.pop("state")) == _digest_of(columns, state):
             return columns
     columns = _collect_columns(builder, source, split, label)
@@ -364,18 +363,6 @@ def _read_columns(
         np.savez(part, allow_pickle=False, state=digest, **columns)
         part.replace(path)
     return columns
-
-
-def _load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What ``np.savez`` wrote, which compresses nothing: a file cannot grow in memory."""
-    with open_regular(path, MOST_TABLE) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        with zipfile.ZipFile(opened) as archive:
-            if sum(member.file_size for member in archive.infolist()) > size:
-                raise ValueError("members larger than the file")
-        opened.seek(0)
-        with np.load(opened, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
 
 
 def _digest_of(columns: dict[str, np.ndarray], state: str) -> str:

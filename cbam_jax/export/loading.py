@@ -10,7 +10,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.export import contract
-from cbam_jax.foreign_files import expanded, shown
+from cbam_jax.foreign_files import expanded, parse_arrays, shown
 from cbam_jax.preprocessing import Preprocessing, check_images
 
 # A program computes, and calls nothing outside of itself; this one checks the shape of a batch.
@@ -197,8 +197,8 @@ def _read_check(program: Program) -> tuple[np.ndarray, np.ndarray]:
 
     data = contract.read_whole(program.folder, contract.CHECK, program.contract)
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            images, embeddings = arrays["images"], arrays["embeddings"]
+        arrays = parse_arrays(io.BytesIO(data))
+        images, embeddings = arrays["images"], arrays["embeddings"]
         _compare_shapes(program, images, embeddings)
     except Exception as error:  # NumPy reads headers as Python does, which raises many kinds.
         raise InputError(

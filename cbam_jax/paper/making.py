@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cbam_jax import InputError, command_line
+from cbam_jax.foreign_files import read_arrays
 from cbam_jax.paper.drawing import draw_heat, draw_table
 from cbam_jax.paper.layouts import csv_text, markdown
 from cbam_jax.paper.processes import call, locked
@@ -117,7 +118,7 @@ def make_figures(workdir: Path, *, seed: int, split: str, queries: Sequence[str]
             for source, name in {"results": f"figure4-{row}", "worst": f"worst-{row}"}.items():
                 written.append(folder / f"{name}.png")
                 shutil.copyfile(drawn / f"{source}.png", written[-1])
-            heats[row] = dict(np.load(drawn / "heat.npz"))
+            heats[row] = read_arrays(drawn / "heat.npz")
         written.append(folder / "figure5.png")
         draw_heat(written[-1], heats)
     return {"queries": list(queries), "figures": [str(path) for path in written]}
@@ -134,8 +135,8 @@ def _evaluate_queries(
 
 def sample_queries(evaluated: Path, number: int = 6) -> list[str]:
     """Return ids of queries spread evenly over an evaluation's ``embeddings.npz``."""
-    with np.load(evaluated / "embeddings.npz") as saved:
-        label, is_query, ids = saved["label"], saved["is_query"], saved["id"]
+    saved = read_arrays(evaluated / "embeddings.npz")
+    label, is_query, ids = saved["label"], saved["is_query"], saved["id"]
     # Alone in its category, a query has nothing to find.
     alone = np.bincount(label)[label] < 2
     usable = ids[is_query & ~alone].tolist()

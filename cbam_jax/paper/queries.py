@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cbam_jax.foreign_files import read_arrays
 from cbam_jax.metrics import bootstrap_interval, per_query_metrics
 
 METRICS = ("map@10", "precision@10")
@@ -45,10 +46,10 @@ def per_query(evaluated: str | os.PathLike) -> dict[str, list[float | None]]:
 
 def _relevant(path: Path) -> dict[str, int]:
     """How many images of its category each image of an evaluation can find."""
-    with np.load(path) as saved:
-        label, is_gallery = saved["label"], saved["is_gallery"]
-        found = np.bincount(label[is_gallery], minlength=label.max() + 1)[label] - is_gallery
-        return dict(zip(saved["id"].tolist(), found.tolist(), strict=True))
+    saved = read_arrays(path)
+    label, is_gallery = saved["label"], saved["is_gallery"]
+    found = np.bincount(label[is_gallery], minlength=label.max() + 1)[label] - is_gallery
+    return dict(zip(saved["id"].tolist(), found.tolist(), strict=True))
 
 
 def over_queries(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cbam_jax import InputError
+from cbam_jax.foreign_files import parse_json, read_arrays, shown
 from cbam_jax.search import arguments
 from cbam_jax.search.bounds import Preparation
 from cbam_jax.search.prepared import Prepared
@@ -78,6 +80,8 @@ def load_prepared(
             f"{path} was prepared of another gallery: save_prepared({str(path)!r}, "
             "prepare(gallery)) writes it anew"
         )
+    if not _fits(arrays, len(gallery)):
+        raise _damaged(Path(path))
     settings = Preparation(
         arrays.get("center"),
         np.float32(about["scale"]),
@@ -94,21 +98,28 @@ def load_prepared(
 
 
 def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    with open(path, "rb") as opened:
-        try:
-            with np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            about = json.loads(arrays.pop("about").item())
-            whole = about["content"] == {name: _digest([a]) for name, a in arrays.items()}
-        except Exception as error:  # Of a changed archive zipfile and NumPy raise many kinds.
-            raise _damaged(path) from error
+    try:
+        arrays = read_arrays(path)
+        about = parse_json(arrays.pop("about").item())
+        whole = about["content"] == {name: _digest([a]) for name, a in arrays.items()}
+    except InputError:  # No file at all: a pipe, a folder.
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
     if not (whole and set(about) >= _ABOUT and "share" in arrays):
         raise _damaged(path)
     return about, arrays
 
 
+def _fits(arrays: dict[str, np.ndarray], count: int) -> bool:
+    """Whether there are rows and numbers for each item: past an end JAX repeats the last."""
+    rows, share = arrays.get("rows"), arrays.get("share")
+    known = rows is None or (rows.ndim == 2 and len(rows) == count)
+    return known and share is not None and share.shape == (count,)
+
+
 def _damaged(path: Path) -> ValueError:
-    return ValueError(f"{path} is damaged: save_prepared writes it anew")
+    return ValueError(f"{shown(path)} is damaged: save_prepared writes it anew")
 
 
 def _part(shard: Shard, rows: np.ndarray | None, share: np.ndarray) -> Shard:

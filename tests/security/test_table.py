@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import test_damaged_logs
+import test_hostile_arrays
 import test_hostile_catalogues
 import test_hostile_datasets
 import test_hostile_folders
@@ -54,6 +55,7 @@ KINDS = (
     ("DeepFashion's lists", test_hostile_datasets.LISTED, plain),
     ("a prepared dataset", test_hostile_datasets.INFOS, "is damaged"),
     ("columns kept of a dataset", test_hostile_datasets.COLUMNS, "read anew"),
+    ("arrays in an archive", test_hostile_arrays.ARRAYS, plain),
     ("a run's config", test_hostile_runs.CONFIGS, plain),
     ("a run's dataset", test_hostile_runs.CODE, "which would import code"),
     ("a run's parts", test_hostile_runs.PARTS, "which would import code"),
