@@ -6,6 +6,7 @@ ties; true distances are in ``neighbours.csv``. Names are percent-encoded where 
 part a line, since in these files blanks part the fields.
 """
 
+import io
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import MOST_TABLE, open_regular
 from cbam_jax.whole_files import written_whole
 
 _TAG = "cbam_jax"
@@ -148,7 +150,8 @@ def _write(path: str | os.PathLike, lines: Iterator[str]) -> None:
 def _lines(path: str | os.PathLike, count: int, form: str) -> Iterator[tuple[str, list[Any]]]:
     """Where a line stands, and its fields, names decoded."""
     # utf-8-sig: some editors on Windows begin a file with a mark, which is no part of a name.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    opened = open_regular(path, MOST_TABLE)
+    with io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
             # Other blanks than these can be a part of names that others wrote.
             fields = re.split(r"[ \t\r\n]+", line.strip(" \t\r\n"))

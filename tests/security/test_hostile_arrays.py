@@ -15,6 +15,7 @@ from cbam_jax.benchmark.galleries import of_file
 from cbam_jax.foreign_files import read_arrays
 from cbam_jax.loss_comparison import read_embeddings, read_kept
 from cbam_jax.search import load_prepared, prepare, prepared_files, save_prepared
+from cbam_jax.trec import read_qrels, read_run
 
 
 def written(shape, dtype, content=b"", header=b"\x93NUMPY\x01\x00"):
@@ -113,6 +114,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         read_embeddings,
         lambda path: load_prepared(path, np.zeros((2, 2), np.float32)),
         lambda path: read_kept(path, {}),
+        read_run,
+        read_qrels,
     ):
         with pytest.raises(InputError, match="a pipe, not a regular file"):
             read(path)
