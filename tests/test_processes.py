@@ -32,12 +32,13 @@ def starter(folder):
     Photos are drawn into ``folder``, and compiled steps are shared there.
     """
     photos, cache = write_photos(folder, splits=("train", "validation")), folder / "compiled"
+    quick = os.environ.get("XLA_FLAGS", "")  # conftest.py's; of a flag given twice the last counts.
     running = []
 
     def start(workdir, *flags, devices=1, **options):
         environment = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
