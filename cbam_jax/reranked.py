@@ -97,8 +97,8 @@ def _number(value: str, kind: Callable[[str], float], told: str) -> float:
         number = kind(value)
     except ValueError as error:
         raise InputError(f"{told} is no {'number' if kind is float else 'whole number'}") from error
-    if not np.isfinite(number):
-        raise InputError(f"{told} is not finite")
+    if not abs(number) < 2**31:
+        raise InputError(f"{told} is not finite, or too large")
     return number
 
 

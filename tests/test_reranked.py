@@ -99,6 +99,7 @@ def test_who_used_other_queries():
         ("aqe:k1=3", "--rerank=aqe:k1=3: aqe has k, alpha, no 'k1'"),
         ("aqe:k=2.5", "k=2.5 is no whole number"),
         ("aqe:alpha=nan", "alpha=nan is not finite"),
+        ("aqe:k=99999999999999999999", "k=99999999999999999999 is not finite, or too large"),
         ("aqe:k=0", "k and k1 from 1"),
         ("k_reciprocal,aqe", "k_reciprocal ranks, so it comes last"),
         ("k_reciprocal:k2=30", "k2 is from 1 to k1"),
