@@ -159,6 +159,46 @@ def siglip_folder(tmp_path, golden):
     return write_folder(tmp_path / "siglip", arrays, config, cut | {"image_std": half})
 
 
+def _changed(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_how_photos_are_cut_is_read_from_what_transformers_5_writes(siglip_folder):
+    expected = describe(siglip_folder)
+    path = siglip_folder / "preprocessor_config.json"
+    whole = {"processor_class": "SiglipProcessor", "image_processor": json.loads(path.read_text())}
+    path.unlink()
+    (siglip_folder / "processor_config.json").write_text(json.dumps(whole))
+    assert describe(siglip_folder) == expected
+    (siglip_folder / "processor_config.json").write_text('{"processor_class": "SiglipProcessor"}')
+    with pytest.raises(InputError, match="nor a processor_config.json with an image_processor"):
+        describe(siglip_folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"do_normalize": False}, "do_normalize is false"),
+        ({"do_rescale": False}, "do_rescale is false"),
+        ({"do_resize": False}, "do_resize is false"),
+        ({"size": {"height": 40, "width": 40}, "crop_size": 32}, "squashed to 40 and cut to 32"),
+        ({"resample": 1}, "resample 1: 2"),
+    ],
+)
+def test_preparing_photos_in_another_way_is_refused_by_its_name(siglip_folder, fields, told):
+    _changed(siglip_folder / "preprocessor_config.json", **fields)
+    with pytest.raises(InputError, match=told):
+        describe(siglip_folder)
+
+
+def test_a_whole_clips_projection_is_its_own_not_its_towers_default(siglip_folder):
+    tower = {"model_type": "clip_vision_model", **_VISION, "projection_dim": 512}
+    config = {"model_type": "clip", "projection_dim": 24, "vision_config": tower}
+    (siglip_folder / "config.json").write_text(json.dumps(config))
+    variant = describe(siglip_folder).variant
+    assert variant.projection == 24
+
+
 @SLOW
 def test_a_folder_of_transformers_embeds_as_it_is(siglip_folder, golden, rng):
     embedder = cbam_jax.load(siglip_folder)

@@ -12,7 +12,7 @@ HUB = "hf:"
 _FILES = [
     "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
     "model-*-of-*.safetensors", "config.json", "open_clip_config.json", "preprocessor_config.json",
-    "README.md",
+    "processor_config.json", "README.md",
 ]  # fmt: skip
 
 

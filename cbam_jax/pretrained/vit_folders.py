@@ -175,23 +175,32 @@ def _activation(name: Any) -> str:
 def _transformers(config: Mapping[str, Any], folder: Path) -> Description | None:
     kind = config.get("model_type")
     if kind in _TOWERS:
-        config = {"model_type": _TOWERS[kind], **_projection(config), **config["vision_config"]}
+        config = {"model_type": _TOWERS[kind], **config["vision_config"], **_projection(config)}
         kind = config["model_type"]
     if kind not in _DEFAULTS:
         raise _unknown(folder, "transformers'", kind, ", ".join(sorted({*_TOWERS, *_DEFAULTS})))
     fields = _DEFAULTS[kind] | {name: value for name, value in config.items() if value is not None}
     variant = _transformers_variant(kind, fields)
-    path = folder / "preprocessor_config.json"
-    if not os.path.lexists(path):
-        raise InputError(
-            f"{shown(folder)} has no preprocessor_config.json, which says how photos are cut and "
-            "scaled for the model: fetch it too"
-        )
-    return Description(variant, _transformers_preprocessing(_object(path), variant.image_size))
+    cut = _image_processor(folder)
+    return Description(variant, _transformers_preprocessing(cut, variant.image_size))
+
+
+def _image_processor(folder: Path) -> Mapping[str, Any]:
+    """How photos are cut: of a file of its own, or of what transformers 5 writes for text too."""
+    if os.path.lexists(folder / "preprocessor_config.json"):
+        return _object(folder / "preprocessor_config.json")
+    if os.path.lexists(folder / "processor_config.json"):
+        whole = _object(folder / "processor_config.json")
+        if isinstance(whole.get("image_processor"), dict):
+            return whole["image_processor"]
+    raise InputError(
+        f"{shown(folder)} has no preprocessor_config.json, nor a processor_config.json with an "
+        "image_processor, which says how photos are cut and scaled for the model: fetch it too"
+    )
 
 
 def _projection(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a whole CLIP, whose own field stands above its towers'."""
+    """Of a whole CLIP, whose own field counts: its towers' may have been left at the default."""
     return {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
 
 
@@ -245,6 +254,9 @@ def _dinov3_options(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _transformers_preprocessing(fields: Mapping[str, Any], image_size: int) -> Preprocessing:
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if not _flag(fields, step, True):
+            raise ValueError(f"{step} is false: photos are always resized and scaled here")
     if not math.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
         raise ValueError(f"rescale_factor {fields['rescale_factor']}: not 1 / 255")
     size = fields.get("size", image_size)
@@ -252,13 +264,18 @@ def _transformers_preprocessing(fields: Mapping[str, Any], image_size: int) -> P
     side = _side(fields["crop_size"]) if cropped else _side(size)
     short = isinstance(size, Mapping) and "shortest_edge" in size
     short = short or (cropped and not isinstance(size, Mapping))
+    if cropped and not short and side != _side(size):
+        raise ValueError(f"photos squashed to {_side(size)} and cut to {side}: not built here")
+    resample = fields.get("resample", 3)
+    if resample not in (2, 3):
+        raise ValueError(f"resample {resample!r}: 2 (bilinear) and 3 (bicubic) are known")
     return _preprocessing(
         side,
         side / _side(size) if short else 1.0,
         fields["image_mean"],
         fields["image_std"],
         resize="crop" if short else "squash",
-        interpolation={2: "bilinear", 3: "bicubic"}[fields.get("resample", 3)],
+        interpolation="bilinear" if resample == 2 else "bicubic",
     )
 
 
