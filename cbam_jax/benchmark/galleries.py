@@ -60,7 +60,7 @@ def of_file(path: str, count: int | None) -> np.ndarray:
         raise InputError(f"--embeddings={shown(path)}: NaN or infinity in it: leave such rows out")
     if count is None or count <= len(y):
         return y[:count]
-    noise = np.float32(_NOISE * y.std()) * embeddings(count, y.shape[1], seed=3)
+    noise = np.float32(_NOISE * y.std()) * embeddings(count, y.shape[-1], seed=3)
     return y[np.arange(count) % len(y)] + noise
 
 
