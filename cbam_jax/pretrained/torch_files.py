@@ -28,11 +28,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.foreign_files import open_regular, shown
 from cbam_jax.pretrained.torch_pickles import PickleReader, Storage
 
 # What a file from before torch 1.6 begins with, as the first of its pickles.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
+# Bytes of a file, 128 GiB: more than any network that is read here.
+_LARGEST = 2**37
 # Of a zip archive; an entry takes about 100 bytes, and ten times that in memory.
 _LONGEST_DIRECTORY = 4 * 2**20
 
@@ -56,23 +59,22 @@ def read_torch(path: str | Path) -> Any:
             no use for: tensors expanded beyond their storage, bare storages, keys of dicts that
             are neither strings nor numbers.
     """
-    path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise InputError("not a regular file: give the file that torch.save wrote")
-        with open(path, "rb") as file:
+        file = open_regular(path, _LARGEST)
+    except FileNotFoundError:
+        raise InputError(f"{shown(path)}: no such file") from None
+    try:
+        with file:
             size = os.fstat(file.fileno()).st_size
             # As torch decides it, so that both read the same of a file that is both.
             zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             return _read_zip(file, size) if zipped else _read_legacy(file, size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except InputError as error:
-        raise InputError(f"{path}: {_one_line(error)}") from None
+        raise InputError(f"{shown(path)}: {_one_line(error)}") from None
     except _DAMAGE as error:
         raise InputError(
-            f"{path}: not a file of torch.save, or damaged "
+            f"{shown(path)}: not a file of torch.save, or damaged "
             f"({type(error).__name__}: {_one_line(error)}); fetch it again"
         ) from error
 

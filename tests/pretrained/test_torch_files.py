@@ -199,7 +199,7 @@ def test_overwritten_bytes_in_a_torch_file(tmp_path):
 def test_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     for path in (tmp_path / "pipe.pth", tmp_path, os.devnull):
-        with pytest.raises(InputError, match="not a regular file"):
+        with pytest.raises(InputError, match="not a (regular )?file"):
             read_torch(path)
     with pytest.raises(InputError, match="pipe.pth is not a regular file"):
         pretrained.convert(tmp_path / "pipe.pth", tmp_path / "x.safetensors")
