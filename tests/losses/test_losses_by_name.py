@@ -55,7 +55,6 @@ MISTAKES = {
         2.5,
         "loss.distance_weighted_cutoff=2.5: give a distance in (0, 2)",
     ),
-    "proxy_anchor": ("memory_size", 64, "loss.memory_size=64: proxy_anchor takes no memory"),
 }
 
 
@@ -67,6 +66,12 @@ def test_a_mistake_is_told_in_one_line(name):
         config_checks.check_loss(config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_without_a_memory_is_given_none():
+    config = make_config("proxy_anchor", **{"loss.memory_size": 64})
+    with pytest.raises(InputError, match="loss.memory_size=64: proxy_anchor takes no memory"):
+        config_checks.check_large_batch(config, 64, 1)
 
 
 def test_a_loss_of_directions_asks_for_unit_vectors():
@@ -198,11 +203,12 @@ def test_a_wrong_loss_of_ones_own_is_told_in_one_line(function, message, tmp_pat
     name = f"losses_of_mine:{function}"
     config = make_config(name, **{"data.classes_per_batch": 2, "data.images_per_class": 4})
     experiment.trust_named_parts(config)
+    model = types.SimpleNamespace(embedding_dim=16)
     if not message:
-        config_checks.check_own_loss(config, 16)
+        config_checks.check_own_loss(config, model)
         return
     with pytest.raises(InputError) as caught:
-        config_checks.check_own_loss(config, 16)
+        config_checks.check_own_loss(config, model)
     assert f"loss.name={name}" in str(caught.value).replace("'", "", 2)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -218,7 +224,7 @@ def test_the_documented_loss_of_ones_own_trains_as_it_stands(tmp_path, monkeypat
     config = make_config("mylosses:lifted_loss")
     experiment.trust_named_parts(config)
     with jax.numpy_dtype_promotion("standard"):  # As JAX comes.
-        config_checks.check_own_loss(config, 16)
+        config_checks.check_own_loss(config, model)
         x, labels = rng.normal(size=(6, 3)).astype(np.float32), np.array([0, 0, 1, 1, 2, 0])
         loss = jax.value_and_grad(experiment.build_loss(config), has_aux=True)
         (value, _), gradient = jax.jit(loss)(x, labels)
