@@ -224,7 +224,7 @@ def test_the_documented_loss_of_ones_own_trains_as_it_stands(tmp_path, monkeypat
     config = make_config("mylosses:lifted_loss")
     experiment.trust_named_parts(config)
     with jax.numpy_dtype_promotion("standard"):  # As JAX comes.
-        config_checks.check_own_loss(config, model)
+        config_checks.check_own_loss(config, types.SimpleNamespace(embedding_dim=16))
         x, labels = rng.normal(size=(6, 3)).astype(np.float32), np.array([0, 0, 1, 1, 2, 0])
         loss = jax.value_and_grad(experiment.build_loss(config), has_aux=True)
         (value, _), gradient = jax.jit(loss)(x, labels)
