@@ -242,8 +242,8 @@ def n_pair_loss(
     A label's first image is its anchor f, its second the positive f+ (a label with one has
     neither, further ones are not used: make batches of two images a label). An anchor costs
     ``log sum_j exp(f . f+_j) - f . f+``, where j runs over all labels; the mean is over the
-    anchors. To it comes ``l2 / 4`` times the mean of |f|^2 + |f+|^2, as the paper asks for without
-    a number, and TensorFlow's ``npairs_loss`` has it.
+    anchors. To it comes ``l2 / 4`` times the mean of ``|f|^2 + |f+|^2``, as the paper asks for
+    without a number, and TensorFlow's ``npairs_loss`` has it.
 
     Products are of the embeddings as they are: the paper's are not normalised, and unit vectors
     leave the loss near log of the number of labels. pytorch-metric-learning's ``NPairsLoss``

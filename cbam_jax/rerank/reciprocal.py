@@ -31,8 +31,8 @@ def k_reciprocal(
     and gallery together, d = squared Euclidean distance / the largest one of the query. The Jaccard
     distance is J = 1 - s / (2 - s), s = sum_j min(v_j, w_j) of two encodings, which are made of the
     k1-reciprocal neighbours (see `cbam_jax.rerank.encodings`) and averaged over the k2 nearest. The
-    result is (1 - lambda_) J + lambda_ d. Ties, there left to the sorting algorithm, are broken by
-    the index, queries before gallery items.
+    result is ``(1 - lambda_) J + lambda_ d``. Ties, there left to the sorting algorithm, are broken
+    by the index, queries before gallery items.
 
     A query is ranked with the help of the other queries: the result is transductive. Memory is
     O((q + n) k1), where a matrix of all pairs would take (q + n)^2. k1 suits galleries with about
@@ -55,7 +55,7 @@ def k_reciprocal(
       end of rows with fewer items, as `search` returns them.
 
     Raises:
-      ValueError: As `search` does, or for a k1, k2 or lambda_ out of range.
+      ValueError: As `search` does, or for a k1, k2 or ``lambda_`` out of range.
 
     Example:
       >>> gallery = np.float32([[0.0], [1.0], [1.1], [5.0]])
