@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -150,5 +151,6 @@ def test_every_loss_pulls_classes_together(rng, loss):
 
     options = {name: np.sqrt(np.prod(of)) for name, of in LOSSES[loss].options.items()}
     budget = {"learning_rate": 0.01, "steps": 40, "batch": (6, 6), "dim": 4, "seed": 3}
-    head = train_head(features, label, loss, options, **budget)
+    with jax.numpy_dtype_promotion("standard"):  # As optax's Adam needs it.
+        head = train_head(features, label, loss, options, **budget)
     assert same_less_other(head) > same_less_other(initial_head(10, 4, 3)) + 0.1
