@@ -68,6 +68,8 @@ def poison_parameters(at):
 def main():
     options = json.loads(sys.argv.pop(1))
     patch_tiny_models(pytest.MonkeyPatch())
+    # Whatever is started in the background of a script ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kinds = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
     signals = {options[name]: number for name, number in kinds.items() if name in options}
     wait_for_every_save()
