@@ -132,7 +132,7 @@ def search_programs(dump: pathlib.Path) -> dict[str, Any]:
         block = array((rows, _WIDTH), dtype), array((rows,), jnp.float32), array((), jnp.int32)
         program = groups._minima_program(dtype)
         found[f"minima_{dtype}"] = built(dump, program, *side, *block, labels, size=size)
-    count, bounds = _K + int(8 * np.sqrt(_K)), array((-(-rows // size), t), jnp.int32)
+    count, bounds = passes._candidates(_K, "bfloat16"), array((-(-rows // size), t), jnp.int32)
     lowest = types.Lowest(*[array((t, count), jnp.int32)] * 3)
     kept_blocks = [(array((), jnp.int32), bounds, bounds)] * kept
     found["select"] = built(dump, groups._select, lowest, kept_blocks, size=size)

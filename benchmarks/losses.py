@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from cbam_jax import experiment, models, steps
-from cbam_jax.benchmark import judged, machine, spread
+from cbam_jax.benchmark import judged, machine, seconds
 
 _DIM, _IMAGES_PER_CLASS, _CENTERS = 128, 8, 10
 _SIZES = (2048, 4096)
@@ -85,18 +85,6 @@ def bare_step(model_name: str, batch: int, image_size: int) -> Callable[[], None
     return run
 
 
-def processor_seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
-    """Processor seconds of functions that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            if number:
-                times[name].append(time.process_time() - start)
-    return {name: spread(seconds) for name, seconds in times.items()}
-
-
 def memory(name: str) -> dict[str, float]:
     """Bytes that value and gradient need beside their arguments, and how they grow."""
     needed = []
@@ -117,7 +105,7 @@ def main() -> None:
     flags = parser.parse_args()
     programs = {"bare step": bare_step(flags.model, flags.batch, flags.image_size)}
     programs |= {name: loss_program(name, flags.batch) for name in experiment.LOSSES}
-    times = processor_seconds(programs, flags.repeats)
+    times = seconds(programs, flags.repeats, time.process_time)
     step = times["bare step"]["median"]
     print(f"bare step: {step:.3g} s")
     print(f"| loss | ms | ratio | matrices of [b, b] | growth |\n{'|---' * 5}|")

@@ -13,8 +13,7 @@ from cbam_jax import InputError, command_line, export, hub, runs
 from cbam_jax.foreign_files import expanded, shown
 from cbam_jax.pretrained import IMAGENET, PUBLISHED, published_name
 
-_FORMATS = ("weights", "stablehlo", "onnx")
-_DTYPES = ("float32", "bfloat16")
+_FORMATS = ("weights", *export.FORMATS)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -33,7 +32,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--platforms", help="of StableHLO, parted by commas: cpu, cuda, rocm, tpu (cpu,cuda,tpu)"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the backbone; default: the model's")
+    parser.add_argument(
+        "--dtype", choices=export.DTYPES, help="of the backbone; default: the model's"
+    )
     parser.add_argument("--license", help="of the weights; default: that of published ones")
     return command_line.parsed(parser)
 

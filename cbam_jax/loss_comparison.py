@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.command_line import write_json
+from cbam_jax.command_line import write_json, write_text
 from cbam_jax.foreign_files import read_arrays, read_json, shown
 from cbam_jax.linear_heads import LOSSES, embed, initial_head, train_head
 from cbam_jax.metrics import count_relevant, label_matches, retrieval_metrics, t_interval
@@ -73,7 +73,7 @@ def compare(
         rows.append(_finished(features, labels, split, name, protocol, kept, workdir))
     table = {"settings": settings, "measured": MEASURED, "rows": [_summary(row) for row in rows]}
     write_json(workdir / "compare.json", table)
-    (workdir / "compare.md").write_text(markdown(table))
+    write_text(workdir / "compare.md", markdown(table))
     return table
 
 

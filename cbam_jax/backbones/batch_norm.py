@@ -73,8 +73,8 @@ class BatchNorm(nnx.Module):
     The running variance is the unbiased one, as in torch (``nnx.BatchNorm`` keeps the biased one).
     ``momentum`` is the share that is kept: 0.9 is torch's 0.1. Statistics and the normalisation are
     float32 whatever the dtype of the input, which the result takes on again. ``scale`` is where the
-    scales start. The batch is the
-    global one: under ``jit`` over a mesh the sums run over all devices.
+    scales start. The batch is the global one: under ``jit`` over a mesh the sums run over all
+    devices.
     """
 
     def __init__(

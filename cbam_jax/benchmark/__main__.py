@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "data":
         result = _run_data(parser, options)
     else:
-        result = _run_search(parser, options) if command == "search" else None
-        result = result or benchmark_step(command, **options)
+        search = command == "search"
+        result = _run_search(parser, options) if search else benchmark_step(command, **options)
         _tell(result)
     print(json.dumps(result))
 

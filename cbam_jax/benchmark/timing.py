@@ -8,8 +8,10 @@ from typing import Any
 _PAUSE_S = 0.1
 
 
-def take_turns(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one call of each to warm up.
+def take_turns(
+    functions: dict[str, Callable], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round by a clock, after one call of each to warm up.
 
     The functions take turns, so that a disturbance of the machine meets all of them, with a pause
     between: threads of OpenMP and OpenBLAS keep a core busy for a while after their work.
@@ -24,9 +26,9 @@ def take_turns(functions: dict[str, Callable], repeats: int) -> dict[str, list[f
     for _ in range(repeats):
         for name, function in functions.items():
             time.sleep(_PAUSE_S)
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
@@ -40,7 +42,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
+def seconds(
+    functions: dict[str, Callable], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Median, least and most seconds of each function; see ``take_turns``.
 
     Example:
@@ -48,7 +52,7 @@ def seconds(functions: dict[str, Callable], repeats: int) -> dict[str, dict[str,
       >>> sorted(measured["nothing"])
       ['max', 'median', 'min']
     """
-    return {name: spread(times) for name, times in take_turns(functions, repeats).items()}
+    return {name: spread(times) for name, times in take_turns(functions, repeats, clock).items()}
 
 
 def judged(figures: Mapping[str, Any], bars: Mapping[str, float]) -> dict[str, dict[str, Any]]:

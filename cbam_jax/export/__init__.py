@@ -6,6 +6,7 @@ platform), ``onnx`` (a model as ONNX), ``saving``, ``loading``, ``module`` (a pr
 place). The command is ``export_command``'s.
 """
 
+from cbam_jax.export.contract import DTYPES as DTYPES
 from cbam_jax.export.contract import is_program as is_program
 from cbam_jax.export.loading import Program as Program
 from cbam_jax.export.loading import load as load

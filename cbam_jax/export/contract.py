@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cbam_jax import InputError, __version__
 from cbam_jax.foreign_files import expanded, read_file, read_json, shown, shown_folder
 
@@ -46,6 +48,15 @@ def described(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference of embeddings, over the largest number expected.
+
+    >>> relative_difference(np.array([1.0, 3.0]), np.array([1.0, 4.0]))
+    0.25
+    """
+    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
 
 
 def checksum(contract: Mapping[str, Any]) -> str:

@@ -73,8 +73,7 @@ class Program:
                 was exported on 1e-5 is allowed, on others, and in bfloat16, 2e-2.
         """
         images, expected = _read_check(self)
-        actual = self(images)
-        difference = float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+        difference = contract.relative_difference(self(images), expected)
         exact = self.platform == self.contract.get("checked_on") and self._is_float32
         most = _SAME if exact else _OTHERS
         if not difference <= most:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbam_jax import InputError
+from cbam_jax.export.contract import relative_difference
 
 # It names an Orbax older than ours among its dependencies, and does not import it.
 INSTALL = (
@@ -69,7 +70,7 @@ def check_file(path: Path, images: np.ndarray, expected: np.ndarray) -> float:
         (actual,) = session.run(["embeddings"], {"images": images})
     except Exception as error:  # It has a class for each of its states, and no root of them.
         raise InputError(f"ONNX Runtime cannot run what jax2onnx wrote ({error})") from error
-    difference = float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+    difference = relative_difference(actual, expected)
     if not difference <= _SAME:
         raise InputError(
             f"what jax2onnx wrote gives other embeddings, by {difference:.2g} of the largest "

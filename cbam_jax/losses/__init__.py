@@ -7,7 +7,8 @@ does. docs/losses.md says which is when of use.
 
 In the order to read them: `common` (arguments, means, log-sums) and `pairs` (each row beside each
 column), `similarity` and `softmax` (losses of pairs), `triplet_costs`, `triplet`, `batch_all`,
-`distance_weighted` (of triplets), `cross_entropy` (of a classifier).
+`distance_weighted` (of triplets), `ranking` (of whole rankings), `proxies` (with trained vectors of
+the classes), `cross_entropy` (of a classifier).
 """
 
 from cbam_jax.losses.cross_entropy import cross_entropy_loss, deep_cross_entropy_loss

@@ -284,7 +284,7 @@ def _n_pair(batch: Batch, l2):
     to_own = jnp.sum(jnp.where(own, products, 0.0), axis=1)
     positives = jnp.broadcast_to(is_positive[None, :], same.shape)
     costs = log_sum(products, positives) - to_own
-    lengths = masked_mean(jnp.sum(jnp.square(rows), axis=1), anchor | (is_positive))
+    lengths = masked_mean(jnp.sum(jnp.square(rows), axis=1), anchor | is_positive)
     best = jnp.max(jnp.where(positives, products, -jnp.inf), axis=1)
     stats = {
         "accuracy": masked_mean((to_own >= best).astype(jnp.float32), anchor),
