@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cbam_jax.losses.common import masked_mean
+from cbam_jax.losses.pairs import over_positives
 from cbam_jax.losses.triplet_costs import cost_and_slope, is_active
 from cbam_jax.sharding import as_varying
 
@@ -51,16 +52,9 @@ def _cost_of_all_jvp(soft, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _pass_over_all(soft, distances, margin, positive, negative):
-    """Costs [b], their slopes by the distances [b, n], and the number of active triplets [b].
+    """Costs [b], their slopes by the distances [b, n], and the number of active triplets [b]."""
 
-    Turn i takes each anchor's i-th positive: as many turns as one has positives, a few of b.
-    """
-    rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
-    turns = jnp.max(jnp.sum(positive, axis=1, dtype=jnp.int32))
-
-    def turn(carry):
-        i, costs, slopes, active = carry
-        this = positive & (rank == i + 1)
+    def turn(this, costs, slopes, active):
         to = jnp.sum(jnp.where(this, distances, 0.0), axis=1, keepdims=True)
         triplets = negative & this.any(axis=1, keepdims=True)
         cost, slope = cost_and_slope(to - distances, None if soft else margin)
@@ -68,12 +62,11 @@ def _pass_over_all(soft, distances, margin, positive, negative):
         slopes += jnp.where(this, jnp.sum(slope, axis=1, keepdims=True), 0.0) - slope
         costs += jnp.sum(jnp.where(triplets, cost, 0.0), axis=1)
         counted = triplets & is_active(to, distances, None if soft else margin)
-        return i + 1, costs, slopes, active + jnp.sum(counted.astype(jnp.float32), axis=1)
+        return costs, slopes, active + jnp.sum(counted.astype(jnp.float32), axis=1)
 
     none = jnp.zeros(distances.shape, jnp.float32)
     start = [as_varying(x, distances) for x in (none[:, 0], none, none[:, 0])]
-    carry = jnp.zeros((), jnp.int32), *start
-    return jax.lax.while_loop(lambda carry: carry[0] < turns, turn, carry)[1:]
+    return over_positives(turn, positive, *start)
 
 
 @_pass_over_all.defjvp

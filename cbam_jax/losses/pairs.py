@@ -47,6 +47,25 @@ def _positive_and_negative(labels, other_labels, others, kept):
     return same & counted, ~same & counted
 
 
+def over_positives(
+    turn: Callable[..., tuple[jax.Array, ...]], positive: jax.Array, *sums: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return the ``sums`` after all turns, each ``turn(this, *sums) -> sums``.
+
+    Turn i takes each row's i-th positive, where ``this`` is true: as many turns as one has
+    positives, a few of b.
+    """
+    rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
+    turns = jnp.max(jnp.sum(positive, axis=1, dtype=jnp.int32))
+
+    def taken(carry):
+        i, *sums = carry
+        return i + 1, *turn(positive & (rank == i + 1), *sums)
+
+    start = jnp.zeros((), jnp.int32), *sums
+    return jax.lax.while_loop(lambda carry: carry[0] < turns, taken, start)[1:]
+
+
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return cosine similarities [n, m] of rows [n, d] and [m, d]; 0 beside a row of zeros."""
     u = l2_normalize(x)

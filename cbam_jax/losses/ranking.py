@@ -21,7 +21,7 @@ from cbam_jax.losses.common import (
     masked_mean,
     positive_number,
 )
-from cbam_jax.losses.pairs import cosine, make_pairs, pair_stats
+from cbam_jax.losses.pairs import cosine, make_pairs, over_positives, pair_stats
 from cbam_jax.sharding import as_varying
 
 # Gain of one positive: of its similarity to the anchor, the anchor's to all [m], which of these are
@@ -176,20 +176,15 @@ def _sum_over_positives_jvp(gain, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gains_and_slopes(gain, similarity, positive, negative, numbers):
-    """With them their slopes by the similarities, [b, m]; turn i takes each i-th positive."""
-    rank = jnp.cumsum(positive, axis=1, dtype=jnp.int32)
-    turns = jnp.max(jnp.sum(positive, axis=1, dtype=jnp.int32))
+    """With them their slopes by the similarities, [b, m]."""
 
-    def turn(carry):
-        i, gains, slopes = carry
-        this = positive & (rank == i + 1)
+    def turn(this, gains, slopes):
         gained, slope = _of_one(gain, this, similarity, positive, negative, numbers)
-        return i + 1, gains + gained, slopes + slope
+        return gains + gained, slopes + slope
 
     none = jnp.zeros(similarity.shape, jnp.float32)
     start = [as_varying(x, similarity) for x in (none[:, 0], none)]
-    carry = jnp.zeros((), jnp.int32), *start
-    return jax.lax.while_loop(lambda carry: carry[0] < turns, turn, carry)[1:]
+    return over_positives(turn, positive, *start)
 
 
 def _of_one(gain, this, similarity, positive, negative, numbers):
