@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.foreign_files import MOST_TABLE, open_regular
+from cbam_jax.foreign_files import MOST_TABLE, open_regular, shown
 from cbam_jax.whole_files import written_whole
 
 _TAG = "cbam_jax"
@@ -103,7 +103,7 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
         found.setdefault(query, []).append((-_number(score, where), _number(rank, where), item))
     for query, rows in found.items():
         if len({item for *_, item in rows}) < len(rows):
-            raise InputError(f"{path}: query {query!r} has an item twice")
+            raise InputError(f"{shown(path)}: query {query!r} has an item twice")
     return {
         query: [(item, -score) for score, _, item in sorted(rows, key=lambda row: row[:2])]
         for query, rows in found.items()
@@ -157,9 +157,10 @@ def _lines(path: str | os.PathLike, count: int, form: str) -> Iterator[tuple[str
             fields = re.split(r"[ \t\r\n]+", line.strip(" \t\r\n"))
             if fields == [""]:
                 continue
+            where = f"{shown(path)}:{number}"
             if len(fields) != count:
-                raise InputError(f"{path}:{number} is not '{form}': {line.strip()[:80]!r}")
-            yield f"{path}:{number}", [unquote(field) for field in fields]
+                raise InputError(f"{where} is not '{form}': {line.strip()[:80]!r}")
+            yield where, [unquote(field) for field in fields]
 
 
 def _number(text: str, where: str) -> float:

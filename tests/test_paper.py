@@ -354,6 +354,13 @@ def test_mistakes_get_one_line_before_anything_runs(checkout, run, arguments, li
     assert calls(checkout) == []
 
 
+@pytest.mark.parametrize("text", ["", '{"data": ', "[" * 5000, "[1]"])
+def test_a_damaged_file_of_a_workdir_is_told_with_the_remedy(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(InputError, match=f"metrics.json .*: move {tmp_path} away"):
+        settings.read_kept(tmp_path / "metrics.json")
+
+
 def test_a_split_that_is_not_there_is_told_first(checkout, run, monkeypatch):
     def open_dataset(name, split, **options):
         assert (name, options["label"]) == ("photos.csv", "item_id")

@@ -1,6 +1,5 @@
 """All rows of the paper's tables, run as far as they are not, and what is written of them."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from cbam_jax.paper.rows import (
     read_result,
     run_row,
 )
-from cbam_jax.paper.settings import check_settings, check_split, row_config
+from cbam_jax.paper.settings import check_settings, check_split, read_kept, row_config
 from cbam_jax.paper.tables import ROWS, TABLES, make_table
 
 
@@ -72,7 +71,7 @@ def write_tables(
     documents = []
     for number in numbers:
         results = {row: _results(workdir, row, seeds, split) for row in TABLES[number]}
-        costs = {row: json.loads(cost_path(workdir, row).read_text()) for row in TABLES[number]}
+        costs = {row: read_kept(cost_path(workdir, row)) for row in TABLES[number]}
         table = make_table(number, results, costs, command=command)
         path = workdir / f"table{number}.json"
         command_line.write_json(path, table)

@@ -1,6 +1,5 @@
 """One row with one seed: trained, measured, its cost taken, unless all that is done."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from cbam_jax import command_line
 from cbam_jax.paper.processes import call, script
 from cbam_jax.paper.queries import per_query
-from cbam_jax.paper.settings import row_config
+from cbam_jax.paper.settings import read_kept, row_config
 from cbam_jax.paper.tables import ROWS, row_fields
 
 
@@ -48,7 +47,7 @@ def result_path(workdir: Path, row: str, seed: int, split: str) -> Path:
 def read_result(workdir: Path, row: str, seed: int, split: str) -> dict[str, Any] | None:
     """Return what a finished run measured, or None while it is unfinished."""
     path = result_path(workdir, row, seed, split)
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_kept(path) if path.exists() else None
 
 
 def run_row(workdir: Path, row: str, seed: int, *, split: str, settings: Mapping[str, str]) -> bool:
@@ -58,7 +57,7 @@ def run_row(workdir: Path, row: str, seed: int, *, split: str, settings: Mapping
     start, folder = time.monotonic(), run_folder(workdir, row, seed)
     train(workdir, row, seed, settings)
     call(workdir, folder.name, evaluation(workdir, row, seed, split))
-    config = json.loads((folder / "config.json").read_text())
+    config = read_kept(folder / "config.json")
     if not cost_path(workdir, row).exists():
         measure_cost(workdir, row, config)
     evaluated = evaluated_folder(workdir, row, seed, split)
@@ -68,7 +67,7 @@ def run_row(workdir: Path, row: str, seed: int, *, split: str, settings: Mapping
         "config_file": settings.get("config", f"configs/{ROWS[row].config or row}.py"),
         "seconds": round(time.monotonic() - start, 1),
         "config": config,
-        "report": json.loads((evaluated / "metrics.json").read_text()),
+        "report": read_kept(evaluated / "metrics.json"),
         "per_query": per_query(evaluated),
     }
     # Last, so that whoever finds it finds all of the row.

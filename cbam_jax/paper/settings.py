@@ -1,13 +1,13 @@
 """What rows are trained with: the config of each, and the fields that a command sets in all."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbam_jax import InputError, command_line
+from cbam_jax.foreign_files import read_json, shown
 from cbam_jax.paper.tables import READING, ROWS
 
 # Fields that the command has flags of its own for.
@@ -51,7 +51,7 @@ def check_settings(workdir: Path, settings: Mapping[str, str]) -> None:
     kept = {name: value for name, value in settings.items() if name not in READING}
     # train.py writes it when all its checks have passed: before that, settings can be mended.
     if path.exists() and any(workdir.glob("runs/*/config.json")):
-        saved = json.loads(path.read_text())
+        saved = read_kept(path)
         for name in sorted(kept.keys() | saved.keys()):
             if kept.get(name) != saved.get(name):
                 raise InputError(
@@ -60,6 +60,20 @@ def check_settings(workdir: Path, settings: Mapping[str, str]) -> None:
                     "--workdir"
                 )
     command_line.write_json(path, kept)
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """Return what an earlier command wrote; InputError where it can't be read any more."""
+    try:
+        document = read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{shown(path)} can't be read ({shown(str(error))}): move {shown(path.parent)} away, "
+            "and what it holds is made again"
+        ) from error
+    if not isinstance(document, dict):
+        raise InputError(f"{shown(path)} holds no object: move {shown(path.parent)} away")
+    return document
 
 
 def check_split(config_path: str, split: str, settings: Mapping[str, str]) -> None:

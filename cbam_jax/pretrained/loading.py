@@ -7,7 +7,7 @@ square kernel that was stored transposed, since its shape is the same.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -138,7 +138,8 @@ def load_pretrained(
     for name in loaded:
         problems += _misfits(name, *ours[name], theirs[name], in_our_layout)
     if problems:
-        raise InputError(_mismatch(label, problems, {"missing": ours, "unexpected": theirs}))
+        problem = _mismatch(label, problems, {"missing": ours, "unexpected": theirs})
+        raise InputError(_under_prefixes(label, theirs, ours) or problem)
     updates = [
         (ours[name][0], _filled(*ours[name], theirs[name], in_our_layout)) for name in loaded
     ]
@@ -200,6 +201,20 @@ def _mismatch(label: str, problems: list[str], names: Mapping[str, Iterable[str]
     more = len(lines) - _MOST_LISTED
     rest = [f"and {more} more"] if more > 0 else []
     return "\n  ".join([f"{first} or source", *lines[:_MOST_LISTED], *rest])
+
+
+def _under_prefixes(label: str, theirs: Collection[str], ours: Collection[str]) -> str:
+    """What to do with a file that holds the model, or several, beside something else; or nothing.
+
+    >>> _under_prefixes("x.pth", ["net.fc.bias", "average.fc.bias", "step"], ["fc.bias"])
+    "x.pth has the model's tensors under 'average.', 'net.': save one alone, without that prefix"
+    """
+    split = (name.partition(".") for name in theirs)
+    counts = Counter(first for first, _, rest in split if rest in ours)
+    most = sorted(first for first, count in counts.items() if 2 * count > len(ours))
+    prefixes = ", ".join(f"'{first}.'" for first in most)
+    found = f"{label} has the model's tensors under {prefixes}: save one alone, without that prefix"
+    return found if most else ""
 
 
 def _by_whole_blocks(problems: list[str], names: Mapping[str, Iterable[str]]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from cbam_jax.pretrained.loading import _named_arrays
+from cbam_jax import InputError
+from cbam_jax.pretrained.loading import _named_arrays, load_pretrained
 from cbam_jax.pretrained.sources import unwrap, without_prefix
 
 NAMES = ("conv1.weight", "layer1.0.bn1.bias", "fc.weight")
@@ -47,6 +49,23 @@ def test_of_two_encoders_the_one_that_is_evaluated():
     two = prefixed("module.encoder_q.") | prefixed("module.encoder_k.")
     two["module.queue"] = np.zeros(3)
     np.testing.assert_equal(_named_arrays({"state_dict": two}, "x.pth", OWN)[0], WEIGHTS)
+
+
+def test_a_model_beside_something_else_is_told_with_its_prefix():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    weights = {"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)}
+    two = {
+        f"{prefix}.{name}": a for prefix in ("model", "ema_model") for name, a in weights.items()
+    }
+    with pytest.raises(
+        InputError, match=r"^given arrays has .* under 'ema_model\.', 'model\.': sav"
+    ):
+        load_pretrained(model, two)
+    beside = {f"net.{name}": a for name, a in weights.items()} | {"criterion.centers": np.ones(4)}
+    with pytest.raises(InputError, match=r"under 'net\.': save one alone, without that prefix$"):
+        load_pretrained(model, beside)
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_pretrained(model, weights | {"criterion.centers": np.ones(4)})
 
 
 def test_a_prefix_that_is_the_models_own_stays():
