@@ -1,10 +1,12 @@
 """A linear map of embeddings that do not change, trained by any of the losses in seconds.
 
 ``train_head`` is one jitted program a loss and a number of classes: learning rate, options of the
-loss and batches are its arguments, so that trials compile nothing.
+loss, batches and the rows that they are of are its arguments, so that neither trials nor folds nor
+seeds compile anything. Compiled, 50 steps take 0.02 s, and the compilation a second or two.
 """
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,6 +60,7 @@ def initial_head(width: int, dim: int, seed: int) -> np.ndarray:
 def train_head(
     features: np.ndarray,
     labels: np.ndarray,
+    rows: np.ndarray,
     loss: str,
     options: Mapping[str, float],
     *,
@@ -72,8 +75,9 @@ def train_head(
     Args:
       features: ``[n, d]`` float32.
       labels: ``[n]`` integers.
+      rows: Which of them are trained on; no other is looked at.
       loss: One of `LOSSES`.
-      options: Of the loss function.
+      options: Of the loss function, of those that are tuned; others have its defaults.
       learning_rate: Of Adam, constant.
       steps: How many batches.
       batch: Classes of a batch, at most those that there are, and images of each.
@@ -83,17 +87,28 @@ def train_head(
     Returns:
       ``[d, dim]`` float32; embeddings are ``features @ head``, to be compared at unit length.
     """
-    names, labels = np.unique(labels, return_inverse=True)
+    names, numbers = np.unique(labels[rows], return_inverse=True)
     rng = np.random.default_rng([seed, 1])
     params = {"head": initial_head(features.shape[1], dim, seed)}
     if vectors := LOSSES[loss].vectors:
         shape = (len(names), vectors, dim) if vectors > 1 else (len(names), dim)
         params["proxies"] = (rng.normal(size=shape) / np.sqrt(dim)).astype(np.float32)
-    batches = np.stack([draw_batch(labels, *batch, rng) for _ in range(steps)])
-    given = {name: np.float32(value) for name, value in options.items()}
+    drawn = np.stack([draw_batch(numbers, *batch, rng) for _ in range(steps)])
+    batches = rows[drawn].astype(np.int32), numbers[drawn].astype(np.int32)
+    given = {name: np.float32(value) for name, value in {**defaults(loss), **options}.items()}
     key = jax.random.key(seed)
-    arrays = (params, features, labels.astype(np.int32), batches, given, np.float32(learning_rate))
+    arrays = (params, features, batches, given, np.float32(learning_rate))
     return np.asarray(_trained(*arrays, key, loss=loss)["head"])
+
+
+def defaults(loss: str) -> dict[str, float]:
+    """The loss function's own values of what is tuned.
+
+    >>> defaults("circle")
+    {'margin': 0.4, 'scale': 80.0}
+    """
+    parameters = inspect.signature(getattr(losses, f"{loss}_loss")).parameters
+    return {name: parameters[name].default for name in LOSSES[loss].options}
 
 
 def draw_batch(labels: np.ndarray, classes: int, each: int, rng: np.random.Generator) -> np.ndarray:
@@ -109,8 +124,7 @@ def draw_batch(labels: np.ndarray, classes: int, each: int, rng: np.random.Gener
 def _trained(
     params: Any,
     features: jax.Array,
-    labels: jax.Array,
-    batches: jax.Array,
+    batches: tuple[jax.Array, jax.Array],
     options: Any,
     rate: jax.Array,
     key: jax.Array,
@@ -122,16 +136,16 @@ def _trained(
 
     def step(carry, batch):
         params, state = carry
-        rows, key = batch
-        gradient = jax.grad(_cost)(params, features[rows], labels[rows], options, key, loss)
+        rows, labels, key = batch
+        gradient = jax.grad(_cost)(params, features[rows], labels, options, key, loss)
         update: Any
         update, state = adam.update(gradient, state)
         multiple = {"head": 1.0, "proxies": _PROXIES_FASTER}
         moved = {name: params[name] - rate * multiple[name] * update[name] for name in params}
         return (moved, state), None
 
-    keys = jax.random.split(key, len(batches))
-    (params, _), _ = jax.lax.scan(step, (params, adam.init(params)), (batches, keys))
+    keys = jax.random.split(key, len(batches[0]))
+    (params, _), _ = jax.lax.scan(step, (params, adam.init(params)), (*batches, keys))
     return params
 
 

@@ -212,7 +212,7 @@ def _heads(
         batch = protocol.batch_classes, protocol.batch_images
         heads.append(
             train_head(
-                features[rows], labels[rows], name, options, learning_rate=rate,
+                features, labels, rows, name, options, learning_rate=rate,
                 steps=protocol.steps, batch=batch, dim=protocol.dim, seed=seed,
             )
         )  # fmt: skip

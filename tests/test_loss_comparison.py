@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cbam_jax import InputError, loss_comparison
+from cbam_jax import InputError, linear_heads, loss_comparison
 from cbam_jax.linear_heads import LOSSES, draw_batch, initial_head, train_head
 from cbam_jax.loss_comparison import Protocol, compare, draw_trial, measure, split_classes
 
@@ -28,8 +28,8 @@ def calls(monkeypatch):
     """Trainings and measurements, which are told by what they are of."""
     made = []
 
-    def train(features, labels, loss, options, *, learning_rate, seed, **rest):
-        made.append((loss, sorted(set(labels.tolist())), learning_rate, seed))
+    def train(features, labels, rows, loss, options, *, learning_rate, seed, **rest):
+        made.append((loss, sorted(set(labels[rows].tolist())), learning_rate, seed))
         return np.float32([learning_rate, seed])
 
     def value(features, labels, head=None):
@@ -136,6 +136,27 @@ def test_batches_hold_each_class_equally_often(rng):
     assert len(set(rows[label[rows] == 2])) in (0, 4)
 
 
+def test_one_program_serves_all_trials_folds_and_seeds(rng, monkeypatch):
+    """And rows that are not trained on are not looked at."""
+    cost, traced = linear_heads._cost, []
+    monkeypatch.setattr(linear_heads, "_cost", lambda *given: traced.append(1) or cost(*given))
+    label = np.repeat(np.arange(6), [5, 9, 7, 6, 8, 5])
+    features = rng.normal(size=(40, 6)).astype(np.float32)
+    budget = {"learning_rate": 0.01, "steps": 2, "batch": (2, 3), "dim": 2}
+    counts = []
+    for seed, classes in enumerate([(0, 1, 2), (3, 4, 5), (1, 3, 5)]):
+        rows = np.flatnonzero(np.isin(label, classes))
+        others = np.where(np.isin(label, classes)[:, None], features, np.float32(np.nan))
+        options = {"margin": 0.3} if seed else {}
+        with jax.numpy_dtype_promotion("standard"):  # As optax's Adam needs it.
+            head = train_head(others, label, rows, "cosface", options, seed=seed, **budget)
+        assert np.isfinite(head).all()
+        assert np.abs(head - initial_head(6, 2, seed)).max() > 1e-3
+        counts.append(len(traced))
+    assert counts == [counts[0]] * 3
+    assert counts[0] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_pulls_classes_together(rng, loss):
@@ -152,5 +173,5 @@ def test_every_loss_pulls_classes_together(rng, loss):
     options = {name: np.sqrt(np.prod(of)) for name, of in LOSSES[loss].options.items()}
     budget = {"learning_rate": 0.01, "steps": 40, "batch": (6, 6), "dim": 4, "seed": 3}
     with jax.numpy_dtype_promotion("standard"):  # As optax's Adam needs it.
-        head = train_head(features, label, loss, options, **budget)
+        head = train_head(features, label, np.arange(72), loss, options, **budget)
     assert same_less_other(head) > same_less_other(initial_head(10, 4, 3)) + 0.1
