@@ -20,6 +20,7 @@ from cbam_jax.command_line import write_json, write_text
 from cbam_jax.foreign_files import read_arrays, read_json, shown
 from cbam_jax.linear_heads import LOSSES, embed, initial_head, train_head
 from cbam_jax.metrics import count_relevant, label_matches, retrieval_metrics, t_interval
+from cbam_jax.rerank import unit_rows
 from cbam_jax.search import search
 
 MEASURED = ("map@R", "precision@1", "r_precision")
@@ -98,7 +99,7 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray]:
     x = x.astype(np.float32) if x.dtype.kind == "f" else np.full(1, np.nan)
     if x.ndim != 2 or labels.shape != x.shape[:1] or not np.isfinite(x).all():
         raise InputError(f"--embeddings={path}: expected finite embeddings [n, d] and labels [n]")
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), labels
+    return unit_rows(x), labels
 
 
 def fingerprint(features: np.ndarray, labels: np.ndarray) -> str:

@@ -75,7 +75,14 @@ MAY_IMPORT = {
     "configs": set(),
     "config_files": {"foreign_files"},
     "linear_heads": {"distances", "losses"},
-    "loss_comparison": {"command_line", "foreign_files", "linear_heads", "metrics", "search"},
+    "loss_comparison": {
+        "command_line",
+        "foreign_files",
+        "linear_heads",
+        "metrics",
+        "rerank",
+        "search",
+    },
     # Runs train.py and evaluate.py in processes of their own, and reads what they wrote.
     "paper": {
         "command_line",

@@ -8,6 +8,7 @@ from sklearn.decomposition import PCA
 from cbam_jax.rerank import (
     apply_whitening,
     augment_gallery,
+    expand_by_neighbours,
     expand_queries,
     fit_whitening,
     k_reciprocal,
@@ -138,6 +139,25 @@ def test_expansion_is_the_weighted_mean(slow_search, rng):
             np.testing.assert_allclose(found[i], expected, atol=1e-6)
 
 
+def test_lists_that_are_known_are_not_searched_for(monkeypatch, rng):
+    points = clusters(rng, 40, 5)
+    lists = plain_search(points, points, 8)[1]
+    monkeypatch.setattr("cbam_jax.rerank.encodings.search", None)
+    found = k_reciprocal(points[:4], points[4:], 9, k1=7, k2=3, lists=lists)
+    dense = dense_k_reciprocal(points, 7, 3, 0.3)[:4, 4:]
+    assert_same(found, dense, lambda i, j: True)
+
+
+def test_expansion_by_neighbours_that_are_known(rng):
+    queries, near = rng.normal(size=(3, 6)), rng.normal(size=(3, 5, 6)).astype(np.float32)
+    near[1, 2:] = 0
+    found = expand_by_neighbours(queries, near, 1.5)
+    for i, x in enumerate(unit(queries)):
+        rows = [y / np.linalg.norm(y) for y in near[i].astype(float) if y.any()]
+        expected = x + sum(max(x @ y, 0) ** 1.5 * y for y in rows)
+        np.testing.assert_allclose(found[i], unit(expected), atol=1e-6)
+
+
 def test_augmentation_expands_each_item_by_the_others(slow_search, rng):
     gallery = clusters(rng, 30, 6)
     found = augment_gallery(gallery, 4, 2.0)
@@ -176,7 +196,14 @@ def test_axes_that_do_not_vary_are_left_out(rng):
         (lambda x: k_reciprocal(x, x, 1, k1=0), "k1 is 0, k2 6 and lambda_ 0.3"),
         (lambda x: k_reciprocal(x, x, 1, k1=3, k2=5), "k2 5"),
         (lambda x: k_reciprocal(x, x, 1, lambda_=1.5), "lambda_ 1.5"),
-        (lambda x: k_reciprocal(x, x, 9), r"k is 9, queries have shape \(4, 2\), the gallery"),
+        (lambda x: k_reciprocal(x, x, 9), "k is 9, but the gallery has 4 items"),
+        (lambda x: k_reciprocal(x, x[:, :1], 1), "queries are 2 wide, the gallery 1"),
+        (lambda x: k_reciprocal(x, x, 1, k1=2, k2=1, lists=x), r"expected \(8, 3\) ints"),
+        (
+            lambda x: k_reciprocal(x, x, 1, k1=2, k2=1, lists=np.full((8, 3), 8)),
+            "indices from 8 to 8, expected 0 to 7",
+        ),
+        (lambda x: expand_by_neighbours(x, x[:, None], -1), "alpha is -1, expected 0 or more"),
         (lambda x: expand_queries(x, x, 2, -1), "alpha is -1, expected 0 or more"),
         (lambda x: fit_whitening(x * np.nan), r"shape \(4, 2\), power 0.5; expected"),
         (lambda x: apply_whitening(x[:, :1], fit_whitening(x)), r"\(4, 1\), expected \[n, 2\]"),

@@ -25,15 +25,20 @@ class Encodings(NamedTuple):
     furthest: np.ndarray
 
 
-def joint_encodings(points: np.ndarray, k1: int, k2: int) -> Encodings:
+def nearest_lists(points: np.ndarray, k1: int) -> np.ndarray:
+    """Of each image itself and the k1 nearest of all, ties by index, [m, min(k1 + 1, m)]."""
+    return search(points, points, min(k1 + 1, len(points)))[1]
+
+
+def joint_encodings(points: np.ndarray, lists: np.ndarray, k1: int, k2: int) -> Encodings:
     """The encodings of all images, queries and gallery alike, in O(m k1) memory.
 
     An image's set is its k1-reciprocal neighbours, widened by the sets of half the size of those
     that share most of theirs; weights are e^-d, of sum 1, d the squared distance over the image's
     largest; last each row becomes the mean of those of the k2 nearest images, itself included.
+    ``lists`` are those of `nearest_lists`.
     """
     m = len(points)
-    _, lists = search(points, points, min(k1 + 1, m))
     furthest = _furthest(points)
     parts = [_expanded(lists, part, k1) for part in _parts(m)]
     row, column = (np.concatenate(side) for side in zip(*parts, strict=True))

@@ -43,9 +43,41 @@ def expand_queries(
     if alpha < 0:
         raise ValueError(f"alpha is {alpha}, expected 0 or more")
     x, y = unit_rows(queries), unit_rows(gallery)
-    distance, index = search(x, y, k, metric="cosine", **ignored)
-    weight = np.maximum(1 - distance.astype(np.float64), 0) ** alpha * (index >= 0)
-    return unit_rows(x + _weighted_sums(y, weight, index))
+    _, index = search(x, y, k, metric="cosine", **ignored)
+    expanded = np.empty_like(x)
+    for i in range(0, len(x), _ROWS):  # A block of rows at a time, since it gathers.
+        part = slice(i, i + _ROWS)
+        near = y[index[part]] * (index[part] >= 0)[..., None]
+        expanded[part] = expand_by_neighbours(x[part], near, alpha)
+    return expanded
+
+
+def expand_by_neighbours(
+    queries: ArrayLike, neighbours: ArrayLike, alpha: float = 3.0
+) -> np.ndarray:
+    """As `expand_queries`, where the neighbours of each query are known.
+
+    Args:
+      queries: ``[q, d]`` float, of any lengths; the result depends on their directions.
+      neighbours: ``[q, k, d]``, likewise; a zero counts as none. Their order does not matter.
+      alpha: Not negative.
+
+    Returns:
+      ``[q, d]`` float32, of unit length (zero where the query and its neighbours are).
+
+    Raises:
+      ValueError: For a negative alpha.
+
+    Example:
+      >>> expand_by_neighbours(np.float32([[2, 0]]), np.float32([[[1, 0], [0.6, 0.8]]]), 1).round(4)
+      array([[0.9799, 0.1993]], dtype=float32)
+    """
+    if alpha < 0:
+        raise ValueError(f"alpha is {alpha}, expected 0 or more")
+    x, near = unit_rows(queries), np.asarray(neighbours, np.float32)
+    y = unit_rows(near.reshape(-1, x.shape[1])).reshape(near.shape).astype(np.float64)
+    weight = np.maximum(np.einsum("qd,qkd->qk", x, y), 0) ** alpha
+    return unit_rows(x + np.einsum("qk,qkd->qd", weight, y))
 
 
 def augment_gallery(gallery: ArrayLike, k: int = 10, alpha: float = 3.0) -> np.ndarray:
@@ -70,16 +102,11 @@ def augment_gallery(gallery: ArrayLike, k: int = 10, alpha: float = 3.0) -> np.n
 
 
 def unit_rows(x: ArrayLike) -> np.ndarray:
-    """Rows of unit length, float32; a zero row stays."""
+    """Rows of unit length, ``[n, d]`` float32; a zero row stays.
+
+    >>> unit_rows([[3.0, 4.0], [0.0, 0.0]]).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
     x = np.asarray(x, np.float32)
     length = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))[:, None]
     return (x / np.where(length > 0, length, 1)).astype(np.float32)
-
-
-def _weighted_sums(y: np.ndarray, weight: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """sum_i weight[q, i] y[index[q, i]], [q, d]; a block of rows at a time, since it gathers."""
-    sums = np.empty((len(index), y.shape[1]))
-    for i in range(0, len(index), _ROWS):
-        part = slice(i, i + _ROWS)
-        sums[part] = (weight[part, None, :] @ y[index[part]])[:, 0]
-    return sums

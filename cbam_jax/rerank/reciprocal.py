@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from cbam_jax.rerank.encodings import Encodings, joint_encodings
+from cbam_jax.rerank.encodings import Encodings, joint_encodings, nearest_lists
+from cbam_jax.search import check_search
 
 _CELLS = 2**21  # Pairs of a query and an item at a time: 16 MiB an array of them.
 _UNITS = 2**24  # In which distances, from 0 to 1, are counted;
@@ -24,6 +25,7 @@ def k_reciprocal(
     exclude_self: bool | ArrayLike = False,
     query_group: ArrayLike | None = None,
     gallery_group: ArrayLike | None = None,
+    lists: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest gallery items of each query by k-reciprocal re-ranking, exactly.
 
@@ -49,13 +51,16 @@ def k_reciprocal(
         the gallery index of each query, -1 for none. A query in the gallery is one image, not two.
       query_group: ``[q]`` integers; items of the query's group are not found, but are neighbours.
       gallery_group: ``[n]`` integers.
+      lists: ``[m, min(k1 + 1, m)]`` integers, where they are known: of all m images, first the
+        queries that are no gallery items, then the gallery, the indices of the nearest among all
+        of them, itself included, nearest first; None: they are searched for.
 
     Returns:
       Distances ``[q, k]`` float32, ascending, and indices ``[q, k]`` int32 with (inf, -1) at the
       end of rows with fewer items, as `search` returns them.
 
     Raises:
-      ValueError: As `search` does, or for a k1, k2 or ``lambda_`` out of range.
+      ValueError: As `search` does, for a k1, k2 or ``lambda_`` out of range, or other lists.
 
     Example:
       >>> gallery = np.float32([[0.0], [1.0], [1.1], [5.0]])
@@ -67,28 +72,42 @@ def k_reciprocal(
         raise ValueError(
             f"k1 is {k1}, k2 {k2} and lambda_ {lambda_}; expected at least 1, 1 to k1 + 1, 0 to 1"
         )
+    queries, gallery, own, group = check_search(
+        queries,
+        gallery,
+        k,
+        exclude_self=exclude_self,
+        query_group=query_group,
+        gallery_group=gallery_group,
+    )
     x, y = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
-    if x.ndim != 2 or y.ndim != 2 or not 1 <= k <= len(y):
-        raise ValueError(
-            f"k is {k}, queries have shape {x.shape}, the gallery {y.shape}; expected [q, d] and "
-            "[n, d], and k from 1 to n"
-        )
-    own = np.full(len(x), -1) if exclude_self is False else np.asarray(exclude_self)
-    own = np.arange(len(y)) if exclude_self is True else own
-    groups = None if query_group is None else (np.asarray(query_group), np.asarray(gallery_group))
-    if own.shape != (len(x),) or (groups and [len(g) for g in groups] != [len(x), len(y)]):
-        raise ValueError(f"exclude_self has shape {own.shape}, or groups others; expected [q], [n]")
+    own = np.full(len(x), -1) if own is None else own
     outside = np.flatnonzero(own < 0)
     points = np.concatenate([x[outside], y])
-    encodings = joint_encodings(points, k1, k2)
+    lists = nearest_lists(points, k1) if lists is None else _checked_lists(lists, len(points), k1)
+    encodings = joint_encodings(points, lists, k1, k2)
     place = own + len(outside)
     place[outside] = np.arange(len(outside))
 
     def ignored(part: slice) -> np.ndarray:
         itself = own[part, None] == np.arange(len(y))
-        return itself if groups is None else itself | (groups[0][part, None] == groups[1])
+        return itself if group[0] is None else itself | (group[0][part, None] == group[1])
 
     return _ranked(encodings, place, len(y), lambda_, k, ignored)
+
+
+def _checked_lists(lists: ArrayLike, m: int, k1: int) -> np.ndarray:
+    lists = np.asarray(lists)
+    expected = (m, min(k1 + 1, m))
+    if lists.shape != expected or lists.dtype.kind not in "iu":
+        raise ValueError(
+            f"lists have shape {lists.shape} and dtype {lists.dtype}, expected {expected} ints"
+        )
+    if lists.size and not 0 <= lists.min() <= lists.max() < m:
+        raise ValueError(
+            f"lists have indices from {lists.min()} to {lists.max()}, expected 0 to {m - 1}"
+        )
+    return lists
 
 
 def _ranked(

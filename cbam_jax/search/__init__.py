@@ -31,7 +31,7 @@ first relevant item.
 float64's without float64).
 """
 
-from cbam_jax.search.arguments import FIRST_PASSES, METRICS
+from cbam_jax.search.arguments import FIRST_PASSES, METRICS, check_search
 from cbam_jax.search.counting import first_ranks
 from cbam_jax.search.passes import search
 from cbam_jax.search.prepared import Prepared
@@ -43,6 +43,7 @@ __all__ = [
     "FIRST_PASSES",
     "METRICS",
     "Prepared",
+    "check_search",
     "first_ranks",
     "load_prepared",
     "prepare",

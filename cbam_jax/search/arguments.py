@@ -43,6 +43,32 @@ def check(
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
 
 
+def check_search(
+    queries: ArrayLike,
+    gallery: ArrayLike,
+    k: int,
+    metric: str = "euclidean",
+    *,
+    exclude_self: bool | ArrayLike = False,
+    query_group: ArrayLike | None = None,
+    gallery_group: ArrayLike | None = None,
+) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array, Any, tuple[Any, Any]]:
+    """What `search` and its kin are given, checked: queries, gallery, own indices, groups.
+
+    Returns:
+      Embeddings ``[q, d]`` and ``[n, d]`` as they came; ``[q]`` int32 and a pair of ``[q]`` and
+      ``[n]`` int32, each None where no item is ignored for it.
+
+    Raises:
+      ValueError: As `search` does.
+    """
+    queries, gallery = matrix(queries, "queries"), matrix(gallery, "gallery")
+    q, n = len(queries), len(gallery)
+    check(queries, gallery.shape, n, k, metric)
+    group = label_pair(query_group, gallery_group, q, n, "group")
+    return queries, gallery, own_indices(exclude_self, q, n), group
+
+
 def check_passes(
     first_pass: str | None, query_block: int | None, gallery_block: int | None
 ) -> None:

@@ -55,13 +55,18 @@ def first_ranks(
       >>> first_ranks(gallery, gallery, [7, 8, 7, 5], [7, 8, 7, 5], exclude_self=True).tolist()
       [2, 0, 2, 0]
     """
-    queries = arguments.matrix(queries, "queries")
-    gallery = arguments.matrix(gallery, "gallery")
+    queries, gallery, own, group = arguments.check_search(
+        queries,
+        gallery,
+        1,
+        metric,
+        exclude_self=exclude_self,
+        query_group=query_group,
+        gallery_group=gallery_group,
+    )
     q, n = len(queries), len(gallery)
-    arguments.check(queries, gallery.shape, n, 1, metric)
-    group = arguments.label_pair(query_group, gallery_group, q, n, "group")
     label = arguments.label_pair(query_labels, gallery_labels, q, n, "labels")
-    query = Labels(arguments.own_indices(exclude_self, q, n), group[0], label[0])
+    query = Labels(own, group[0], label[0])
     items = Labels(np.arange(n, dtype=np.int32), group[1], label[1])
     (shard,) = split_gallery(gallery, jax.local_devices()[:1])
     rows = np.asarray(queries).astype(np.float32, copy=False)
