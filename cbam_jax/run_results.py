@@ -15,6 +15,7 @@ from cbam_jax import (
     run_figures,
     trec,
 )
+from cbam_jax.rerank_steps import Step
 from cbam_jax.run_figures import Measured
 from cbam_jax.whole_files import save_arrays
 
@@ -50,9 +51,7 @@ def write_trec(measured: Measured) -> None:
     trec.write_qrels(measured.folder / "qrels.txt", *names, matches)
 
 
-def write_reranked(
-    measured: Measured, steps: Sequence[reranked.Step], train: np.ndarray | None
-) -> None:
+def write_reranked(measured: Measured, steps: Sequence[Step], train: np.ndarray | None) -> None:
     """Rank again, into the report, metrics.json and reranked.csv; ``train`` [m, d] is to fit on."""
     dataset, report = measured.dataset, measured.report
     report["rerank"], found = reranked.measure(

@@ -27,6 +27,7 @@ from cbam_jax import (
     evaluation,
     experiment,
     model_state,
+    rerank_steps,
     reranked,
     run_figures,
     run_results,
@@ -229,7 +230,7 @@ def evaluate(
     html: bool = False,
     frames: str = "green",
     measure: bool = False,
-    rerank: Sequence[reranked.Step] = (),
+    rerank: Sequence[rerank_steps.Step] = (),
     trec: bool = False,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
@@ -245,7 +246,7 @@ def evaluate(
         html: write the page, with the figures.
         frames: colour of a hit's frame in the figures, ``"green"`` or the paper's ``"red"``.
         measure: measure the focus too.
-        rerank: steps of ``reranked.parse_steps``, to rank by once more and compare.
+        rerank: steps of ``rerank_steps.parse_steps``, to rank by once more and compare.
         trec: write run.txt and qrels.txt for trec_eval.
         overrides: ``--config.FIELD=VALUE`` of the sections ``data`` and ``eval``.
         out: folder of what is written; None: ``RUN/eval/SPLIT``, or for another dataset than the
@@ -400,7 +401,7 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--rerank",
         metavar="STEP,STEP",
-        help=f"rank again and compare: {', '.join(reranked.STEPS)}, with options as in aqe:k=5",
+        help=f"rank again and compare: {', '.join(rerank_steps.STEPS)}, with options as in aqe:k=5",
     )
     known, overrides = parser.parse_known_args()
     if known.data is not None:
@@ -435,7 +436,7 @@ def main() -> None:
     """Evaluate, and print the JSON line."""
     flags, overrides = parse_flags()
     which = parse_checkpoint(flags.checkpoint)
-    rerank = [] if flags.rerank is None else reranked.parse_steps(flags.rerank)
+    rerank = [] if flags.rerank is None else rerank_steps.parse_steps(flags.rerank)
     command_line.keep_compiled_programs()
     report = evaluate(
         flags.workdir,

@@ -7,7 +7,8 @@ from test_rerank import clusters, dense_k_reciprocal, plain_search, unit
 from cbam_jax import InputError, reranked
 from cbam_jax.evaluation import Evaluation, make_protocol
 from cbam_jax.metrics import bootstrap_interval
-from cbam_jax.reranked import measure, parse_steps, transductive
+from cbam_jax.rerank_steps import parse_steps
+from cbam_jax.reranked import measure, transductive
 
 KS = (1, 4)
 

@@ -1,5 +1,6 @@
 """A catalogue of photos, opened: add, find, list, remove."""
 
+import functools
 import itertools
 import os
 import shlex
@@ -14,7 +15,7 @@ from cbam_jax import InputError
 from cbam_jax.catalogue import checks, embedders, indexing, queries, shards, sources
 from cbam_jax.catalogue.alike import Alike, Photo, pair_heat
 from cbam_jax.catalogue.filters import Where, categories, check, photos_of, selected
-from cbam_jax.catalogue.folding import Content, Known, Own, Row, folded
+from cbam_jax.catalogue.folding import Content, Known, Own, Row, nearest_folded
 from cbam_jax.catalogue.gallery import Gallery, open_gallery
 from cbam_jax.catalogue.indexing import Added
 from cbam_jax.catalogue.items import Copy, Item, Neighbour
@@ -24,6 +25,8 @@ from cbam_jax.catalogue.near import duplicates
 from cbam_jax.catalogue.queries import Part
 from cbam_jax.catalogue.reading import LARGEST
 from cbam_jax.catalogue.rebuilding import rebuild
+from cbam_jax.catalogue.reranking import parsed as parsed_steps
+from cbam_jax.catalogue.reranking import ranked_again
 from cbam_jax.catalogue.store import Kept, Store, damaged
 from cbam_jax.foreign_files import expanded, read_file
 
@@ -236,6 +239,7 @@ class Catalogue:
         unlike: Sequence[Part] = (),
         max_distance: float | None = None,
         copies: bool = False,
+        rerank: str | None = None,
     ) -> list[Neighbour]:
         """The k photos most like one query, nearest first, exactly; equal distances by id.
 
@@ -252,14 +256,18 @@ class Catalogue:
             unlike: photos, ids or embeddings that the answer is to be unlike.
             max_distance: leave out what is farther.
             copies: tell each copy as a photo of its own; those of the query are beside the k.
+            rerank: rank again by ``"aqe"``, ``"k_reciprocal"`` or both, with options as in
+                ``"aqe:k=5:alpha=2"``; distances are then those of the last: see `reranking`.
 
         Raises:
             InputError: a query that cannot be read, an id that is not there, ...
         """
         parts: list[Any] = list(query) if isinstance(query, list | tuple) else [query]
         boxes = None if box is None else [box] * len(parts)
-        return self.find_all([parts], k, where=where, boxes=[boxes], unlike=unlike,
-                             max_distance=max_distance, copies=copies)[0]  # fmt: skip
+        return self.find_all(
+            [parts], k, where=where, boxes=[boxes], unlike=unlike, max_distance=max_distance,
+            copies=copies, rerank=rerank,
+        )[0]  # fmt: skip
 
     def find_all(
         self,
@@ -271,11 +279,12 @@ class Catalogue:
         unlike: Sequence[Part] = (),
         max_distance: float | None = None,
         copies: bool = False,
+        rerank: str | None = None,
     ) -> list[list[Neighbour]]:
         """As `find`, of several queries at once, each of one or more parts, with their boxes."""
         if k < 1:
             raise InputError(f"k={k}: give at least 1")
-        gallery = self.gallery
+        steps, gallery = parsed_steps(rerank), self.gallery
         if not len(gallery):
             raise InputError(
                 f"{self.store.path} has no photo that can be found: add some with `{self._more}`"
@@ -283,19 +292,15 @@ class Catalogue:
         rows = self._rows(gallery, where)
         embeddings = self._embeddings(gallery, asked, boxes, unlike)
         own = [self._own(parts, unlike) for parts in asked]
-
-        answers: dict[int, list[Neighbour]] = {}
-        options: dict[str, Any] = {"k": k, "max_distance": max_distance, "copies": copies}
-        most, left = k + max(map(self._beside, own), default=0), list(range(len(own)))
-        while left:
-            pairs = gallery.nearest(embeddings[left], most, rows)
-            known, again = self._known(gallery, [numbers for _, numbers in pairs], where), []
-            for query, pair in zip(left, pairs, strict=True):
-                answers[query], whole = folded(*pair, known, own[query], **options)
-                if not whole and len(pair[0]) == most:  # Copies of others have taken the places.
-                    again.append(query)
-            most, left = 2 * most, again
-        found = [answers[query] for query in range(len(own))]
+        look = functools.partial(
+            nearest_folded,
+            lambda some, count: gallery.nearest(some, count, rows),
+            lambda found: self._known(gallery, found, where),
+            own,
+            max(map(self._beside, own), default=0),
+        )
+        options: dict[str, Any] = {"max_distance": max_distance, "copies": copies}
+        found = ranked_again(look, gallery.among, embeddings, steps, k, **options)
         return found if copies else [*map(self._as_asked, found, asked)]
 
     @property

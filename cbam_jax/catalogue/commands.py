@@ -20,6 +20,7 @@ from cbam_jax.catalogue import (
     embedders,
     indexing,
     printing,
+    reranking,
     shards,
     sources,
 )
@@ -130,6 +131,7 @@ def _tell_added(added: Added, catalogue: Catalogue) -> None:
 def find(options: argparse.Namespace) -> int:
     """Find the photos that look most like others."""
     _one_answer(options)
+    steps = reranking.parsed(options.rerank)
     asked, names = _asked(options)
     with Catalogue.open(options.catalogue, options.model, create=False) as catalogue:
         if catalogue.index != "flat":
@@ -143,10 +145,15 @@ def find(options: argparse.Namespace) -> int:
             unlike=[part_of(text) for text in options.unlike],
             max_distance=options.max_distance,
             copies=options.copies,
+            rerank=options.rerank,
         )
         photos = [_photos(catalogue, parts) for parts in asked]
     box = sources.parse_box(options.box) if options.box else None
-    _draw(options, [contact_sheets.Shown(*a, box) for a in zip(names, photos, found, strict=True)])
+    told = reranking.told(steps) if steps else ""
+    if told:
+        print(told, file=sys.stderr)
+    answers = [contact_sheets.Shown(*a, box) for a in zip(names, photos, found, strict=True)]
+    _draw(options, answers, told)
     print(_printer(options, "answers")(list(zip(names, found, strict=True))))
     return 0
 
@@ -157,11 +164,11 @@ def _photos(catalogue: Catalogue, parts: Sequence[Part]) -> list[str]:
     return [str(expanded(part)) for part in known if isinstance(part, str)]
 
 
-def _draw(options: argparse.Namespace, answers: Sequence[contact_sheets.Shown]) -> None:
+def _draw(options: argparse.Namespace, answers: Sequence[contact_sheets.Shown], told: str) -> None:
     """Write the contact sheets that were asked for."""
     try:
         if options.html:
-            command_line.write_text(options.html, contact_sheets.page(answers))
+            command_line.write_text(options.html, contact_sheets.page(answers, told))
         if options.png:
             pixels = cv2.cvtColor(contact_sheets.sheet(answers), cv2.COLOR_RGB2BGR)
             with written_whole(options.png) as partial:
@@ -342,6 +349,8 @@ def _find_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-distance", type=float, help="leave out what is farther")
     text = "each copy of a photo as a photo of its own; else copies are one"
     parser.add_argument("--copies", action="store_true", help=text)
+    text = "rank again: aqe, k_reciprocal, or both, with options as in aqe:k=5:alpha=2"
+    parser.add_argument("--rerank", metavar="STEP,STEP", help=text)
     _format_flags(parser)
     _sheet_flags(parser)
 

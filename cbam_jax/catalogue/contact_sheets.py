@@ -54,15 +54,18 @@ def thumbnail(path: str, box: Sequence[float] | None = None) -> np.ndarray | Non
     return shrunk(image, _SIDE) if image.size else None
 
 
-def page(answers: Sequence[Shown]) -> str:
+def page(answers: Sequence[Shown], reranked: str = "") -> str:
     """The HTML page of some queries and what was found for each.
+
+    ``reranked`` says what the distances are, where they are not those of the embeddings.
 
     >>> text = page([Shown("<b>", [], [Neighbour(7, "/nowhere.jpg", {"price": 5}, 0.25)])])
     >>> "&lt;b&gt;" in text, "price=5" in text, "<script" in text
     (True, True, False)
     """
     sections = "\n".join(_section(answer) for answer in answers)
-    body = _BODY.format(sections=sections, version=__version__)
+    told = html.escape(reranked) or _EUCLIDEAN
+    body = _BODY.format(distance=told, sections=sections, version=__version__)
     return pages.whole_page("What looks alike", _STYLE, body)
 
 
@@ -152,10 +155,10 @@ def _figure(image: np.ndarray | None, alt: str, lines: Sequence[str], title: str
     )
 
 
+_EUCLIDEAN = "the distance is the Euclidean one of the embeddings"
 _BODY = """\
 <h1>What looks alike</h1>
-<p>Below each query the photos found, nearest first; the distance is the Euclidean one of the
-embeddings, smaller is nearer.</p>
+<p>Below each query the photos found, nearest first; {distance}, smaller is nearer.</p>
 {sections}
 <footer>cbam_jax {version}</footer>"""
 _STYLE = """

@@ -78,3 +78,39 @@ def folded(
         if counted == k:
             return found, True
     return found, False
+
+
+def nearest_folded(
+    nearest: Callable[[np.ndarray, int], list[tuple[np.ndarray, np.ndarray]]],
+    known: Callable[[Sequence[np.ndarray]], Known],
+    own: Sequence[Own],
+    beside: int,
+    queries: np.ndarray,
+    k: int,
+    *,
+    max_distance: float | None = None,
+    copies: bool = False,
+) -> list[list[Neighbour]]:
+    """The neighbours of each query; more are asked for where copies have taken the places.
+
+    Args:
+        nearest: of queries and a number, of each query so many distances and ids, nearest first.
+        known: of ids, what is known of them.
+        own: of each query.
+        beside: photos that a query may be itself, at most: they are found beside the k.
+        queries: [q, d] float32.
+        k: as in `Catalogue.find`, like the rest.
+    """
+    answers: dict[int, list[Neighbour]] = {}
+    most, left = k + beside, list(range(len(own)))
+    while left:
+        pairs = nearest(queries[left], most)
+        rows, again = known([numbers for _, numbers in pairs]), []
+        for query, pair in zip(left, pairs, strict=True):
+            answers[query], whole = folded(
+                *pair, rows, own[query], k=k, max_distance=max_distance, copies=copies
+            )
+            if not whole and len(pair[0]) == most:
+                again.append(query)
+        most, left = 2 * most, again
+    return [answers[query] for query in range(len(own))]

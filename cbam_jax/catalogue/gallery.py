@@ -58,6 +58,10 @@ class Gallery:
         rows = self.rows([number])
         return np.array(self.embeddings[rows[0]]) if len(rows) else None
 
+    def among(self, ids: Sequence[int]) -> np.ndarray:
+        """The embeddings [n, d] of photos that have one, in the order of the ids."""
+        return np.array(self.embeddings[np.searchsorted(self.ids, ids)])
+
     def nearest(
         self, queries: np.ndarray, k: int, rows: np.ndarray | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -196,6 +196,15 @@ def test_find_writes_contact_sheets(run, shop, photos, tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert page.count("<img") == 9
     assert cv2.imread(str(tmp_path / "a.png")).shape == (604, 1272, 3)
+    _, text, err = run("find", shop, "7", "-k3", "--rerank=k_reciprocal:k1=4:k2=2", "--html=a.html")
+    said = "re-ranked by k_reciprocal:k1=4:k2=2:lambda_=0.3: distances are of k-reciprocal"
+    assert err.startswith(said)
+    assert said in (tmp_path / "a.html").read_text()
+    assert "Euclidean" in page
+    assert "Euclidean" not in (tmp_path / "a.html").read_text()
+    assert float(text.splitlines()[1].split()[1]) < 1
+    status, _, err = run("find", "nowhere.db", "7", "--rerank=qe")
+    assert (status, err[:36]) == (2, "error: --rerank=qe: 'qe' is no step;")
     status, _, err = run("find", shop, "1", "--html=nowhere/a.html")
     assert (status, err) == (
         2, "error: --html=nowhere/a.html: the folder nowhere is not there: make it, or name "

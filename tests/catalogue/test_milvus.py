@@ -68,6 +68,9 @@ def compare(path, uri, embeddings, wheres=WHERES, ks=(1, 10, 70)):
             expected = shop.find_all(asked, k, where=where)
             assert copy.find_all(asked, k, where=where) == expected, (where, k)
             assert all(expected)
+        steps = "aqe:k=3,k_reciprocal:k1=4:k2=2"
+        expected = shop.find_all([[6], *queries], 10, rerank=steps)
+        assert copy.find_all([[6], *queries], 10, rerank=steps) == expected
 
 
 class FakeCollection:

@@ -61,6 +61,11 @@ def test_a_search_answers_as_the_catalogue_does(client, folder, photos):
     assert pairs(boxed) == found(folder, photos[3], k=3, box=[4, 4, 30, 20])
     filtered = client.post("/search?id=7&where=category=dress&where=category!=hat")
     assert pairs(filtered) == found(folder, 7, where=["category=dress", "category!=hat"])
+    again = client.post("/search?id=7&k=5&rerank=aqe:k=3")
+    assert pairs(again) == found(folder, 7, k=5, rerank="aqe:k=3")
+    refused = client.post("/search?id=7&rerank=aqe:k=99")
+    assert refused.status_code == 400
+    assert "k and k1 up to 50" in refused.json()["error"]
     first = client.post("/search?k=1", content=content).json()["neighbours"][0]
     payload = {"category": "dress"}
     assert first == {"id": 4, "distance": 0.0, "same": True, "copies": [], "copy_of": None,

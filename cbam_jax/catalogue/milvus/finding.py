@@ -165,6 +165,11 @@ class _Remote(Gallery):
         rows = self._collection.query(f"id == {number}", ["embedding"]) if number > 0 else []
         return np.array(rows[0]["embedding"], np.float32) if rows else None
 
+    def among(self, ids: Sequence[int]) -> np.ndarray:
+        """The embeddings [n, d] of photos that were found, in the order of the ids."""
+        rows = [self.found[number]["embedding"] for number in ids]
+        return np.array(rows, np.float32).reshape(-1, self._dimension)
+
     def nearest(
         self, queries: np.ndarray, k: int, rows: Any = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:

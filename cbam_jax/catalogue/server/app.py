@@ -15,6 +15,7 @@ from cbam_jax import InputError, __version__
 from cbam_jax.catalogue.catalogue import Catalogue
 from cbam_jax.catalogue.items import Item, Neighbour
 from cbam_jax.catalogue.reading import LARGEST
+from cbam_jax.catalogue.reranking import check_effort
 from cbam_jax.catalogue.server.asking import Busy
 from cbam_jax.catalogue.server.explaining import Explainer, Pair
 from cbam_jax.catalogue.server.finding import Finder, Search
@@ -173,15 +174,18 @@ def _add_search(app: "FastAPI", finder: Finder) -> None:
         where: Annotated[list[str] | None, Query(description="category=dress, price<50")] = None,
         box: Annotated[str | None, Query(description="x1,y1,x2,y2 in pixels")] = None,
         copies: Annotated[bool, Query(description="each copy as a photo of its own")] = False,
+        rerank: Annotated[str | None, Query(description="aqe, k_reciprocal, aqe:k=5")] = None,
     ) -> dict[str, Any]:
         """Find the photos most like one: that of an id, or the image file in the body.
 
         Photos with the same content are one, which has the others as ``copies``; the photo that was
-        sent, where the catalogue has it, is told as the ``same``, beside the ``k``.
+        sent, where the catalogue has it, is told as the ``same``, beside the ``k``. With ``rerank``
+        the distances are those of the last step.
         """
+        check_effort(rerank)
         photo = None if id is not None else await _sent(request, "id")
         place = parse_box(box) if box else None
-        future = finder.find(Search(photo, id, k, tuple(where or ()), place, copies))
+        future = finder.find(Search(photo, id, k, tuple(where or ()), place, copies, rerank))
         found = await asyncio.wait_for(asyncio.wrap_future(future), _SECONDS)
         return {"neighbours": [_told(neighbour) for neighbour in found]}
 

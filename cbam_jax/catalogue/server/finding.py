@@ -35,6 +35,7 @@ class Search(NamedTuple):
     where: tuple[str, ...]
     box: Sequence[float] | None
     copies: bool = False
+    rerank: str | None = None
 
 
 class Finder:
@@ -104,7 +105,9 @@ def _found(catalogue: Catalogue, search: Search, embedding) -> list[Neighbour]:
     if isinstance(embedding, str):
         raise InputError(embedding)
     query: Any = search.id if embedding is None else Ready(embedding, _hash(search.photo))
-    return catalogue.find(query, search.k, where=search.where or None, copies=search.copies)
+    return catalogue.find(
+        query, search.k, where=search.where or None, copies=search.copies, rerank=search.rerank
+    )
 
 
 def _hash(photo: bytes | None) -> bytes:
