@@ -13,7 +13,7 @@ from test_steps import batch_of, flat, run, squared, tiny
 from cbam_jax import steps, training
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.configs import default
-from cbam_jax.losses import triplet_loss
+from cbam_jax.losses import recall_at_k_surrogate_loss, smooth_ap_loss, triplet_loss
 
 # One step by it is the gradient itself.
 DESCENT = steps.create_optimizer("sgd", 1.0, momentum=0.0)
@@ -50,6 +50,22 @@ def test_chunks_on_eight_devices_give_the_gradient_of_the_whole_batch_on_one(rng
     for name, array in flat(nnx.state(model, nnx.Param)).items():
         moved = np.abs(flat(actual.params)[name] - array).max()
         assert moved > 1e-3 or name == "projection.bias"  # It changes no distance.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [recall_at_k_surrogate_loss, smooth_ap_loss])
+def test_rankings_are_of_the_whole_batch_and_not_of_a_chunk(rng, loss):
+    """Ranks are counted among all images; wide steps, so that all of them have a slope."""
+    model, batch = with_statistics(rng), batch_of(rng, 32)
+    batch["label"] = rng.integers(0, 5, 32).astype(np.int32)
+    step = functools.partial(run, model, DESCENT, batches=[batch], freeze_batch_norm=True)
+    loss = functools.partial(loss, temperature=0.2)
+    expected, losses = step(mesh=steps.data_mesh(jax.devices()[:1]), loss=loss)
+    actual, chunked = step(mesh=steps.data_mesh(), loss=loss, chunk_size=8)
+    np.testing.assert_allclose(chunked, losses, rtol=1e-6)
+    assert_same(actual, expected, atol=1e-6)
+    for name, array in flat(nnx.state(model, nnx.Param)).items():
+        assert np.abs(flat(actual.params)[name] - array).max() > 5e-5, name
 
 
 @pytest.mark.slow

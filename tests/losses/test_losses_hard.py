@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import loss_references as reference
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from loss_cases import CASES, NAMES, SIZE, case, loss_of, proxies_of, takes
 from loss_references import central_differences
 
@@ -126,11 +127,14 @@ def test_a_memory_is_more_positives_and_negatives(name, rng):
     np.testing.assert_allclose(stats["memory_filled"], 5 / 7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", NAMES)
-def test_eight_devices_give_what_one_does(name):
+def test_eight_devices_give_what_one_does(name, kind):
     x, labels = case("singletons")
     arrays = arrays_of(name, x)
-    [batch] = steps.to_devices([{"x": x, "labels": labels}], steps.data_mesh())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    [batch] = steps.to_devices([{"x": x, "labels": labels}], mesh)
+    assert jax.typeof(batch["x"]).sharding.mesh.explicit_axes == mesh.explicit_axes
     one = compiled(name)(arrays, labels, everything())
     many = compiled(name)(arrays | {"embeddings": batch["x"]}, batch["labels"], everything())
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
