@@ -143,6 +143,7 @@ def check_choices(config: Config) -> None:
         raise
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    check_own_model(config, model)
     check_own_loss(config, model)
     check_blocks(config, model)
     check_remat(config, model)
@@ -182,6 +183,33 @@ def check_numbers(config: Config) -> None:
         raise InputError(f"loss.{name}_{told}") from error
 
 
+def check_own_model(config: Config, model: EmbeddingModel) -> None:
+    """Raise InputError where a model of one's own can't be called, or returns no feature map."""
+    name, side, width = config.model.name, config.data.image_size, model.backbone.num_features
+    if not named_parts.is_named(name):
+        return
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    try:
+        found = nnx.eval_shape(lambda model, images: model.backbone(images), model, images)
+    except Exception as error:  # Whatever the user's encoder raises.
+        raise InputError(
+            f"model.name={name}: called with images [2, {side}, {side}, 3], it raised "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    pooled = getattr(model.backbone, "pools_itself", False)
+    shape = list(getattr(found, "shape", ()))
+    if len(shape) != (2 if pooled else 4) or [shape[0], shape[-1]] != [2, width]:
+        expected = f"[2, {width}]" if pooled else f"[2, h, w, {width}]"
+        raise InputError(
+            f"model.name={name}: of images [2, {side}, {side}, 3] it makes "
+            f"{shown(str(shape or found), 80)}, expected {expected}, the last its num_features"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return shown(next(iter(str(error).splitlines()), ""))
+
+
 def check_own_loss(config: Config, model: EmbeddingModel) -> None:
     """Raise InputError where a loss of one's own can't be called, or returns something else.
 
@@ -202,10 +230,9 @@ def check_own_loss(config: Config, model: EmbeddingModel) -> None:
     try:
         found = jax.eval_shape(loss, rows, jax.ShapeDtypeStruct((batch,), jnp.int32), **given)
     except Exception as error:  # Whatever the user's function raises.
-        told = shown(next(iter(str(error).splitlines()), ""))
         raise InputError(
             f"loss.name={name}: called with embeddings [{batch}, {dim}] and labels [{batch}], it "
-            f"raised {type(error).__name__}: {told}"
+            f"raised {type(error).__name__}: {_first_line(error)}"
         ) from error
     check_returned(name, found)
 

@@ -36,7 +36,7 @@ from cbam_jax.pretrained import HUB, IMAGENET, describe, fetch_repository
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Fields that may name a part of one's own, "package.module:factory".
-NAMED = ("model.name", "loss.name", "optimizer.name", "optimizer.schedule")
+NAMED = ("model.name", "model.attention", "loss.name", "optimizer.name", "optimizer.schedule")
 # What loss.name may be, but cross_entropy. A loss's fields in the config are its arguments', after
 # its name: loss.circle_margin; the triplet loss alone has its own without.
 LOSSES = {
@@ -99,7 +99,7 @@ def _whole(path: str) -> str:
 def trust_named_parts(config: Config) -> None:
     """Let the parts of one's own that a config names be imported: it is the user's own."""
     sections = (field.split(".") for field in NAMED)
-    named_parts.trust(*(config[section][field] for section, field in sections))
+    named_parts.trust(*filter(None, (config[section][field] for section, field in sections)))
 
 
 def open_split(config: Config, split: str) -> RetrievalDataset:

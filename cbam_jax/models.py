@@ -264,6 +264,7 @@ def create_model(
     embedding_dim: int | None = None,
     normalize: bool = True,
     pooling: str | Callable[[jax.Array], jax.Array] = "average",
+    attention: str | None = None,
     attention_init: str = "paper",
     reduction: int = 16,
     kernel_size: int = 7,
@@ -285,6 +286,9 @@ def create_model(
         normalize: L2-normalise the embeddings.
         pooling: ``"average"`` or ``"gem"``; or a function or module, see ``EmbeddingModel``, which
             is code, so that no config can hold it.
+        attention: a block of one's own, ``"package.module:Class"``, trusted first, in the two
+            places where a backbone with ``_cbam`` has its own: ``Class(channels, rngs=...)`` maps
+            [b, h, w, channels] to the same shape. With a backbone's name alone; None: the name's.
         attention_init: ``"paper"`` (gates start near one half) or ``"identity"`` (the model starts
             as exactly the plain backbone, so that pretrained statistics fit).
         reduction: r of the channel gate, of ``_se`` and ``_cbam``: its hidden width is c // r.
@@ -321,6 +325,11 @@ def create_model(
         if number is not None and number < 1:
             raise ValueError(f"{field}={number}: give at least 1, or None for no such layer")
     form = {"reduction": reduction, "kernel_size": kernel_size, "original": original}
+    if attention is not None and name not in BACKBONES:
+        raise ValueError(
+            f"attention={attention!r}: {name} has no place for it; give one of "
+            f"{', '.join(BACKBONES)}"
+        )
     if name in TRANSFORMERS or name == ANY_TRANSFORMER:
         _check_form(name, "", form)
         variant, scaling = _variant(name, activation, transformer)
@@ -330,13 +339,18 @@ def create_model(
     if drop_path or activation is not None or transformer is not None:
         raise ValueError(f"{name} has no drop_path, activation or transformer: leave them out")
     _check_form(name, suffix, form)
-    attention = _attention(suffix, form, init=attention_init, dtype=dtype)
+    if attention is not None:
+        block = partial(_own_attention, attention)
+    else:
+        block = _attention(suffix, form, init=attention_init, dtype=dtype)
     auxiliary = {"auxiliary_classes": num_classes} if backbone_name == "googlenet" else {}
     if named_parts.is_named(name):
         backbone = named_parts.call(name, "model.name", dtype=dtype, rngs=rngs)
+        if not isinstance(getattr(backbone, "num_features", None), int):
+            raise ValueError(f"{name} has no num_features: give it the channels of its last map")
     else:
         build = BACKBONES[backbone_name]
-        backbone = build(attention=attention, dtype=dtype, rngs=rngs, **auxiliary)
+        backbone = build(attention=block, dtype=dtype, rngs=rngs, **auxiliary)
     return EmbeddingModel(backbone, scaling=pixel_scaling(backbone_name), rngs=rngs, **options)
 
 
@@ -358,6 +372,26 @@ def _attention(
     block = ATTENTIONS[suffix]
     taken = {field: form[field] for field in _TAKEN[suffix]}
     return None if block is None else partial(block, init=init, dtype=dtype, **taken)
+
+
+def _own_attention(name: str, channels: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A block of one's own, once it has shown that it keeps a map's shape."""
+    block = named_parts.call(name, "model.attention", channels, rngs=rngs)
+    given = jax.ShapeDtypeStruct((2, 7, 5, channels), jnp.float32)
+    try:
+        found = nnx.eval_shape(lambda block, x: block(x), block, given)
+    except Exception as error:  # Whatever the user's class raises.
+        told = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"attention={name!r}: called with [2, 7, 5, {channels}] it raised "
+            f"{type(error).__name__}: {told}"
+        ) from error
+    if getattr(found, "shape", None) != given.shape:
+        raise ValueError(
+            f"attention={name!r}: it makes {getattr(found, 'shape', found)} of {given.shape}, "
+            "expected the same shape"
+        )
+    return block
 
 
 def _variant(

@@ -67,11 +67,11 @@ def tell(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_commands(workdir: str, data: str, model: str = "") -> str:
+def next_commands(workdir: str, data: str, *parts: str | None) -> str:
     """Return what to type next: to measure a run, and to find similar photos by it.
 
     Among the photos that it was trained on, or drawn ones; for other datasets none are named. Where
-    ``model`` is one's own, the commands that build it say that it is trusted.
+    some of the model's ``parts`` are one's own, the commands that build it trust them.
 
     >>> print(next_commands("runs/my run", "./photos/"))
     measure it: cbam-jax evaluate --workdir='runs/my run' --split=test --html
@@ -84,7 +84,8 @@ def next_commands(workdir: str, data: str, model: str = "") -> str:
         else ("cbam-jax evaluate", "cbam-jax")
     )
     workdir = shlex.quote(workdir)
-    trust = f"CBAM_JAX_TRUST={shlex.quote(model)} " if named_parts.is_named(model) else ""
+    own = ",".join(part for part in parts if part and named_parts.is_named(part))
+    trust = f"CBAM_JAX_TRUST={shlex.quote(own)} " if own else ""
     lines = [f"measure it: {trust}{evaluate} --workdir={workdir} --split=test --html"]
     add = f"{trust}{command} catalogue add shop.db"
     if is_path(data):

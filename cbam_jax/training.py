@@ -493,6 +493,7 @@ def main() -> int:
             return stopping.STATUS
     if jax.process_index() == 0:
         print(run_summary.tell(summary))
-        print(run_summary.next_commands(summary["workdir"], config.data.name, config.model.name))
+        parts = config.model.name, config.model.attention
+        print(run_summary.next_commands(summary["workdir"], config.data.name, *parts))
         print(command_line.to_json(summary))
     return 0 if summary["finished"] else stopping.STATUS

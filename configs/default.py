@@ -54,6 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.embedding_dim = placeholder(int)  # of the projection; None: the pooled features
     model.normalize = False  # L2-normalise the embeddings, in training and evaluation alike
     model.pooling = "average"  # or "gem"
+    # A block of one's own, "package.module:Class", where _cbam has its own: of a backbone alone.
+    model.attention = placeholder(str)
     model.attention_init = "paper"  # or "identity": start as exactly the plain backbone
     # Of _se and _cbam: the channel gate's hidden width is c / reduction. Of _cbam: side of the
     # spatial gate's kernel, odd; and the original authors' form, with biases and a BatchNorm.

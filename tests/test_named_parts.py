@@ -14,10 +14,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny_run import make_config, write_photos
+from tiny_run import drawn_model, make_config, patch_tiny_models, write_photos
 
 import cbam_jax
-from cbam_jax import InputError, hub, named_parts, optimizers, runs, training
+from cbam_jax import (
+    InputError,
+    config_checks,
+    experiment,
+    hub,
+    named_parts,
+    optimizers,
+    runs,
+    training,
+)
 from cbam_jax.losses import triplet_loss
 from cbam_jax.models import create_model
 from cbam_jax.search import search
@@ -95,6 +104,101 @@ def test_a_module_that_cannot_be_imported_is_told_in_a_line(
     named_parts.trust(f"{module}:loss")
     with pytest.raises(InputError, match=message):
         named_parts.load(f"{module}:loss", "loss.name")
+
+
+class Doubling(nnx.Module):
+    """An attention block: twice what it is given, by a parameter."""
+
+    def __init__(self, channels, *, rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.full((1, 1, 1, channels), 2.0))
+
+    def __call__(self, x):
+        return x * self.scale[...]
+
+
+class Pooling(Doubling):
+    def __call__(self, x):
+        return jnp.mean(x, (1, 2))
+
+
+class Wider(Doubling):
+    def __call__(self, x):
+        return x * jnp.ones((1, 1, 1, 3))
+
+
+class Backwards(nnx.Module):
+    num_features = 12
+
+    def __init__(self, *, dtype, rngs):
+        self.layer = nnx.Linear(3, 5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images):
+        return self.layer(images)
+
+
+class Nameless(Backwards):
+    num_features = None
+
+
+def test_an_attention_block_of_ones_own_stands_in_both_places(untrusted, monkeypatch, rng):
+    """Twice 2: ReLU and convolutions without a bias let factors pass."""
+    patch_tiny_models(monkeypatch)
+    build = lambda **options: create_model("tiny", **options, rngs=nnx.Rngs(0))  # noqa: E731
+    with pytest.raises(InputError, match=r"model\.attention='test_named_parts:Doubling' would imp"):
+        build(attention="test_named_parts:Doubling")
+    config = make_config(
+        "p", **{"model.name": "tiny", "model.attention": "test_named_parts:Doubling"}
+    )
+    experiment.trust_named_parts(config)
+    plain = drawn_model(build)
+    model = drawn_model(lambda: build(attention="test_named_parts:Doubling"))
+    nnx.update(model, nnx.state(plain))
+    for place, channels in (("stem_attention", 8), ("last_attention", 16)):
+        getattr(model.backbone, place).scale[...] = jnp.full((1, 1, 1, channels), 2.0)
+    images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    expected = 4 * nnx.view(plain, use_running_average=True).features(images)
+    np.testing.assert_allclose(
+        nnx.view(model, use_running_average=True).features(images), expected, rtol=1e-5
+    )
+    assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"attention": "Pooling"},
+            "attention='test_named_parts:Pooling': it makes (2, 8) of (2, 7",
+        ),
+        ({"attention": "Wider"}, "called with [2, 7, 5, 8] it raised TypeError: mul got inc"),
+        ({"attention": "loss"}, "missing a required argument: 'labels'; it is called as loss("),
+        ({"attention": "Doubling", "name": "tiny_cbam"}, "tiny_cbam has no place for it; give one"),
+        (
+            {"attention": "Doubling", "name": "Backbone"},
+            "Backbone has no place for it; give one of",
+        ),
+        (
+            {"name": "Backwards"},
+            "of images [2, 32, 32, 3] it makes [2, 32, 32, 5], expected [2, h, w, 12]",
+        ),
+        ({"name": "Nameless"}, "has no num_features: give it the channels of its last map"),
+    ],
+)
+def test_a_wrong_model_or_attention_block_is_told_in_a_line(
+    untrusted, monkeypatch, fields, message
+):
+    patch_tiny_models(monkeypatch)
+    own = {
+        f"model.{key}": f"test_named_parts:{name}" if name[0].isupper() or name == "loss" else name
+        for key, name in fields.items()
+    }
+    config = make_config("photos.csv", **{"model.name": "tiny", **own})
+    experiment.trust_named_parts(config)
+    with pytest.raises(InputError) as caught:
+        config_checks.check_choices(config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_part_that_takes_other_arguments_is_told_which_are_given(untrusted):
