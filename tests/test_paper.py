@@ -125,7 +125,9 @@ def checkout(tmp_path, monkeypatch):
     )
     for row in [*TABLES[1], *TABLES[2], "photos"]:
         (folder / "configs" / f"{row}.py").write_text(
-            "def get_config():\n    return {'data': {'name': 'x', 'label': 'label'}}\n"
+            "def get_config():\n"
+            "    data, model = {'name': 'x', 'label': 'label'}, {'pretrained': 'imagenet'}\n"
+            "    return {'data': data, 'model': model}\n"
         )
     (folder / "program.py").write_text(PROGRAM)
     monkeypatch.setattr(processes, "PROGRAM", [str(folder / "program.py")])
@@ -264,13 +266,25 @@ def test_finished_rows_are_kept_and_more_can_be_asked_for(checkout, run, tmp_pat
 @pytest.mark.slow
 def test_one_config_can_stand_in_for_all_rows(checkout, run, tmp_path):
     base = checkout / "configs" / "mine.py"
-    base.write_text("def get_config():\n    return {'data': {'name': 'x'}}\n")
+    model = "'model': {'pretrained': None}"
+    base.write_text(f"def get_config():\n    return {{'data': {{'name': 'x'}}, {model}}}\n")
     assert run("--table=1", "--seeds=1", f"--config={base}")[0] == 0
     trained = [flags for script, _, flags in calls(checkout) if script == "train"]
     assert [flags["config"] for flags in trained] == [str(base)] * 3
     assert [flags["config.model.name"] for flags in trained] == list(TABLES[1])
     [_, row, _] = json.loads((tmp_path / "work" / "table1.json").read_text())["rows"]
     assert row["config"] == f"{base} with model.name=resnet50_se"
+    # From random weights, VGG16 has BatchNorm, and the table says so.
+    assert run("--table=2", "--seeds=1", f"--config={base}")[0] == 0
+    trained = [(name, flags) for script, name, flags in calls(checkout) if script == "train"]
+    assert [(name, flags["config.model.name"]) for name, flags in trained] == [
+        ("vgg16_cbam-seed0", "vgg16_bn_cbam"), ("googlenet_cbam-seed0", "googlenet_cbam")
+    ]  # fmt: skip
+    [row, *_] = json.loads((tmp_path / "work" / "table2.json").read_text())["rows"]
+    assert row["config"] == f"{base} with model.name=vgg16_bn_cbam"
+    assert row["title"] == "VGG16 with BatchNorm + CBAM"
+    assert row["metrics"]["map@10"]["paper"] == 0.791
+    assert run("--queries=q1", command="figures")[1].count("VGG16 with BatchNorm + CBAM") == 1
 
 
 @pytest.mark.slow
@@ -377,6 +391,17 @@ def test_rows_are_trained_by_the_package():
     assert settings.row_config("resnet50_se", {}).endswith("configs/resnet50_se.py")
     with pytest.raises(InputError, match="--config=mine.py: no such file; give one, or one of"):
         settings.row_config("resnet50_se", {"config": "mine.py"})
+
+
+def test_vgg16_has_batch_norm_where_nothing_is_pretrained():
+    def trained(row, **fields):
+        return settings.row_to_train(row, fields).model or row
+
+    assert trained("vgg16_cbam") == "vgg16_cbam"
+    assert trained("vgg16_cbam", config="clothing") == "vgg16_bn_cbam"
+    given = {"config": "clothing", "model.pretrained": "mine.pth"}
+    assert trained("vgg16_cbam", **given) == "vgg16_cbam"
+    assert trained("googlenet_cbam", config="clothing") == "googlenet_cbam"
 
 
 # --- figures ---

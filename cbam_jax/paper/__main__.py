@@ -23,7 +23,7 @@ from cbam_jax.paper.settings import parse_overrides
 
 _EPILOG = """\
 --config.FIELD=VALUE sets a field of every row, as for train.py. On two CPU cores, without
-pretrained weights, which is no test of the paper but of the command:
+pretrained weights, which is no test of the paper but of the command (VGG16 then has BatchNorm):
 
   python -m cbam_jax.paper tables --workdir=runs/tables --config=configs/clothing.py \\
       --config.data.image_size=32 --config.train.steps=50

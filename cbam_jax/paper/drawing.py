@@ -6,7 +6,6 @@ from typing import Any
 
 from cbam_jax import figures
 from cbam_jax.paper.layouts import has_paper
-from cbam_jax.paper.tables import ROWS
 
 
 def draw_table(path: Path, table: Mapping[str, Any]) -> None:
@@ -47,11 +46,11 @@ def _caption(table: Mapping[str, Any]) -> str:
 
 
 def draw_heat(path: Path, heats: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw where each row looks in the same images: of a row, its evaluation's ``heat.npz``."""
+    """Draw where each row looks in the same images: by title, its evaluation's ``heat.npz``."""
     drawn = next(iter(heats.values()))
     figure = figures.heat_rows(
         list(drawn["image"]),
-        {ROWS[row].title: heat["heat"] for row, heat in heats.items()},
+        {title: heat["heat"] for title, heat in heats.items()},
         titles=drawn["title"].tolist(),
     )
     figures.save(figure, path)

@@ -21,7 +21,7 @@ from cbam_jax.paper.rows import (
     run_row,
 )
 from cbam_jax.paper.settings import check_settings, check_split, read_kept, row_config
-from cbam_jax.paper.tables import ROWS, TABLES, make_table
+from cbam_jax.paper.tables import ROWS, TABLES, make_table, trained_as
 
 
 def make_tables(
@@ -101,23 +101,27 @@ def make_figures(workdir: Path, *, seed: int, split: str, queries: Sequence[str]
         InputError: there is no such run, or a query is none of the split's.
     """
     with locked(workdir):
-        rows = [row for row in ROWS if read_result(workdir, row, seed, split)]
-        if not rows:
+        found = {row: read_result(workdir, row, seed, split) for row in ROWS}
+        results = {row: result for row, result in found.items() if result}
+        if not results:
             raise InputError(
                 f"no finished row of seed {seed}, split {split}, in {workdir}: make the tables "
                 "first, or check --workdir, --seed and --split"
             )
         folder = workdir / "figures"
         folder.mkdir(exist_ok=True)
-        queries = queries or sample_queries(evaluated_folder(workdir, rows[0], seed, split))
+        queries = queries or sample_queries(
+            evaluated_folder(workdir, next(iter(results)), seed, split)
+        )
         written, heats = [], {}
-        for i, row in enumerate(rows):
-            print(f"[{i + 1}/{len(rows)}] {ROWS[row].title}, seed {seed}", flush=True)
+        for i, (row, result) in enumerate(results.items()):
+            title = trained_as(row, result["config"]).title
+            print(f"[{i + 1}/{len(results)}] {title}, seed {seed}", flush=True)
             drawn = _evaluate_queries(workdir, row, seed, split, queries)
             for source, name in {"results": f"figure4-{row}", "worst": f"worst-{row}"}.items():
                 written.append(folder / f"{name}.png")
                 shutil.copyfile(drawn / f"{source}.png", written[-1])
-            heats[row] = read_arrays(drawn / "heat.npz")
+            heats[title] = read_arrays(drawn / "heat.npz")
         written.append(folder / "figure5.png")
         draw_heat(written[-1], heats)
     return {"queries": list(queries), "figures": [str(path) for path in written]}

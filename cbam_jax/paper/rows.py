@@ -8,7 +8,7 @@ from typing import Any
 from cbam_jax import command_line
 from cbam_jax.paper.processes import call, script
 from cbam_jax.paper.queries import per_query
-from cbam_jax.paper.settings import read_kept, row_config
+from cbam_jax.paper.settings import read_kept, row_config, row_to_train
 from cbam_jax.paper.tables import ROWS, row_fields
 
 
@@ -78,7 +78,8 @@ def run_row(workdir: Path, row: str, seed: int, *, split: str, settings: Mapping
 def train(workdir: Path, row: str, seed: int, settings: Mapping[str, str]) -> None:
     """Train a row with one seed, or go on with it; one that is finished stays as it is."""
     folder = run_folder(workdir, row, seed)
-    fields = {**settings, **row_fields(row), "seed": str(seed)}
+    told = row_fields(row, row_to_train(row, settings))
+    fields = {**settings, **told, "seed": str(seed)}
     fields.pop("config", None)
     arguments = [f"--config={row_config(row, settings)}", f"--workdir={folder}"]
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]

@@ -8,7 +8,7 @@ from typing import Any
 
 from cbam_jax import InputError, command_line
 from cbam_jax.foreign_files import read_json, shown
-from cbam_jax.paper.tables import READING, ROWS
+from cbam_jax.paper.tables import FROM_SCRATCH, READING, ROWS, Row
 
 # Fields that the command has flags of its own for.
 _OWN_FLAGS = {
@@ -43,6 +43,13 @@ def row_config(row: str, settings: Mapping[str, str]) -> str:
     from cbam_jax.config_files import find_config
 
     return str(find_config(settings.get("config", ROWS[row].config or row)))
+
+
+def row_to_train(row: str, settings: Mapping[str, str]) -> Row:
+    """Return what a row is trained as: of ``FROM_SCRATCH`` where no weights are given."""
+    model = _load_config(row_config(row, settings))["model"]
+    given = settings.get("model.pretrained", model["pretrained"]) is not None
+    return ROWS[row] if given else FROM_SCRATCH.get(row, ROWS[row])
 
 
 def check_settings(workdir: Path, settings: Mapping[str, str]) -> None:

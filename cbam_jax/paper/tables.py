@@ -51,6 +51,13 @@ ROWS = {
 ROWS["efficientnet_lite0-untrained"] = ROWS["efficientnet_lite0"]._replace(
     title="EfficientNet-Lite0, untrained", untrained=True
 )
+# What a row is trained as where it starts from random weights. Without BatchNorm, VGG16's thirteen
+# random convolutions turn all images into nearly one direction, which triplets make a point.
+FROM_SCRATCH = {
+    "vgg16_cbam": ROWS["vgg16_cbam"]._replace(
+        title="VGG16 with BatchNorm + CBAM", model="vgg16_bn_cbam"
+    )
+}
 # The first row of each is the one that the others are compared with.
 TABLES = {
     1: ("resnet50", "resnet50_se", "resnet50_cbam"),
@@ -149,8 +156,8 @@ def _row(
     paper = {f"map@{k}": value for k, value in told}
     return {
         "row": name,
-        "title": ROWS[name].title,
-        "config": _config(name, runs[0]["config_file"]),
+        "title": trained_as(name, runs[0]["config"]).title,
+        "config": _config(name, runs[0]),
         "checkpoint_steps": [run["report"]["step"] for run in runs],
         "parameters": cost["parameters"],
         "flops": cost["flops"],
@@ -170,19 +177,29 @@ def _row(
     }
 
 
-def _config(name: str, file: str) -> str:
-    fields = row_fields(name).items()
-    told = f"{file} with " + " ".join(f"{field}={value}" for field, value in fields)
+def _config(name: str, run: Mapping[str, Any]) -> str:
+    fields = row_fields(name, trained_as(name, run["config"])).items()
+    told = f"{run['config_file']} with " + " ".join(f"{field}={value}" for field, value in fields)
     return told + ", before its first step" * ROWS[name].untrained
 
 
-def row_fields(name: str) -> dict[str, str]:
-    """Return the fields of the config that make a row.
+def trained_as(name: str, config: Mapping[str, Any]) -> Row:
+    """Return what a row was trained as, by its run's config: of ``FROM_SCRATCH`` or itself.
 
-    >>> row_fields("efficientnet_lite0_se-identity")
+    >>> trained_as("vgg16_cbam", {"model": {"name": "vgg16_bn_cbam"}}).title
+    'VGG16 with BatchNorm + CBAM'
+    """
+    other = FROM_SCRATCH.get(name, ROWS[name])
+    return other if other.model == config["model"]["name"] else ROWS[name]
+
+
+def row_fields(name: str, row: Row) -> dict[str, str]:
+    """Return the fields of the config that make a row what it is trained as.
+
+    >>> name = "efficientnet_lite0_se-identity"
+    >>> row_fields(name, ROWS[name])
     {'model.name': 'efficientnet_lite0_se', 'model.attention_init': 'identity'}
     """
-    row = ROWS[name]
     fields = {"model.name": row.model or name, "model.attention_init": row.attention_init}
     return {field: value for field, value in fields.items() if value}
 
