@@ -8,14 +8,16 @@ from cbam_jax.search import (
     FIRST_PASSES,
     METRICS,
     bounds,
+    candidates,
     exhaustive,
     groups,
+    pairs,
     passes,
     search,
     shards,
     spread,
 )
-from cbam_jax.search.types import Labels
+from cbam_jax.search.types import Labels, Shard
 
 
 @pytest.mark.slow
@@ -176,7 +178,7 @@ def test_both_selections_keep_the_same(rng, kept):
     turns = [blocks] if kept > 1 else [[block] for block in blocks]
     best = [groups._nothing(6, 9)] * 2
     for turn in turns:
-        best = [groups._select(best[0], turn, size=4), groups._select_many(best[1], turn, 4)]
+        best = [groups._select(best[0], turn, size=4), groups._select_on_host(best[1], turn, 4)]
     for a, b in zip(*best, strict=True):
         np.testing.assert_array_equal(a, b)
     lowest = np.sort(np.concatenate([low.T for _, low, _ in blocks], axis=1))[:, :9]
@@ -190,12 +192,21 @@ def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
     monkeypatch.setattr(groups, "_KEPT", kept)
     queries = rng.normal(size=(5, 24)).astype(np.float32)
     gallery = rng.normal(size=(1130, 24)).astype(np.float32)
-    for rows, block in ((1130, 2000), (384, 384)):  # One block; three, the last one overlapping.
-        stride = -(-rows // 8)
+    # One block with padding before it; three and a tail; and three, the last one overlapping.
+    for cut, block in (
+        (shards.fixed_blocks, 1200),
+        (shards.fixed_blocks, 384),
+        (shards.equal_blocks, 384),
+    ):
+        for room in (groups, candidates):
+            monkeypatch.setattr(room, "pass_blocks", lambda s, size, c=cut: c(len(s.rows), size))
+        starts, lengths = cut(1130, block)
         near = gallery.copy()
         for i, query in enumerate(queries):
-            for first in (0, 1130 - rows):  # The first block's group and the last block's.
-                members = np.arange(first + 3 * i, first + rows, stride)
+            for start, rows in ((starts[0], lengths[0]), (starts[-1], lengths[-1])):
+                first = min(start, 1130 - rows)
+                members = np.arange(first + 3 * i, first + rows, -(-rows // 8))
+                members = members[members >= 0]
                 noise = rng.normal(0, 0.1, (len(members), 24))
                 near[members] = (query + noise).astype(np.float32)
         assert_same(search(queries, near, 4, gallery_block=block), brute_force(queries, near, 4))
@@ -206,6 +217,23 @@ def test_neighbours_that_share_a_group_are_all_found(rng, monkeypatch, kept):
             queries, near, 4, ignored=group["query_group"][:, None] == group["gallery_group"]
         )
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_pairs_are_measured_alike_by_numpy_and_by_programs(rng, metric):
+    """That of a CPU, and that of an accelerator."""
+    x, y = (rng.normal(size=(n, 200)).astype(np.float32) for n in (16, 90))
+    x[3], y[5], y[7], y[8] = 0, 0, x[2], 2 * x[2]
+    rows, found = rng.permutation(16).astype(np.int32), rng.integers(40, 130, (16, 70), np.int32)
+    found[:, :4] = 45, 47, 48, 45
+    shard = Shard(jax.devices()[0], 40, jnp.asarray(y), np.zeros(90, np.float32))
+    ours = pairs._by_numpy(jnp.asarray(x), shard, rows, found, metric)
+    doubles = y.astype(np.float64)
+    every = np.stack([all_distances(a, doubles, metric) for a in x.astype(np.float64)])
+    expected = every[rows[:, None], found - 40].astype(np.float32)
+    np.testing.assert_allclose(ours, expected, rtol=1.2e-7, atol=1e-15)
+    theirs = pairs._by_programs(jnp.asarray(x), shard, rows, found, metric)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_query_in_the_gallery_is_at_distance_zero(rng):
@@ -316,6 +344,25 @@ def test_bounds_are_below_every_distance(rng, metric, dtype):
         lengths = np.ones(60) if metric == "cosine" else squares.astype(np.float64)
         last_bit = {"bfloat16": 2.0**-9, "float32": 3e-5, "float64": 1e-13}[dtype]
         assert (exact - lowest < 4 * last_bit * (lengths[:, None] + lengths)).all()
+
+
+@pytest.mark.parametrize("first_pass", FIRST_PASSES)
+def test_a_data_set_of_another_size_compiles_nothing_new(rng, caplog, first_pass):
+    """On a CPU; half of the queries have ties, which a first pass leaves unproven."""
+
+    def compiled(q, n, k=20):
+        queries, gallery = (rng.normal(size=(m, 24)).astype(np.float32) for m in (q, n))
+        gallery[: 20 * (q // 2)] = queries[: q // 2].repeat(20, axis=0)
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            found = search(queries, gallery, k, first_pass=first_pass, gallery_block=512)
+        assert_same(found, brute_force(queries, gallery, k))
+        return [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
+
+    assert compiled(31, 903)  # One block, and a tail.
+    assert not compiled(17, 1777)
+    assert not compiled(27, 601)
+    assert not compiled(30, 1023)  # Two blocks; one number overlaps.
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from brute_force import all_distances, assert_same, brute_force
 from cbam_jax.search import (
     METRICS,
     bounds,
-    groups,
     load_prepared,
     passes,
     prepare,
@@ -132,7 +131,6 @@ def test_metrics_files_and_devices(rng, proven, cheap_pairs, monkeypatch, metric
     )
     for kind, devices in kinds:
         kept = prepare(kind, metric=metric, k=7, devices=devices)
-        monkeypatch.setattr(groups, "_MANY", 128 if devices is None else 0)
         assert kept.width == 64
         proven()
         distances, indices = search(gallery[:9] + np.float32(0.1), kept, 7, metric=metric)
@@ -217,7 +215,6 @@ def _check_along_any_directions(rng, monkeypatch, kind, n, d, k, first_pass):
         directions = np.linalg.svd(gallery, full_matrices=False)[2][:31].T
     choice = projection.Choice(projection.contraction(directions), ((n, 32),))
     monkeypatch.setattr(preparing, "_projection", lambda *_: choice)
-    monkeypatch.setattr(groups, "_MANY", int(rng.choice([0, 128])))
     kept = prepare(gallery, first_pass=first_pass)
     assert kept.width == 32
     assert_same(search(queries, kept, k), brute_force(queries, gallery, k))

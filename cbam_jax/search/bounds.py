@@ -90,14 +90,27 @@ def prepared(
     error = (2 * x.shape[1] + 32) * unit
     if directions is not None:
         error += 2.1 * (x.shape[1] + 16) * directions.shape[1] ** 0.5 * unit
+    if metric != "cosine" and center is None and directions is None and dtype == "float32":
+        return x, squares * _factor(error, metric)
+    arrays = x, squares, center, scale, directions
+    return _prepared(*arrays, error=error, metric=metric, dtype=dtype)
+
+
+def _factor(error: float, metric: str) -> np.float32:
+    """The share of the bounds over the squared norm."""
+    half = {"inner_product": -error / 2, "cosine": 0.5 - error}
+    return np.float32(half.get(metric, 1 - error))
+
+
+@functools.partial(jax.jit, static_argnames=("error", "metric", "dtype"))
+def _prepared(x, squares, center, scale, directions, *, error, metric, dtype):
+    """`prepared` as one program, of anything but embeddings that stay as they are."""
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
-        x, squares = _normalized(x), np.ones(len(x), np.float32)
-        share = np.float32(0.5 - error) * squares
-    else:
-        if center is not None:
-            x, squares = _moved(x, center, scale)
-        share = squares * np.float32(-error / 2 if metric == "inner_product" else 1 - error)
+        x, squares = _normalized(x), jnp.ones(len(x), jnp.float32)
+    elif center is not None:
+        x, squares = _moved(x, center, scale)
+    share = squares * _factor(error, metric)
     if directions is not None:
         x, squares = _projected(x, squares, directions, np.float32(1 + error))
     if dtype == "bfloat16":
@@ -106,7 +119,6 @@ def prepared(
     return x, share
 
 
-@jax.jit
 def _projected(
     x: jax.Array, squares: jax.Array, directions: jax.Array, more: np.float32
 ) -> tuple[jax.Array, jax.Array]:
@@ -125,7 +137,6 @@ def _projected(
     return jnp.concatenate([along, beyond[:, None]], axis=1), lengths
 
 
-@jax.jit
 def _rounded(x: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x as bfloat16, and its share of what the inner products with others may lose by that.
 
@@ -142,12 +153,10 @@ def _rounded(x: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
     return near, 0.505 * lost
 
 
-@jax.jit
 def _normalized(x: jax.Array) -> jax.Array:
     return l2_normalize(x, eps=float(np.finfo(np.float32).tiny))
 
 
-@jax.jit
 def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Scaled first: a difference of two numbers near float32's end would overflow.
     x = x.astype(jnp.float32) * scale - (center * scale)[None, :]

@@ -7,7 +7,7 @@ import numpy as np
 
 from cbam_jax.search.order import packed
 from cbam_jax.search.pairs import on_device, pair_distances
-from cbam_jax.search.shards import block_rows
+from cbam_jax.search.shards import pass_blocks
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
 _OTHERS = 4  # Candidates of a query beyond the first k, computed at a time,
@@ -88,16 +88,16 @@ def _of_those(
 
 def _group_members(index: np.ndarray, shard: Shard, gallery_block: int, size: int) -> np.ndarray:
     """The others in the groups that hold ``index`` [p]; [p, size - 1], -1 where there is none."""
-    n = len(shard.rows)
-    rows = block_rows(n, gallery_block)
+    starts, lengths = pass_blocks(shard, gallery_block)
+    block = np.searchsorted(starts, index - shard.first, side="right") - 1
+    start, rows = starts[block], lengths[block]
+    first = np.minimum(start, len(shard.rows) - rows)
     groups = -(-rows // size)
-    start = (index - shard.first) // rows * rows
-    first = np.minimum(start, n - rows)
     place = index - shard.first - first
-    members = place[:, None] % groups + groups * np.arange(size, dtype=np.int32)
+    members = (place % groups)[:, None] + groups[:, None] * np.arange(size)
     members = members[members != place[:, None]].reshape(len(index), -1)
-    # Rows from before the start are the block's before, which the last block overlaps.
-    there = (members < rows) & (members >= (start - first)[:, None])
+    # Rows from before the start are the block's before, which the last block overlaps, or padding.
+    there = (members < rows[:, None]) & (members >= (start - first)[:, None])
     return np.where(there, members + (first + shard.first)[:, None], -1).astype(np.int32)
 
 

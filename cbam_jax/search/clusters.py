@@ -28,7 +28,7 @@ from cbam_jax.search.bounds import Preparation, prepared
 from cbam_jax.search.groups import group_size, lowest_bounds
 from cbam_jax.search.order import packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
-from cbam_jax.search.shards import blocks_of, padded_size
+from cbam_jax.search.shards import blocks_of, equal_blocks, padded_size
 from cbam_jax.search.sums import lane_sum
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
@@ -192,7 +192,7 @@ def _near_leaders(
     limit = (limit * (1 + 1e-6) - np.asarray(own, np.float64)).astype(np.float32)
     side = jax.device_put((x * (-1 if halved else -2), np.nextafter(limit, np.inf)), shard.device)
     size = max(1, min(_BLOCK // some.rows.shape[1], _ROWS))
-    for first, fresh, rows, squares in blocks_of(shard, size):
+    for first, fresh, rows, squares in blocks_of(shard, equal_blocks(len(shard.rows), size)):
         block = prepared(rows, squares, preparation)
         near = np.asarray(_within(*side, *jax.device_put(block, shard.device)))
         near = near[: len(leaders.rows)]

@@ -6,7 +6,7 @@ import numpy as np
 
 from cbam_jax.search.order import packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
-from cbam_jax.search.shards import blocks_of
+from cbam_jax.search.shards import blocks_of, equal_blocks
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
 _DOUBLE_BLOCK = (64, 4096)  # Queries and gallery items at a time in the float64 search.
@@ -21,7 +21,9 @@ def exhaustive_search(
     keys = packed(nothing, np.full(nothing.shape, -1, np.int32))
     for shard in shards:
         there = on_device(x, shard.device)
-        for first, fresh, rows, _ in blocks_of(shard, _DOUBLE_BLOCK[1]):
+        for first, fresh, rows, _ in blocks_of(
+            shard, equal_blocks(len(shard.rows), _DOUBLE_BLOCK[1])
+        ):
             y = np.asarray(rows).astype(np.float32)
             labels = items.taken(slice(first, first + len(y))).row()
             for i in range(0, len(x), _DOUBLE_BLOCK[0]):

@@ -1,6 +1,7 @@
 """The first pass over the gallery: of each group of items the lowest bounds, the lowest kept."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -15,10 +16,9 @@ from numpy.typing import ArrayLike
 from cbam_jax.compiler_options import compiler_options
 from cbam_jax.search.bounds import Preparation, prepared, rounded_down
 from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
-from cbam_jax.search.shards import GROUP, blocks_of, query_tiles
+from cbam_jax.search.shards import GROUP, blocks_of, pass_blocks, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
-_MANY = 128  # Lowest bounds of a query above which NumPy's partition selects them.
 _KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
 # The same of all tiles together, 3 GiB, and blocks, at most, where a product takes less time than a
 # selection, which sorts as much whatever the number of blocks.
@@ -56,7 +56,8 @@ def lowest_bounds(
     most = _blocks_kept(shards[0].device.platform, parts, blocks[1], size)
     # Devices run at the same time: each is given its next block before any result is waited for.
     waiting = []
-    for number, step in enumerate(zip_longest(*(blocks_of(s, blocks[1]) for s in shards)), 1):
+    fresh = [blocks_of(s, pass_blocks(s, blocks[1])) for s in shards]
+    for number, step in enumerate(zip_longest(*fresh), 1):
         # No more than two blocks wait in line, or all of the gallery would soon be in memory.
         jax.block_until_ready(waiting)
         waiting = [[list(states) for states in best], [t[-1:] for states in kept for t in states]]
@@ -99,7 +100,7 @@ def _on_device(
 ) -> tuple[np.int32, tuple]:
     """A block's first gallery index, and the block as `_group_minima` takes it."""
     first, fresh, rows, squares = block
-    labels = items.taken(slice(first, first + len(rows)))
+    labels = items.taken(np.maximum(np.arange(first, first + len(rows)), 0))
     side = (rows, squares) if preparation is None else prepared(rows, squares, preparation)
     block = (*side, np.int32(fresh), labels)
     return np.int32(first), jax.device_put(block, device)
@@ -167,8 +168,7 @@ def _group_minima(x, own, query, y, share, fresh, items, size):
 
 def _selected(best: list, kept: list, size: int, platform: str) -> list:
     """`_select` of each shard and tile; in threads, since on a CPU a top_k keeps one core busy."""
-    many = platform == "cpu" and best[0][0].bound.shape[1] > _MANY
-    select = functools.partial(_select_many if many else _select, size=size)
+    select = functools.partial(_select_on_host if platform == "cpu" else _select, size=size)
     with ThreadPoolExecutor() as pool:
         rows = [pool.map(select, *both) for both in zip(best, kept, strict=True)]
         return [list(row) for row in rows]
@@ -198,26 +198,32 @@ def _select(best: Lowest, kept: list, size: int) -> Lowest:
     return Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in every))
 
 
-def _select_many(best: Lowest, kept: list, size: int) -> Lowest:
-    """`_select` where XLA's top_k, which takes the longer the more it selects, is the slower."""
-    if not kept:
-        return best
-    first = np.concatenate([np.full(len(low), i, np.int32) for i, low, _ in kept])
-    group = np.concatenate([np.arange(len(low), dtype=np.int32) for _, low, _ in kept])
-    groups = len(kept[0][1])
-    before = Lowest(*(np.asarray(a) for a in best))
-    bound, second = (
-        np.concatenate([old, *(np.asarray(block[i]).T for block in kept)], axis=1)
-        for i, old in ((1, before.bound), (2, before.second))
-    )
-    count = before.bound.shape[1]
-    place = np.argpartition(bound, count - 1, axis=1)[:, :count]
+def _select_on_host(best: Lowest, kept: list, size: int) -> Lowest:
+    """`_select` by NumPy, as fast on a CPU, of any number of blocks and of several lengths."""
+    for _, blocks in itertools.groupby(kept, key=lambda block: len(block[1])):
+        best = _lowest_of(best, *zip(*blocks, strict=True), size=size)
+    return best
+
+
+def _lowest_of(best: Lowest, first: tuple, lowest: tuple, second: tuple, size: int) -> Lowest:
+    """The lowest of ``best`` and of the groups of blocks of one length."""
+    best, lowest = Lowest(*map(np.asarray, best)), tuple(map(np.asarray, lowest))
+    count, (groups, t) = best.bound.shape[1], lowest[0].shape
+    column, row = np.arange(t)[:, None], np.broadcast_to(np.arange(groups), (t, groups))
+    every = [low.T for low in lowest]
+    if len(lowest) > 1 and 4 * count < groups:  # As in `_select`: fewer, in some of the rows.
+        row = np.argpartition(functools.reduce(np.minimum, lowest).T, count - 1)[:, :count]
+        every = [np.take(low, row * t + column) for low in lowest]
+    bound = np.concatenate([best.bound, *every], axis=1)
+    place = np.argpartition(bound, count - 1)[:, :count]
     place = np.take_along_axis(place, np.take_along_axis(bound, place, 1).argsort(axis=1), 1)
-    bound, second = (np.take_along_axis(a, place, axis=1) for a in (bound, second))
-    new = np.maximum(place - count, 0)
-    index = first[new] + group[new] + (bound & (size - 1)) * groups
-    old = np.take_along_axis(before.index, np.minimum(place, count - 1), axis=1)
-    return Lowest(bound, np.where(place < count, old, index).astype(np.int32), second)
+    bound = np.take_along_axis(bound, place, axis=1)
+    block, at = np.divmod(np.maximum(place - count, 0), row.shape[1])
+    at = np.take_along_axis(row, at, axis=1)
+    index = np.array(first)[block] + at + (bound & (size - 1)) * groups
+    fresh = index.astype(np.int32), np.stack(second)[block, at, column]
+    old = (np.take_along_axis(a, np.minimum(place, count - 1), axis=1) for a in best[1:])
+    return Lowest(bound, *(np.where(place < count, *both) for both in zip(old, fresh, strict=True)))
 
 
 def _by_rows(x: jax.Array) -> jax.Array:

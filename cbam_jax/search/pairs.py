@@ -1,17 +1,19 @@
 """Distances of chosen pairs, computed in float64 from x - y and rounded to float32."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbam_jax.search.shards import gathered_rows, padded_size
+from cbam_jax.search.shards import gathered_rows, padded_size, view_of
 from cbam_jax.search.sums import halved, lane_sum
 from cbam_jax.search.types import Shard
 
 _CHUNK, _STEPS = 2**20, 16  # Numbers in a step of the second pass, 4 MiB; steps in a call.
+_PART = 2**17  # Numbers that NumPy compares at a time: 1 MiB, which stays in a core's cache.
 
 
 def on_device(rows: np.ndarray, device: Any) -> jax.Array:
@@ -31,8 +33,17 @@ def pair_distances(
         halves = np.array_split(found, 2, axis=1)
         parts = [pair_distances(x, shard, rows, half, metric) for half in halves]
         return np.concatenate(parts, axis=1)
+    measure = _by_numpy if shard.device.platform == "cpu" else _by_programs
+    return measure(x, shard, rows, found, metric)
+
+
+def _by_programs(
+    x: jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+) -> np.ndarray:
+    """`pair_distances` on an accelerator."""
     # In calls of few shapes, [calls, steps, rows, c]: the last one is padded.
-    size = min(max(16, 1024 // found.shape[1]), wide // found.shape[1])
+    wide, c = max(1, _CHUNK // x.shape[1]), found.shape[1]
+    size = min(max(16, 1024 // c), wide // c)
     shape = -1, next((s for s in (1, 4) if len(rows) <= s * size), _STEPS), size
     padding = -len(rows) % (shape[1] * shape[2])
     items = np.pad(np.maximum(found - shard.first, 0), ((0, padding), (0, 0)))
@@ -57,6 +68,44 @@ def _distances(x, y, rows, items, metric):
         return _pair_distance(x[indices[0]][:, None, :], near, metric)
 
     return jax.lax.map(step, (rows, items)).reshape(-1, items.shape[-1])
+
+
+def _by_numpy(
+    x: jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+) -> np.ndarray:
+    """`pair_distances` on a CPU: as fast as a program, which would be compiled for each gallery."""
+    own, y = np.asarray(x), np.asarray(view_of(shard))
+    items = np.maximum(found - shard.first, 0)
+
+    def part(start):
+        some = slice(start, start + size)
+        near = gathered_rows(y, items[some].reshape(-1)).astype(np.float64)
+        near = near.reshape(*items[some].shape, -1)
+        return _host_distance(own[rows[some], None].astype(np.float64), near, metric)
+
+    size = max(1, _PART // (found.shape[1] * x.shape[1]))
+    starts = range(0, len(rows), size)
+    if len(starts) == 1:
+        return part(0)
+    with ThreadPoolExecutor() as pool:
+        return np.concatenate([*pool.map(part, starts)])
+
+
+def _host_distance(x: np.ndarray, y: np.ndarray, metric: str) -> np.ndarray:
+    """`_pair_distance` by NumPy, of float64; y is overwritten."""
+    with np.errstate(over="ignore"):
+        if metric == "inner_product":
+            return (-np.einsum("...i,...i", x, y)).astype(np.float32)
+        if metric == "cosine":
+            xx, yy = (np.einsum("...i,...i", a, a) for a in (x, y))
+            y /= np.sqrt(np.where(yy > 0, yy, 1.0))[..., None]
+            y -= x / np.sqrt(np.where(xx > 0, xx, 1.0))[..., None]
+            half = np.einsum("...i,...i", y, y) / 2
+            half[half <= 1e-30] = 0.0
+            return np.where((xx > 0) & (yy > 0), half, 1.0).astype(np.float32)
+        y -= x
+        squares = np.einsum("...i,...i", y, y)
+        return (squares if metric == "squared_euclidean" else np.sqrt(squares)).astype(np.float32)
 
 
 def _pair_distance(x, y, metric):

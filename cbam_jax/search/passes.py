@@ -60,8 +60,11 @@ def search(
     fit the device, or the memory, is given as a NumPy array or ``np.memmap``: arrays of at most
     1 GiB are copied to the device, others read block by block, twice, the first time to check them.
     A ``jax.Array`` is searched where it is, on all devices that hold a part of it.
-    Programs are compiled for each size of gallery, and for few numbers of queries, to which others
-    are padded: 16, 32, 64, then four up to each next power of two.
+    On a CPU, programs are compiled for each width, for few numbers of queries, to which others are
+    padded (16, 32, 64, then four up to each next power of two), and for each power of two, from 2
+    to 16, that n / (32 k) may be; not for a number of gallery items: that is made up of blocks of
+    two lengths. An accelerator's programs know the size of the gallery, so do those that search
+    tight clusters one by one.
 
     Args:
       queries: ``[q, d]``, any float dtype; rounded to float32 first.

@@ -14,7 +14,7 @@ from cbam_jax.search.bounds import Preparation, preparation_of, prepared, sample
 from cbam_jax.search.passes import block_sizes, fastest_pass, in_passes
 from cbam_jax.search.prepared import Prepared
 from cbam_jax.search.projection import RUNS, Choice, choose, correlated
-from cbam_jax.search.shards import blocks_of, split_gallery, squared_norms
+from cbam_jax.search.shards import blocks_of, equal_blocks, split_gallery, squared_norms
 from cbam_jax.search.types import Labels, Queries, Shard
 
 _TRIED = 64  # Rows by which the width of a projection is chosen.
@@ -102,7 +102,8 @@ def _side(shard: Shard, settings: Preparation) -> Shard:
         rows, share = prepared(shard.rows, shard.squares, settings)
         return shard._replace(rows=rows, squares=np.asarray(share))
     parts = []
-    for _, fresh, rows, squares in blocks_of(shard, max(1, _BLOCK // shard.rows.shape[1])):
+    blocks = equal_blocks(len(shard.rows), max(1, _BLOCK // shard.rows.shape[1]))
+    for _, fresh, rows, squares in blocks_of(shard, blocks):
         side = prepared(rows, squares, settings)
         parts.append([jax.device_put(a[fresh:], shard.device) for a in side])
     rows, share = (jnp.concatenate(part) for part in zip(*parts, strict=True))

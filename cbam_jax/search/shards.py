@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,23 +43,66 @@ def _shard(device: Any, first: int, rows: np.ndarray | jax.Array) -> Shard:
     return Shard(device, first, rows, squared_norms(rows, "gallery", first))
 
 
-def blocks_of(shard: Shard, size: int) -> Iterator[tuple[int, int, Any, Any]]:
-    """Blocks of one size: gallery index of the first row, rows that the last block had, rows.
+class Blocks(NamedTuple):
+    """Where the rows begin that each block brings, [b], and how many rows it has, [b].
+
+    The last of a length begins before its first new row where a shard has no more; and before the
+    shard's first, where it has fewer: there is padding.
+    """
+
+    starts: np.ndarray
+    rows: np.ndarray
+
+
+def equal_blocks(n: int, size: int) -> Blocks:
+    """Blocks of at most ``size`` rows, about equally many."""
+    rows = block_rows(n, size)
+    starts = np.arange(0, n, rows)
+    return Blocks(starts, np.full(len(starts), rows))
+
+
+def fixed_blocks(n: int, size: int) -> Blocks:
+    """Blocks of ``size`` rows, then of a sixteenth of that: programs know two lengths, never n.
+
+    >>> fixed_blocks(1000, 256)
+    Blocks(starts=array([  0, 256, 512, 768]), rows=array([256, 256, 256, 256]))
+    >>> fixed_blocks(800, 256)
+    Blocks(starts=array([  0, 256, 512, 768, 784]), rows=array([256, 256, 256,  16,  16]))
+    """
+    small = size // 16 // GROUP * GROUP or size
+    whole, rest = divmod(n, size)
+    if rest > size - small:
+        whole, rest = whole + 1, 0
+    tail = -(-rest // small)
+    starts = [*range(0, whole * size, size), *range(whole * size, whole * size + rest, small)]
+    return Blocks(np.array(starts), np.array([size] * whole + [small] * tail))
+
+
+def pass_blocks(shard: Shard, size: int) -> Blocks:
+    """The blocks of a pass over a shard; an accelerator's, which has memory to fill, are equal."""
+    cut = fixed_blocks if shard.device.platform == "cpu" else equal_blocks
+    return cut(len(shard.rows), size)
+
+
+def blocks_of(shard: Shard, blocks: Blocks) -> Iterator[tuple[int, int, Any, Any]]:
+    """Of each block the gallery index of its first row, the number of rows that are not new, rows.
 
     And the squares of the rows.
     """
-    n = len(shard.rows)
-    rows = block_rows(n, size)
-    source = view_of(shard)
-    for start in range(0, n, rows):
+    n, source = len(shard.rows), view_of(shard)
+    for start, rows in zip(*(a.tolist() for a in blocks), strict=True):
         begin = min(start, n - rows)
-        block = source[begin : begin + rows]
+        there = slice(max(begin, 0), begin + rows)
+        block, squares = source[there], shard.squares[there]
+        if begin < 0:
+            block = np.pad(np.asarray(block), ((-begin, 0), (0, 0)))
+            squares = np.pad(squares, (-begin, 0))
         if source is not shard.rows:
             block = jax.device_put(block, shard.device)
         elif isinstance(block, np.ndarray):
             block = jax.block_until_ready(jax.device_put(np.array(block), shard.device))
             _release(shard.rows)
-        yield shard.first + begin, start - begin, block, shard.squares[begin : begin + rows]
+        yield shard.first + begin, start - begin, block, squares
 
 
 def view_of(shard: Shard) -> np.ndarray | jax.Array:
@@ -103,6 +146,8 @@ def query_tiles(q: int, size: int) -> list[np.ndarray]:
 
 def gathered_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """x[rows] as float32; of a file a few at a time, since each brings its neighbours along."""
+    if not isinstance(x, np.memmap):
+        return np.take(x, rows, axis=0, mode="clip").astype(np.float32, copy=False)
     result = np.empty((len(rows), x.shape[1]), np.float32)
     for i in range(0, len(rows), 32):
         result[i : i + 32] = x[rows[i : i + 32]]
@@ -118,6 +163,8 @@ def _release(x: np.ndarray | jax.Array) -> None:
 
 def squared_norms(x: np.ndarray | jax.Array, name: str, first: int = 0) -> np.ndarray:
     """Squared norms, [m] float32, infinite if too large; raises where there is NaN or infinity."""
+    if isinstance(x, jax.Array) and next(iter(x.devices())).platform == "cpu":
+        x = np.asarray(x)  # A program would be compiled for each number of rows.
     if isinstance(x, jax.Array):
         squares = np.asarray(_square_sums(x))
     else:
