@@ -13,6 +13,7 @@ COMMANDS = {
     "catalogue": ("cbam_jax.catalogue.commands", "find the photos of a shop that look alike"),
     "embed": ("cbam_jax.catalogue.shards.commands", "embed one part of many photos, on a cluster"),
     "datasets": ("cbam_jax.datasets.__main__", "prepare, check or shrink a dataset"),
+    "lookbench": ("cbam_jax.lookbench", "measure a model on a copy of LookBench"),
     "models": ("cbam_jax.model_list", "list the models, what each costs and its weights"),
     "pretrained": ("cbam_jax.pretrained.__main__", "convert and check pretrained weights"),
     "benchmark": ("cbam_jax.benchmark.__main__", "measure training, embedding, data and search"),

@@ -220,6 +220,7 @@ MAY_IMPORT = {
         "runs",
         "steps",
     },
+    "lookbench": {"command_line", "datasets", "embedder", "metrics", "progress", "search"},
     "export_command": {
         "command_line",
         "export",

@@ -7,6 +7,8 @@
 * any installed dataset of TensorFlow Datasets with an image and an integer label
 * ``photos.csv``: one's own photos, see :mod:`cbam_jax.datasets.manifest`
 * ``./photos/``: a folder of class folders, see :mod:`cbam_jax.datasets.class_folders`
+* manifests of Stanford Online Products, CUB-200-2011 and Cars-196, see
+  :mod:`cbam_jax.datasets.benchmarks`; LookBench is read by :mod:`cbam_jax.datasets.lookbench`
 
 ``python -m cbam_jax.datasets prepare NAME`` prepares one and checks its images; ``verify NAME``
 compares a copy of DeepFashion with what was published.
