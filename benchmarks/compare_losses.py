@@ -15,6 +15,7 @@ results0.md, of fold 0, have what is finished.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -167,6 +168,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     for loss in flags.losses:
         if loss not in known:
             raise InputError(f"--losses has {loss!r}: give some of {','.join(known)}")
+    for rate in flags.rates:
+        if not re.fullmatch(r"[\d.]+(e-?\d+)?", rate):
+            raise InputError(f"--rates has {rate!r}: give learning rates, such as 1e-4,3e-4")
+    if flags.seeds < 1:
+        raise InputError(f"--seeds={flags.seeds}: give at least 1")
     return flags, overrides
 
 
