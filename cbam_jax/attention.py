@@ -9,10 +9,16 @@ Woo, Park, Lee, Kweon: CBAM: Convolutional Block Attention Module, ECCV 2018.
 Hu, Shen, Sun: Squeeze-and-Excitation Networks, CVPR 2018.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
+
+from cbam_jax.platforms import for_onnx, on_cpu
+from cbam_jax.sharding import as_varying
 
 _zeros = nnx.initializers.zeros_init()
 _he_normal = nnx.initializers.he_normal()
@@ -35,6 +41,35 @@ def _check_map(x: jax.Array, channels: int | None = None) -> None:
     if x.ndim != 4 or channels not in (None, x.shape[-1]):
         expected = "c" if channels is None else channels
         raise ValueError(f"a feature map has shape {x.shape}, expected [b, h, w, {expected}]")
+
+
+def _pooled_channels(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and maximum over the channels of [b, h, w, c], both [b, h, w, 1]."""
+    if on_cpu() or for_onnx():
+        return jnp.mean(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+    return _pooled_in_one_reading(x)
+
+
+@jax.custom_jvp
+def _pooled_in_one_reading(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both by one reduction: of two, XLA's GPU backend has each read the map."""
+    wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    starts = [as_varying(jnp.asarray(start, wide.dtype), x) for start in (0, -jnp.inf)]
+    total, maximum = lax.reduce(
+        (wide, wide), tuple(starts), lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (3,)
+    )
+    return (total / x.shape[-1]).astype(x.dtype)[..., None], maximum.astype(x.dtype)[..., None]
+
+
+@_pooled_in_one_reading.defjvp
+def _pooled_jvp(primals: Any, tangents: Any):
+    # The gradients of jnp.mean and jnp.max: channels that are all the maximum share its evenly.
+    (x,), (dx,) = primals, tangents
+    mean, maximum = _pooled_in_one_reading(x)
+    largest = (x == maximum).astype(x.dtype)
+    d_mean = jnp.mean(dx, axis=-1, keepdims=True)
+    count = jnp.sum(largest, axis=-1, keepdims=True)
+    return (mean, maximum), (d_mean, jnp.sum(dx * largest, axis=-1, keepdims=True) / count)
 
 
 def _squeezing_layers(
@@ -144,8 +179,7 @@ class SpatialGate(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [b, h, w, c] to the gate [b, h, w, 1]."""
         _check_map(x)
-        average = jnp.mean(x, axis=-1, keepdims=True)
-        maximum = jnp.max(x, axis=-1, keepdims=True)
+        average, maximum = _pooled_channels(x)
         pooled = (maximum, average) if self.original else (average, maximum)
         logits = self.conv(jnp.concatenate(pooled, axis=-1))
         if self.bn is not None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cbam_jax import attention
 from cbam_jax.attention import CBAM, ChannelGate, SpatialGate, SqueezeExcite
 
 
@@ -150,3 +151,40 @@ def test_a_spatial_gate_alone_is_told_of_other_axes_too(shape):
 def test_a_negative_kernel_size_is_told_so():
     with pytest.raises(ValueError, match="kernel_size must be odd .* got -1"):
         CBAM(16, kernel_size=-1, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def tied(rng):
+    """Few values, so that channels tie for the maximum; a pixel whose channels are all one."""
+    x = rng.integers(-2, 3, (2, 4, 3, 7)).astype(np.float32)
+    x[0, 0, 0] = -1.5
+    return x
+
+
+def test_a_gpus_pooling_of_channels_is_the_definition(tied, monkeypatch):
+    monkeypatch.setattr(attention, "on_cpu", lambda: False)
+    mean, maximum = attention._pooled_channels(jnp.asarray(tied))
+    exact = tied.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(-1, keepdims=True), rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(maximum, exact.max(-1, keepdims=True))
+    narrow = attention._pooled_channels(jnp.asarray(tied, jnp.bfloat16))
+    rounded = [np.asarray(pooled, jnp.bfloat16) for pooled in (mean, maximum)]
+    np.testing.assert_array_equal(narrow, rounded)
+
+
+def test_a_gpus_pooling_of_channels_has_its_gradient(tied, rng, monkeypatch):
+    """Which channels that tie for the maximum share evenly, as with ``jnp.max``."""
+    monkeypatch.setattr(attention, "on_cpu", lambda: False)
+    weights = rng.normal(size=(2, *tied.shape[:3], 1)).astype(np.float32)
+
+    def loss(x):
+        return sum(
+            jnp.sum(jnp.asarray(w) * pooled)
+            for w, pooled in zip(weights, attention._pooled_channels(x), strict=True)
+        )
+
+    largest = tied == tied.max(-1, keepdims=True)
+    expected = weights[0] / tied.shape[-1] + weights[1] * largest / largest.sum(-1, keepdims=True)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(tied)), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.undo()
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(tied)), expected, rtol=1e-5, atol=1e-6)

@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "cbam_jax"
 # Which of our modules each may import, also late; below those that it stands on. Everyone may
 # import cbam_jax.InputError.
 MAY_IMPORT = {
-    "attention": set(),
-    "compiler_options": set(),
+    "platforms": set(),
     "sharding": set(),
+    "attention": {"platforms", "sharding"},
+    "compiler_options": set(),
     "distances": {"sharding"},
     "relevance": {"sharding"},
     "metrics": {"relevance"},
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     "evaluation": {"metrics", "search", "whole_files"},
     "rerank_steps": set(),
     "reranked": {"evaluation", "metrics", "rerank", "rerank_steps", "search"},
-    "backbones": {"attention", "remat", "sharding"},
+    "backbones": {"attention", "platforms", "remat", "sharding"},
     "named_parts": {"foreign_files"},
     "models": {"attention", "backbones", "distances", "named_parts", "preprocessing"},
     # Weights are read from a run's checkpoint or a download; its command checks them on photos.
@@ -205,7 +206,7 @@ MAY_IMPORT = {
         "whole_files",
     },
     # What loads a program needs none of the layers, which its writing asks for late.
-    "export": {"backbones", "foreign_files", "model_state", "preprocessing", "whole_files"},
+    "export": {"foreign_files", "model_state", "platforms", "preprocessing", "whole_files"},
     "embedder": {
         "data",
         "datasets",

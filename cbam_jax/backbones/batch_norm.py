@@ -16,7 +16,8 @@ from flax import nnx
 from jax import lax
 
 from cbam_jax.backbones.layers import Conv, DepthwiseConv
-from cbam_jax.backbones.windows import convolution, on_cpu
+from cbam_jax.backbones.windows import convolution
+from cbam_jax.platforms import on_cpu
 from cbam_jax.sharding import as_varying
 
 # Most slices that a sum over a map starts with, see _channel_sum; more take long to compile.

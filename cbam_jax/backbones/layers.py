@@ -20,11 +20,10 @@ from cbam_jax.backbones.windows import (
     Window,
     add_views,
     convolution,
-    for_onnx,
-    on_cpu,
     phased_views,
     views_of,
 )
+from cbam_jax.platforms import for_onnx, on_cpu
 from cbam_jax.sharding import as_varying
 
 # Output pixels up to which a convolution is written as a product over patches; see Conv.

@@ -3,18 +3,12 @@
 Products and sums over views are what XLA's CPU backend runs faster than some of its convolutions.
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-# What programs are traced for; None: this process's own backend.
-_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 class Window(NamedTuple):
@@ -107,31 +101,3 @@ def add_views(views: list[jax.Array], window: Window, like: jax.Array) -> jax.Ar
     """Add up what the views say of each pixel of ``like``: the transpose of `phased_views`."""
     (total,) = jax.linear_transpose(lambda x: phased_views(x, window), like)(views)
     return total
-
-
-@contextlib.contextmanager
-def compiled_for(platform: str) -> Iterator[None]:
-    """Within it, layers that are traced take a platform's form: a program may be for elsewhere.
-
-    >>> with compiled_for("cuda"):
-    ...     on_cpu()
-    False
-    """
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
-
-
-def on_cpu() -> bool:
-    """Return whether XLA's CPU backend is what programs are compiled for."""
-    return (_platform.get() or jax.default_backend()) == "cpu"
-
-
-def for_onnx() -> bool:
-    """Return whether it is ONNX, whose runtimes lay maps out in their own way between convolutions.
-
-    There a convolution of 1 x 1 stays one: a product would have the map laid out as ours is.
-    """
-    return _platform.get() == "onnx"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbam_jax.platforms import compiled_for
+
 # Layers of no part in an embedding.
 _UNUSED = ("class_head", "backbone.aux1", "backbone.aux2")
 
@@ -63,8 +65,6 @@ def lower(
         platform: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``; the machine need not have it.
     """
     from jax import export
-
-    from cbam_jax.backbones.windows import compiled_for  # Late, as above.
 
     (batch,) = export.symbolic_shape("b")
     shapes = {n: jax.ShapeDtypeStruct(np.shape(w), w.dtype) for n, w in weights.items()}

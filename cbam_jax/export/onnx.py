@@ -13,6 +13,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.export.contract import relative_difference
+from cbam_jax.platforms import compiled_for
 
 # It names an Orbax older than ours among its dependencies, and does not import it.
 INSTALL = (
@@ -35,7 +36,6 @@ def write(
     size: int,
 ) -> None:
     """Write ``embed`` of uint8 ``images`` [b, s, s, 3], with its weights, as an ONNX file."""
-    from cbam_jax.backbones.windows import compiled_for  # Late, as in lowering.
 
     def program(images: jax.Array) -> jax.Array:
         with compiled_for("onnx"):
