@@ -193,6 +193,7 @@ def _near_leaders(
     side = jax.device_put((x * (-1 if halved else -2), np.nextafter(limit, np.inf)), shard.device)
     size = max(1, min(_BLOCK // some.rows.shape[1], _ROWS))
     for first, fresh, rows, squares in blocks_of(shard, equal_blocks(len(shard.rows), size)):
+        rows = jax.device_put(rows, shard.device)
         block = prepared(rows, squares, preparation)
         near = np.asarray(_within(*side, *jax.device_put(block, shard.device)))
         near = near[: len(leaders.rows)]

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from cbam_jax.compiler_options import compiler_options
 from cbam_jax.search.bounds import Preparation, prepared, rounded_down
 from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
-from cbam_jax.search.shards import GROUP, blocks_of, pass_blocks, query_tiles
+from cbam_jax.search.shards import GROUP, blocks_of, pass_blocks, placed, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
 _KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
@@ -103,7 +103,7 @@ def _on_device(
     labels = items.taken(np.maximum(np.arange(first, first + len(rows)), 0))
     side = (rows, squares) if preparation is None else prepared(rows, squares, preparation)
     block = (*side, np.int32(fresh), labels)
-    return np.int32(first), jax.device_put(block, device)
+    return np.int32(first), placed(block, device)
 
 
 def _nothing(q: int, count: int) -> Lowest:

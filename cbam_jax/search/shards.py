@@ -64,12 +64,16 @@ def equal_blocks(n: int, size: int) -> Blocks:
 def fixed_blocks(n: int, size: int) -> Blocks:
     """Blocks of ``size`` rows, then of a sixteenth of that: programs know two lengths, never n.
 
-    >>> fixed_blocks(1000, 256)
+    Of the few rows of a small shard one block, padded to a power of two.
+
+    >>> fixed_blocks(1010, 256)
     Blocks(starts=array([  0, 256, 512, 768]), rows=array([256, 256, 256, 256]))
     >>> fixed_blocks(800, 256)
     Blocks(starts=array([  0, 256, 512, 768, 784]), rows=array([256, 256, 256,  16,  16]))
+    >>> fixed_blocks(100, 8192)
+    Blocks(starts=array([0]), rows=array([128]))
     """
-    small = size // 16 // GROUP * GROUP or size
+    small = min(size // 16 // GROUP * GROUP or size, max(GROUP, 1 << (n - 1).bit_length()))
     whole, rest = divmod(n, size)
     if rest > size - small:
         whole, rest = whole + 1, 0
@@ -98,11 +102,17 @@ def blocks_of(shard: Shard, blocks: Blocks) -> Iterator[tuple[int, int, Any, Any
             block = np.pad(np.asarray(block), ((-begin, 0), (0, 0)))
             squares = np.pad(squares, (-begin, 0))
         if source is not shard.rows:
-            block = jax.device_put(block, shard.device)
+            block = placed(block, shard.device)
         elif isinstance(block, np.ndarray):
             block = jax.block_until_ready(jax.device_put(np.array(block), shard.device))
             _release(shard.rows)
         yield shard.first + begin, start - begin, block, squares
+
+
+def placed(arrays: Any, device: Any) -> Any:
+    """Arrays on a device; on a CPU that is the only kind as they are: calls take them sooner."""
+    first = device.platform == "cpu" and device == jax.local_devices()[0]
+    return arrays if first else jax.device_put(arrays, device)
 
 
 def view_of(shard: Shard) -> np.ndarray | jax.Array:
