@@ -61,7 +61,7 @@ def _export_program(flags: argparse.Namespace, checkpoint: str | int) -> Mapping
     platforms = command_line.listed([], flags.platforms or "cpu,cuda,tpu")
     if export.is_program(flags.source):
         raise InputError(f"{shown(flags.source)} is a program already: give the model it is of")
-    export.check(flags.folder, flags.to, platforms)
+    export.check(flags.folder, flags.to, platforms, flags.dtype)
     embedder = cbam_jax.load(flags.source, checkpoint, devices=jax.local_devices()[:1])
     model, arguments = embedder.model, embedder.arguments
     if flags.dtype is not None:

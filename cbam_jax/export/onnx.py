@@ -13,6 +13,7 @@ import numpy as np
 
 from cbam_jax import InputError
 from cbam_jax.export.contract import relative_difference
+from cbam_jax.foreign_files import shown
 from cbam_jax.platforms import compiled_for
 
 # It names an Orbax older than ours among its dependencies, and does not import it.
@@ -27,6 +28,18 @@ def check_installed() -> None:
     """Raise InputError where jax2onnx is not installed; the line says how it is."""
     if importlib.util.find_spec("jax2onnx") is None:
         raise InputError(f"--to=onnx needs jax2onnx, whose pins fit no Orbax of now: {INSTALL}")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise InputError for bfloat16: ONNX has none for Conv before opset 22, for Einsum at all.
+
+    Nor has ONNX Runtime convolutions in it on a CPU. None counts as float32.
+    """
+    if dtype not in (None, "float32"):
+        raise InputError(
+            f"--to=onnx of a model in {shown(dtype, 40)}: ONNX Runtime runs it in float32 alone; "
+            "give --dtype=float32"
+        )
 
 
 def write(

@@ -55,11 +55,11 @@ def save(
         What ``contract.json`` says.
 
     Raises:
-        InputError: an unknown format or platform, jax2onnx is missing, or the folder cannot be
-            written or is a run's; nothing has been written then.
+        InputError: an unknown format or platform, ONNX of a model in bfloat16, jax2onnx is missing,
+            or the folder cannot be written or is a run's; nothing has been written then.
     """
     folder = expanded(folder)
-    check(folder, to, platforms)
+    check(folder, to, platforms, arguments.get("dtype"))
     embed, weights = lowering.split(model)
     document = _document(to, preprocessing, arguments, license)
     try:
@@ -103,8 +103,13 @@ class _Files:
         return self.paths[name]
 
 
-def check(folder: str | os.PathLike, to: str, platforms: Sequence[str]) -> None:
-    """Raise InputError where ``save`` would, before anything slow begins; as its arguments."""
+def check(
+    folder: str | os.PathLike, to: str, platforms: Sequence[str], dtype: str | None = None
+) -> None:
+    """Raise InputError where ``save`` would, before anything slow begins; as its arguments.
+
+    ``dtype`` is that of the model, None: float32, or not known yet.
+    """
     folder = expanded(folder)
     if to not in FORMATS:
         raise InputError(f"--to={shown(to, 80)}: give one of {', '.join(FORMATS)}")
@@ -119,6 +124,7 @@ def check(folder: str | os.PathLike, to: str, platforms: Sequence[str]) -> None:
             f"{shown(folder)} holds a run or a model, by its config.json: give another folder"
         )
     if to == "onnx":
+        onnx.check_dtype(dtype)
         onnx.check_installed()
 
 

@@ -1,7 +1,9 @@
 """Programs give what their models give, wherever they run, whoever loads them and however late."""
 
+import contextlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from tiny_run import drawn_model, make_config, patch_tiny_models, write_photos, 
 
 import cbam_jax
 from cbam_jax import InputError, export, export_command, models
-from cbam_jax.backbones.layers import DepthwiseConv
+from cbam_jax.backbones import vit_published, windows
+from cbam_jax.backbones.layers import Conv, DepthwiseConv
 from cbam_jax.catalogue import Catalogue
 from cbam_jax.catalogue.alike import Photo, pair_heat
 from cbam_jax.embedder import Embedder
@@ -27,27 +30,24 @@ pytest.importorskip("flatbuffers", reason="programs are written and read by it")
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "program_1"
 RNG = np.random.default_rng(3)
-VIT = {
-    "width": 32,
-    "depth": 2,
-    "heads": 2,
-    "patch_size": 16,
-    "image_size": 64,
-    "mlp_width": 48,
-    "activation": "gelu",
-    "epsilon": 1e-6,
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
+SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 16, "image_size": 64, "mlp_width": 48}
+SMALL |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "activation": "gelu", "epsilon": 1e-6}
+# What is published, but for its size; DINOv2's position embedding is stretched.
+SIGLIP = {"activation": "gelu_tanh", "pool": "map"}
+CLIP = {**vit_published.CLIP, "activation": "quick_gelu", "projection": 24}
+DINOV2 = {"registers": 4, "layer_scale": True, "image_size": 32, "patch_size": 8}
+DINOV2 |= {"interpolation": "bicubic_antialias"}
+DINOV3 = {**vit_published.DINOV3, "activation": "silu", "gated": True}
 FAMILIES = {
     "resnet10_cbam": {"embedding_dim": 16},
     "resnet10_se": {},
     "vgg16_cbam": {},
     "googlenet_cbam": {"num_classes": 3},
-    "efficientnet_lite0": {},
-    "vit": {"transformer": VIT},
-    "vit with a pooling token": {"name": "vit", "transformer": VIT | {"pool": "map"}},
-    "vit with rotations": {"name": "vit", "transformer": VIT | {"position": "rope"}},
+    "efficientnet_lite0_cbam": {},
+    "SigLIP": {"name": "vit", "transformer": SMALL | SIGLIP},
+    "CLIP": {"name": "vit", "transformer": SMALL | CLIP},
+    "DINOv2": {"name": "vit", "transformer": SMALL | DINOV2},
+    "DINOv3": {"name": "vit", "transformer": SMALL | DINOV3},
 }
 
 
@@ -112,25 +112,36 @@ def test_a_program_embeds_photos_as_its_model_does(tmp_path):
         pair_heat(loaded, photo, photo)
 
 
-class Depthwise(nnx.Module):
+class Layers(nnx.Module):
+    """Those of other forms on a CPU: sums of products, and a product where few pixels are left."""
+
     def __init__(self):
-        self.conv = DepthwiseConv(3, 3, dtype=np.float32, rngs=nnx.Rngs(0))
+        options = {"dtype": np.float32, "rngs": nnx.Rngs(0)}
+        self.depthwise = DepthwiseConv(3, 3, **options)
+        self.conv = Conv(3, 4, 3, 8, **options)
 
     def preprocess(self, images):
         return images.astype(np.float32)
 
     def __call__(self, x):
-        return self.conv(x).mean((1, 2))
+        return self.conv(self.depthwise(x)).mean((1, 2))
 
 
-def test_each_platform_has_its_own_form():
-    embed, weights = lowering.split(Depthwise())
-    texts = {p: lowering.lower(embed, weights, 16, p).mlir_module() for p in ("cpu", "tpu", "cpu")}
-    # A sum of products on a CPU.
-    assert {p: text.count("stablehlo.convolution") for p, text in texts.items()} == {
-        "cpu": 0,
-        "tpu": 1,
-    }
+def test_each_platform_has_its_own_form(monkeypatch):
+    embed, weights = lowering.split(Layers())
+
+    def lowered(platform):
+        text = lowering.lower(embed, weights, 16, platform).mlir_module()
+        # Without the lines of the source, which are those of the call.
+        return re.sub(r" loc\(.*?\)|^#loc.*\n", "", text, flags=re.M)
+
+    found = {platform: lowered(platform) for platform in ("cpu", "cuda", "tpu", "cpu")}
+    counts = {platform: text.count("stablehlo.convolution") for platform, text in found.items()}
+    assert counts == {"cpu": 0, "cuda": 2, "tpu": 2}
+    # No layer asks for the backend in another way: on a GPU the program would be the same.
+    monkeypatch.setattr(windows, "compiled_for", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lowered("cuda") == found["cuda"]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +166,16 @@ def test_what_would_be_lost_or_cannot_be_is_told_before(tmp_path, monkeypatch):
         "--to=torch: give one of stablehlo, onnx": {"to": "torch"},
         "--platforms=cpu,ipu: give some of cpu, cuda": {"platforms": ("cpu", "ipu")},
         "--platforms=: give some of cpu": {"platforms": ()},
+        "--to=onnx of a model in bfloat16: .*; give --dtype=float32": {
+            "to": "onnx",
+            "arguments": {**ARGUMENTS, "dtype": "bfloat16"},
+        },
     }
     for message, changed in cases.items():
-        given = {"folder": tmp_path / "new", "preprocessing": Preprocessing(32)} | changed
+        given = {"folder": tmp_path / "new", "preprocessing": Preprocessing(32)}
+        given |= {"arguments": ARGUMENTS} | changed
         with pytest.raises(InputError, match=message):
-            export.save(tiny(), given.pop("folder"), arguments=ARGUMENTS, **given)
+            export.save(tiny(), given.pop("folder"), **given)
     assert list(tmp_path.iterdir()) == [config]
 
 
@@ -190,6 +206,7 @@ def command(monkeypatch, capsys, *words):
     [
         (("--platforms=cpu",), "--platforms is of programs: give --to=stablehlo"),
         (("--to=onnx", "--platforms=cpu"), "--platforms=cpu: ONNX has none; leave it out"),
+        (("--to=onnx", "--dtype=bfloat16"), "--to=onnx of a model in bfloat16: .*=float32"),
         (("--to=stablehlo", "--platforms=ipu"), "--platforms=ipu: give some of"),
         (("--to=stablehlo", "--checkpoint=worst"), "--checkpoint=worst: give best"),
         (("--to=stablehlo",), "is a program already: give the model it is of"),
