@@ -58,7 +58,8 @@ def main() -> None:
 def _export_program(flags: argparse.Namespace, checkpoint: str | int) -> Mapping[str, Any]:
     if flags.platforms is not None and flags.to == "onnx":
         raise InputError(f"--platforms={shown(flags.platforms, 80)}: ONNX has none; leave it out")
-    platforms = command_line.listed([], flags.platforms or "cpu,cuda,tpu")
+    typed = "cpu,cuda,tpu" if flags.platforms is None else flags.platforms
+    platforms = [name.strip() for name in command_line.listed([], typed)]
     if export.is_program(flags.source):
         raise InputError(f"{shown(flags.source)} is a program already: give the model it is of")
     export.check(flags.folder, flags.to, platforms, flags.dtype)

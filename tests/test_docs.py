@@ -185,6 +185,12 @@ def test_every_program_of_a_page_compiles_and_imports_what_there_is(text):
         assert [name for name in names.split(", ") if not hasattr(found, name)] == []
 
 
+def test_a_part_of_ones_own_takes_thirty_lines_at_most():
+    programs = blocks(ROOT / "docs" / "guides" / "extending.md", "python")
+    assert len(programs) == 5  # A loss, an attention block, an encoder, a dataset, a schedule.
+    assert max(len(text.splitlines()) for text in programs) <= 30
+
+
 @pytest.fixture(scope="module")
 def readers_folder(tmp_path_factory):
     """A folder as after README's first commands: runs/quickstart, and photos."""
@@ -201,8 +207,14 @@ def readers_folder(tmp_path_factory):
         yield folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("text", PROGRAMS)
+def run_where_it_can(program):
+    """A program with the mark of the tests that it is run with; others' libraries come late."""
+    (text,) = program.values
+    mark = pytest.mark.torch if "import equinox" in text else pytest.mark.slow
+    return pytest.param(text, id=program.id, marks=mark)
+
+
+@pytest.mark.parametrize("text", list(map(run_where_it_can, PROGRAMS)))
 def test_every_program_of_a_page_runs_as_it_stands(text, monkeypatch, readers_folder):
     if "import equinox" in text:
         pytest.importorskip("equinox", reason="a library of others, which nothing here needs")

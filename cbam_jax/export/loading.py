@@ -9,13 +9,10 @@ import jax
 import numpy as np
 
 from cbam_jax import InputError
-from cbam_jax.export import contract
+from cbam_jax.export import contract, lowering
 from cbam_jax.foreign_files import expanded, parse_arrays, shown
 from cbam_jax.preprocessing import Preprocessing, check_images
 
-# A program computes, and calls nothing outside of itself; this one checks the shape of a batch.
-_CALLED = {"shape_assertion"}
-_REACHES_OUT = re.compile(r"\b(custom_call|infeed|outfeed|send|recv)\b(?: @(\w+))?")
 # A weight's name, which has a point, so that it is no name of a module's own.
 _NAME = re.compile(r"\w+(\.[\w-]+)+")
 # Largest difference between embeddings of one platform's programs, and of two platforms', whose
@@ -153,12 +150,11 @@ def _exported(folder: Path, document: dict[str, Any], platform: str) -> Any:
             f"{shown(folder)} was exported with jax {shown(str(document.get('jax_version')), 40)}; "
             f"this is {jax.__version__}, which cannot read it: export it again"
         ) from error
-    for found in _REACHES_OUT.finditer(text):
-        if found[2] not in _CALLED:
-            raise InputError(
-                f"{shown(folder)} has a program that calls {shown(found[2] or found[1], 80)}, not "
-                "computation alone: it is not run"
-            )
+    if called := lowering.outside_call(text):
+        raise InputError(
+            f"{shown(folder)} has a program that calls {shown(called, 80)}, not computation alone: "
+            "it is not run"
+        )
     return exported
 
 

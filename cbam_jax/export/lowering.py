@@ -5,6 +5,7 @@ weights stay a file that other tools read. The batch is symbolic, height and wid
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from cbam_jax.platforms import compiled_for
 
+# A program computes, and calls nothing outside of itself; this one checks the shape of a batch.
+_CALLED = {"shape_assertion"}
+_REACHES_OUT = re.compile(r"\b(custom_call|infeed|outfeed|send|recv)\b(?: @(\w+))?")
 # Layers of no part in an embedding.
 _UNUSED = ("class_head", "backbone.aux1", "backbone.aux2")
 
@@ -77,6 +81,18 @@ def lower(
 
     with _no_folders():
         return export.export(jax.jit(program), platforms=[platform])(shapes, images)
+
+
+def outside_call(text: str) -> str | None:
+    """Return what a program's text calls outside of itself, None for nothing.
+
+    >>> outside_call("stablehlo.custom_call @run_me(%0)"), outside_call("stablehlo.add %0, %1")
+    ('run_me', None)
+    """
+    for found in _REACHES_OUT.finditer(text):
+        if found[2] not in _CALLED:
+            return found[2] or found[1]
+    return None
 
 
 @contextlib.contextmanager

@@ -21,13 +21,19 @@ INSTALL = (
     "pip install --no-deps jax2onnx==0.17.1 && pip install onnx onnx-ir onnxruntime equinox dm-pix"
 )
 _OPSET = 21  # That ONNX Runtime has read since version 1.19, of 2024.
+_NEEDED = ("jax2onnx", "onnx", "onnx_ir", "equinox", "dm_pix")
+_MOST_BYTES = 2**31 - 2**20  # A file of protobuf has less than 2 GiB; the rest is for the program.
 _SAME = 1e-4  # Of the largest number: products are summed up in another order.
 
 
 def check_installed() -> None:
-    """Raise InputError where jax2onnx is not installed; the line says how it is."""
-    if importlib.util.find_spec("jax2onnx") is None:
-        raise InputError(f"--to=onnx needs jax2onnx, whose pins fit no Orbax of now: {INSTALL}")
+    """Raise InputError where jax2onnx, or what it imports, is not installed; the line says how."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--to=onnx needs {', '.join(missing)}, and the pins of jax2onnx fit no Orbax of now: "
+            f"{INSTALL}"
+        )
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -48,13 +54,35 @@ def write(
     weights: Mapping[str, jax.Array],
     size: int,
 ) -> None:
-    """Write ``embed`` of uint8 ``images`` [b, s, s, 3], with its weights, as an ONNX file."""
+    """Write ``embed`` of uint8 ``images`` [b, s, s, 3], with its weights, as an ONNX file.
+
+    Raises:
+        InputError: the weights are more than a file may hold, or jax2onnx knows no form of some
+            operation.
+    """
+    size_of_weights = sum(weight.nbytes for weight in weights.values())
+    if size_of_weights > _MOST_BYTES:
+        raise InputError(
+            f"--to=onnx of {size_of_weights / 1e9:.1f} GB of weights: a file holds 2 GiB; give "
+            "--to=stablehlo"
+        )
 
     def program(images: jax.Array) -> jax.Array:
         with compiled_for("onnx"):
             return embed(weights, images)
 
-    images = jax.ShapeDtypeStruct(("b", size, size, 3), jnp.uint8)
+    try:
+        path.write_bytes(_converted(program, jax.ShapeDtypeStruct(("b", size, size, 3), jnp.uint8)))
+    except OSError:
+        raise
+    except Exception as error:  # Each of its conversions fails in its own way.
+        raise InputError(
+            f"jax2onnx cannot write this model ({shown(str(error))}): give --to=stablehlo"
+        ) from error
+
+
+def _converted(program: Callable[..., jax.Array], images: jax.ShapeDtypeStruct) -> bytes:
+    """What jax2onnx makes of a function of images, as a file's bytes."""
     with _quiet(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         import jax2onnx  # pyright: ignore[reportMissingImports]
 
@@ -65,7 +93,7 @@ def write(
             input_names=["images"],
             output_names=["embeddings"],
         )
-    path.write_bytes(model.SerializeToString())
+    return model.SerializeToString()
 
 
 def check_file(path: Path, images: np.ndarray, expected: np.ndarray) -> float:
@@ -82,7 +110,10 @@ def check_file(path: Path, images: np.ndarray, expected: np.ndarray) -> float:
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         (actual,) = session.run(["embeddings"], {"images": images})
     except Exception as error:  # It has a class for each of its states, and no root of them.
-        raise InputError(f"ONNX Runtime cannot run what jax2onnx wrote ({error})") from error
+        raise InputError(
+            f"ONNX Runtime cannot run what jax2onnx wrote ({shown(str(error))}): give "
+            "--to=stablehlo"
+        ) from error
     difference = relative_difference(actual, expected)
     if not difference <= _SAME:
         raise InputError(

@@ -123,9 +123,22 @@ def check(
         raise InputError(
             f"{shown(folder)} holds a run or a model, by its config.json: give another folder"
         )
+    _check_place(folder)
     if to == "onnx":
         onnx.check_dtype(dtype)
         onnx.check_installed()
+
+
+def _check_place(folder: Path) -> None:
+    """Raise InputError where a folder cannot be made, or written to; nothing is made yet."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    problem = None if there.is_dir() else "is no folder"
+    if problem is None and not os.access(there, os.W_OK | os.X_OK):
+        problem = "may not be written to"
+    if problem:
+        raise InputError(
+            f"{shown(folder)} cannot be written ({shown(there)} {problem}): choose another folder"
+        )
 
 
 def _document(
@@ -179,6 +192,24 @@ def _write_programs(
     files.new(contract.WEIGHTS).write_bytes(safetensors.numpy.save(values))
     names = {platform: contract.program_file(platform) for platform in dict.fromkeys(platforms)}
     for platform, name in names.items():
-        program = lowering.lower(embed, weights, size, platform)
-        files.new(name).write_bytes(program.serialize())
+        files.new(name).write_bytes(_program(embed, weights, size, platform).serialize())
     return names
+
+
+def _program(embed: Any, weights: Mapping[str, jax.Array], size: int, platform: str) -> Any:
+    """Lower a model; one of the user's own may do what no program can, or ``load`` refuses."""
+    try:
+        program = lowering.lower(embed, weights, size, platform)
+    except OSError:
+        raise
+    except Exception as error:  # JAX has many kinds, some of no common root.
+        raise InputError(
+            f"the model is no program for {platform} and any number of images "
+            f"({shown(str(error))}): let it take a batch whose size is not known"
+        ) from error
+    if called := lowering.outside_call(program.mlir_module()):
+        raise InputError(
+            f"the model calls {shown(called, 80)} on {platform}, and a program computes alone: "
+            "leave that call out of it"
+        )
+    return program

@@ -49,11 +49,13 @@ def test_onnx_gives_what_the_model_gives(family, tmp_path, rng):
     run = session(tmp_path / "model.onnx").run
     with np.load(tmp_path / "check.npz") as check:
         images, expected = check["images"], check["embeddings"]
-    largest = np.abs(expected).max()
     for batch in (1, 3, 17):  # The three, over and over.
         (found,) = run(["embeddings"], {"images": np.resize(images, (batch, 64, 64, 3))})
         wanted = np.resize(expected, (batch, expected.shape[1]))
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * largest)
+        # Of an embedding's length: single numbers of Lite0's differ by 1.4e-5 of the largest also
+        # between our own forms for CPUs and GPUs, which round otherwise.
+        difference = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+        np.testing.assert_array_less(difference, 1e-5)
     assert np.ptp(expected, axis=0).max() > 1e-3
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -18,12 +20,12 @@ from tiny_run import drawn_model, make_config, patch_tiny_models, write_photos, 
 
 import cbam_jax
 from cbam_jax import InputError, export, export_command, models
-from cbam_jax.backbones import vit_published, windows
+from cbam_jax.backbones import vit_published
 from cbam_jax.backbones.layers import Conv, DepthwiseConv
 from cbam_jax.catalogue import Catalogue
 from cbam_jax.catalogue.alike import Photo, pair_heat
 from cbam_jax.embedder import Embedder
-from cbam_jax.export import contract, lowering
+from cbam_jax.export import contract, lowering, onnx
 from cbam_jax.preprocessing import Preprocessing
 
 pytest.importorskip("flatbuffers", reason="programs are written and read by it")
@@ -139,7 +141,7 @@ def test_each_platform_has_its_own_form(monkeypatch):
     counts = {platform: text.count("stablehlo.convolution") for platform, text in found.items()}
     assert counts == {"cpu": 0, "cuda": 2, "tpu": 2}
     # No layer asks for the backend in another way: on a GPU the program would be the same.
-    monkeypatch.setattr(windows, "compiled_for", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(lowering, "compiled_for", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert lowered("cuda") == found["cuda"]
 
@@ -179,6 +181,42 @@ def test_what_would_be_lost_or_cannot_be_is_told_before(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [config]
 
 
+def test_a_folder_that_cannot_be_is_told_before(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in (file, file / "below" / "it"):
+        with pytest.raises(InputError, match="file is no folder.*: choose another folder"):
+            export.check(folder, "stablehlo", ["cpu"])
+    monkeypatch.setattr(os, "access", lambda *_: False)  # As root may write everywhere.
+    with pytest.raises(InputError, match="may not be written to.*: choose another folder"):
+        export.check(tmp_path / "new", "stablehlo", ["cpu"])
+    assert os.listdir(tmp_path) == ["file"]
+
+
+class Counting(Layers):
+    def __call__(self, x):
+        return super().__call__(x) * np.float32(int(x.shape[0]))
+
+
+class Sorting(Layers):
+    def __call__(self, x):
+        return jax.lax.approx_max_k(super().__call__(x), 2, recall_target=0.5)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Counting, "is no program for tpu and any number of images .*: let it take a batch"),
+        (Sorting, "calls ApproxTopK on tpu, and a program computes alone: leave that call out"),
+    ],
+)
+def test_a_model_that_is_no_program_is_told(model, message, tmp_path):
+    options = {"preprocessing": Preprocessing(16), "arguments": {}, "platforms": ["tpu"]}
+    with pytest.raises(InputError, match=message):
+        export.save(model(), tmp_path / "out", **options)
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.usefixtures("_tiny")
 def test_an_interrupted_export_leaves_what_was_there(tmp_path, monkeypatch):
     folder = tmp_path / "program"
@@ -207,6 +245,8 @@ def command(monkeypatch, capsys, *words):
         (("--platforms=cpu",), "--platforms is of programs: give --to=stablehlo"),
         (("--to=onnx", "--platforms=cpu"), "--platforms=cpu: ONNX has none; leave it out"),
         (("--to=onnx", "--dtype=bfloat16"), "--to=onnx of a model in bfloat16: .*=float32"),
+        (("--to=stablehlo", "--platforms="), "--platforms=: give some of cpu, cuda"),
+        (("--to=stablehlo", "--platforms=cpu, ipu"), "--platforms=cpu,ipu: give some of"),
         (("--to=stablehlo", "--platforms=ipu"), "--platforms=ipu: give some of"),
         (("--to=stablehlo", "--checkpoint=worst"), "--checkpoint=worst: give best"),
         (("--to=stablehlo",), "is a program already: give the model it is of"),
@@ -220,9 +260,23 @@ def test_flags_that_do_not_fit_are_told(words, message, tmp_path, monkeypatch, c
 
 
 def test_what_onnx_needs_is_told_before(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match="--to=onnx needs jax2onnx.*: pip install --no-deps jax2"):
+    found = {"jax2onnx", "onnx", "onnx_ir"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in found else None)
+    with pytest.raises(InputError, match="--to=onnx needs equinox, dm_pix, and .*: pip install"):
         command(monkeypatch, capsys, tmp_path / "run", tmp_path / "out", "--to=onnx")
+
+
+def test_what_onnx_cannot_hold_is_told(tmp_path, monkeypatch):
+    def to_onnx(*_, **__):
+        raise NotImplementedError("no plugin for erf_inv")
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
+    with pytest.raises(InputError, match="cannot write this model .*erf_inv.*: give --to=stab"):
+        onnx.write(tmp_path / "model.onnx", lambda weights, images: images, {}, 32)
+    large = {"kernel": np.broadcast_to(np.float32(0), (1 << 29,))}
+    with pytest.raises(InputError, match="of 2.1 GB of weights: a file holds 2 GiB; give"):
+        onnx.write(tmp_path / "model.onnx", lambda weights, images: images, large, 32)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
