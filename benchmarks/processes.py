@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from test_processes import curve, finish, starter, together
+from test_processes import Starter, curve, finish, together
 
 from cbam_jax.benchmark import machine
 
@@ -53,8 +53,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder, starter(Path(folder)) as start:
-        expected = {}
+    with tempfile.TemporaryDirectory() as folder:
+        start, expected = Starter(Path(folder)), {}
         for number, fields in enumerate(RUNS):
             found = run(start, Path(folder, str(number)), *fields)
             expected = expected or found

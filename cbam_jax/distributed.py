@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cbam_jax import InputError, command_line
 
@@ -85,6 +89,7 @@ def start(options: argparse.Namespace, workdir: Path) -> None:
     check_flags(options, os.environ)
     if not options.distributed:
         return
+    options = with_open_mpi(options, os.environ)
     log = _keep_aside(workdir, options.process_id)
     local = options.local_device_ids
     # Where not all come, JAX ends the process rather than to raise.
@@ -131,9 +136,51 @@ def check_flags(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         raise InputError(f"--local_device_ids={local}: give numbers, such as 0,1")
 
 
+def with_open_mpi(
+    options: argparse.Namespace, environment: Mapping[str, str]
+) -> argparse.Namespace:
+    """Return the flags, with what Open MPI 5 says in place of those that were not given.
+
+    JAX knows Open MPI 4 by a variable that Open MPI 5 no longer sets. As under that, a process
+    takes of its host's devices the one of its number on the host.
+
+    Raises:
+        InputError: ``--coordinator`` is missing, which Open MPI 5 does not say.
+    """
+    if "OMPI_MCA_orte_hnp_uri" in environment or "OMPI_COMM_WORLD_SIZE" not in environment:
+        return options
+    if options.coordinator is None and "JAX_COORDINATOR_ADDRESS" not in environment:
+        raise InputError(
+            "Open MPI 5 does not say where process 0 is: give --coordinator=HOST:PORT, such as "
+            f"--coordinator={os.uname().nodename}:12345 where it is on this host"
+        )
+    size, rank, local = (
+        environment[f"OMPI_COMM_WORLD_{n}"] for n in ("SIZE", "RANK", "LOCAL_RANK")
+    )
+    told = {"num_processes": int(size), "process_id": int(rank), "local_device_ids": local}
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**vars(options) | told | given)
+
+
 def _is_address(text: str) -> bool:
     host, _, port = text.rpartition(":")
     return bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+
+
+def connect() -> None:
+    """Let all devices of a run of several processes meet in a first, tiny sum.
+
+    Those of CPUs wait 30 s for a connection and 30 min for a result. Were the first sum that of a
+    step, a process that compiles it half a minute longer than another would be taken for lost.
+    """
+    if jax.process_count() == 1:
+        return
+    devices = Mesh(np.asarray(jax.devices()), ("data",))
+    split = NamedSharding(devices, PartitionSpec("data"))
+    one = np.ones(1, np.float32)
+    ones = jax.make_array_from_callback((devices.size,), split, lambda _: one)
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))
+    multihost_utils.sync_global_devices("connect")  # The processes beside, as checkpoints need it.
 
 
 def topology() -> str:
@@ -193,6 +240,7 @@ def _leave(error: BaseException) -> NoReturn:
     try:
         if isinstance(error, jax.errors.JaxRuntimeError) and _is_of_another(str(error)):
             print(_lost(), file=sys.stderr)
+            os.write(2, f"{error}\n".encode())  # Where JAX's own service says why.
             status = STATUS
         else:
             status = command_line.run(again)

@@ -103,6 +103,7 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(take_signals())
         stack.enter_context(distributed.leaving_together())
+        distributed.connect()
         stack.enter_context(workdirs.locked(workdir))
         stack.enter_context(workdirs.told_in_one_line(config, workdir))
         checkpoints = stack.enter_context(runs.open_checkpoints(config, workdir))

