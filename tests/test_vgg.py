@@ -128,3 +128,17 @@ def test_names_with_and_without_batch_norm_and_attention():
         model = nnx.eval_shape(lambda name=name: create_model(name, rngs=nnx.Rngs(0)))
         assert hasattr(model.backbone.last_attention, block)
         assert len(model.backbone.features) == (44 if "bn" in name else 31)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("vgg16_cbam", 0, 0.2), ("vgg16_bn_cbam", 0.6, 2)]
+)
+def test_random_weights_tell_images_apart_with_batch_norm_alone(name, least, most):
+    model = create_model(name, embedding_dim=128, normalize=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(nnx.view(model, use_running_average=False))
+    noise = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3)).astype(np.uint8)
+    embed = jax.jit(lambda state, images: nnx.merge(graph, state)(model.preprocess(images)))
+    embeddings = np.asarray(embed(state, noise), np.float64)
+    distances = np.linalg.norm(embeddings[:, None] - embeddings, axis=-1)
+    assert least < distances.sum() / (16 * 15) < most
