@@ -187,7 +187,7 @@ def main() -> int:
     for known in rows(flags, overrides):
         document = {"trained_on": seen, "budget": [*BUDGET, *overrides], "rows": known}
         command_line.write_json(flags.workdir / f"results{flags.fold}.json", document)
-        (flags.workdir / f"results{flags.fold}.md").write_text(markdown(known))
+        command_line.write_text(flags.workdir / f"results{flags.fold}.md", markdown(known))
     print((flags.workdir / f"results{flags.fold}.md").read_text())
     return 0
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cbam_jax import InputError, command_line, config_files, runs, training
 from cbam_jax.paper import paired, per_query
+from cbam_jax.whole_files import written_whole
 
 SPLITS = {"test": "test photos of classes seen", "unseen": "photos of classes not seen"}
 CHECKPOINTS = {"untrained": "untrained", "best": "fine-tuned"}
@@ -33,7 +34,8 @@ def write_fold(data: Path, fold: int, path: Path) -> list[str]:
     with data.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     seen = sorted({row["label"] for row in rows})[fold::2]
-    with path.open("w", encoding="utf-8", newline="") as file:
+    # Whole: another command beside this one may be about to read it.
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
         for row in rows:
