@@ -235,6 +235,11 @@ def test_a_damaged_file_of_embeddings_is_told_in_a_line(rng, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"embeddings\.npz: no embeddings: give clusters"):
             galleries.queries_and_gallery(str(path), 4, None, 99)
+    np.savez_compressed(path, embedding=np.zeros((9, 5), np.float16))
+    with pytest.raises(
+        InputError, match=r"npz: it is compressed: write it anew, with np\.savez in"
+    ):
+        galleries.queries_and_gallery(str(path), 4, None, 99)
     x[3, 2] = np.nan
     np.savez(path, embedding=x)
     with pytest.raises(InputError, match=r"npz: NaN or infinity in it"):

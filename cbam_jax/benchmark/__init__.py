@@ -24,7 +24,7 @@ _ROOMS = {
     "environment": ("machine", "peak_memory"),
     "step": ("DTYPES", "benchmark_step"),
     "galleries": ("clustered", "embeddings", "queries_and_gallery"),
-    "search": ("bare_product", "benchmark_search"),
+    "search": ("bare_product", "benchmark_search", "told"),
     "data": (
         *("benchmark_data", "lie_ready", "loading", "loading_rates"),
         *("our_batches", "photo_dataset", "photos"),

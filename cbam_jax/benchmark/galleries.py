@@ -1,5 +1,8 @@
 """What searches are measured on: normal embeddings, tight clusters, or those of a file."""
 
+import zipfile
+from pathlib import Path
+
 import numpy as np
 
 from cbam_jax import InputError
@@ -48,11 +51,11 @@ def of_file(path: str, count: int | None) -> np.ndarray:
     Raises:
       InputError: Where there are none.
     """
+    file = expanded(path)
     try:
-        file = expanded(path)
         y = map_array(file) if file.suffix == ".npy" else read_arrays(file)["embedding"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(_wrong(path)) from error
+        raise InputError(_packed(path) if _is_packed(file) else _wrong(path)) from error
     y = y.astype(np.float32) if y.dtype.kind in "fiu" else np.zeros(0, np.float32)
     if y.ndim != 2 or not y.size:
         raise InputError(_wrong(path))
@@ -68,6 +71,24 @@ def _wrong(path: str) -> str:
     return (
         f"--embeddings={shown(path)}: no embeddings: give clusters:0.05, an array in a .npy file, "
         "or the embeddings.npz of an evaluation"
+    )
+
+
+def _is_packed(file: Path) -> bool:
+    """Whether an archive is compressed: what it unpacks to may be larger than the memory."""
+    if not file.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def _packed(path: str) -> str:
+    return (
+        f"--embeddings={shown(path)}: it is compressed: write it anew, with np.savez in place of "
+        "np.savez_compressed, or its array alone with np.save"
     )
 
 

@@ -96,7 +96,7 @@ def benchmark_search(
         y = _on_devices(y, devices)
     find = functools.partial(search, x, y, k, first_pass=first_pass)
     before = peak_memory()
-    (_, indices), proven = _told(find)
+    (_, indices), proven = told(find)
     result = {"extra_bytes": peak_memory() - before, "recall": 1.0, "proven": proven}
     if first_pass == "bfloat16":
         result["recall"] = _recall(indices, search(x, y, k, first_pass="float32")[1])
@@ -107,7 +107,7 @@ def benchmark_search(
         result["prepare_seconds"] = time.perf_counter() - start
         result |= {"prepared_bytes": kept.extra_bytes, "prepared_width": kept.width}
         products["prepared"] = functools.partial(search, x, kept, k)
-        result["proven_prepared"] = _told(products["prepared"])[1]
+        result["proven_prepared"] = told(products["prepared"])[1]
     if isinstance(y, jax.Array) and devices == 1:
         products["product"] = functools.partial(bare_product, x, y)
         products["product_bfloat16"] = functools.partial(bare_product, x, y, "bfloat16")
@@ -117,8 +117,14 @@ def benchmark_search(
     return {"benchmark": "search", **arguments, **result, **machine()}
 
 
-def _told(find: Callable) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
-    """What a search finds, and the share of its queries that each pass proved, from its log."""
+def told(find: Callable) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+    """What a search finds, and the share of its queries that each pass proved, from its log.
+
+    Example:
+      >>> x = np.arange(12, dtype=np.float32).reshape(6, 2)
+      >>> told(functools.partial(search, x[:1], x, k=2))[1]
+      {'few': 1.0}
+    """
     log, proven = logging.getLogger("cbam_jax.search.passes"), {}
 
     def read(record: logging.LogRecord) -> bool:

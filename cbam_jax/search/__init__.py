@@ -14,17 +14,20 @@ begins with the product that can tell neighbours apart. So neither the first pas
 nor devices, nor the batching of queries show in the result: the k lowest by (float32 distance,
 gallery index).
 
+Few queries need no such care: one reading of the gallery as it is bounds all distances from both
+sides, and all items that may be near are measured.
+
 Embeddings of photos are correlated: along a few principal directions, a product of a fifth of the
 width bounds distances well. `prepare` makes such a projection of a gallery, or rounds it, once for
 all searches.
 
 The rooms, in the order to read them: `passes` (`search`: bounds, candidates, proof, and again what
 is not proven), `bounds` (why they are below every distance), `groups` (the lowest of them, block by
-block), `candidates` and `pairs` (distances in float64), `clusters` (each searched alone), `spread`
-(how embeddings lie), `exhaustive` (every pair); `preparing`, `projection`, `prepared` and
-`prepared_files` (what a gallery needs once, kept); and what they stand on: `types`, `order` (of
-ties), `shards` (the gallery in memory), `sums`, `arguments`. `counting`: what is nearer than the
-first relevant item.
+block), `candidates` and `pairs` (distances in float64), `few` (queries, in one reading), `clusters`
+(each searched alone), `spread` (how embeddings lie), `exhaustive` (every pair); `preparing`,
+`projection`, `prepared` and `prepared_files` (what a gallery needs once, kept); and what they stand
+on: `types`, `order` (of ties), `shards` (the gallery in memory), `sums`, `arguments`. `counting`:
+what is nearer than the first relevant item.
 
 `top_k` finds the same inside other JAX programs: `traced` (the function, its gradient, shards),
 `streamed` (bounds, candidates, proof under `jax.jit`), `compensated` (distances as exact as

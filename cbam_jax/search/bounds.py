@@ -40,12 +40,7 @@ def preparation_of(
     The centre shortens the norms, and the rounding errors with them; any would be right. Where it
     would shorten them little and no square leaves float32's range, embeddings stay as they are.
     """
-    center, scale = None, np.float32(1)
-    if metric in ("euclidean", "squared_euclidean"):
-        sample = sampled_rows(shards, 16)
-        mean = sample.mean(axis=0)
-        if np.sum(mean**2) > 0.25 * np.mean(np.sum(sample**2, axis=1)):
-            center = mean.astype(np.float32)
+    center, scale = center_of(shards, metric, 0.25), np.float32(1)
     if not usual_size(queries, shards):
         peak = max(largest_magnitude(x) for x in (queries.rows, *(s.rows for s in shards)))
         # A power of two scales exactly.
@@ -54,9 +49,23 @@ def preparation_of(
     return Preparation(center, scale, metric, dtype)
 
 
+def center_of(shards: Sequence[Shard], metric: str, share: float) -> np.ndarray | None:
+    """A centre near the gallery's mean, [d], if that has this share of the squared norms."""
+    if not metric.endswith("euclidean"):
+        return None
+    sample = sampled_rows(shards, 16)
+    mean = sample.mean(axis=0)
+    far = np.sum(mean**2) > share * np.mean(np.sum(sample**2, axis=1))
+    return mean.astype(np.float32) if far else None
+
+
 def usual_size(queries: Queries, shards: Sequence[Shard]) -> bool:
     """Whether embeddings need no scaling."""
-    largest = max(float(np.max(s)) for s in (queries.squares, *(s.squares for s in shards)))
+    return usual(max(float(np.max(s)) for s in (queries.squares, *(s.squares for s in shards))))
+
+
+def usual(largest: float) -> bool:
+    """Whether embeddings need no scaling, by the largest squared norm."""
     return _SMALLEST < largest < _LARGEST
 
 
@@ -72,7 +81,7 @@ def sampled_rows(shards: Sequence[Shard], runs: int) -> np.ndarray:
 
 
 def prepared(
-    x: np.ndarray | jax.Array, squares: np.ndarray, preparation: Preparation
+    x: np.ndarray | jax.Array, squares: np.ndarray | jax.Array, preparation: Preparation
 ) -> tuple[Any, Any]:
     """Embeddings as the product takes them, [m, d], and their share of the lower bounds, [m].
 
@@ -87,7 +96,7 @@ def prepared(
     if dtype == "float64":
         return _doubled(x, scale, metric=metric)
     unit = (1 if dtype == "float32" else 2) * _ROUNDING
-    error = (2 * x.shape[1] + 32) * unit
+    error = _product_error(x.shape[1], unit)
     if directions is not None:
         error += 2.1 * (x.shape[1] + 16) * directions.shape[1] ** 0.5 * unit
     if metric != "cosine" and center is None and directions is None and dtype == "float32":
@@ -117,6 +126,18 @@ def _prepared(x, squares, center, scale, directions, *, error, metric, dtype):
         x, lost = _rounded(x, squares)
         share = share - lost * np.float32(2 if metric.endswith("euclidean") else 1)
     return x, share
+
+
+def _product_error(width: int, unit: float = _ROUNDING) -> float:
+    return (2 * width + 32) * unit
+
+
+def looseness(share: np.ndarray, width: int, metric: str) -> np.ndarray:
+    """By how much the same share of upper bounds is above that of float32's lower ones, [m]."""
+    error = 1.001 * _product_error(width)
+    if metric == "cosine":
+        return np.full(share.shape, 2 * error)
+    return share * (-2 if metric == "inner_product" else 2 * error / (1 - error))
 
 
 def _projected(

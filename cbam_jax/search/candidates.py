@@ -62,7 +62,7 @@ def candidate_keys(
     members = np.where(ignored, -1, members)
     more = pair_distances(x, shard, row.astype(np.int32), members, metric)
     more[members < 0] = np.inf
-    return np.concatenate([keys, _rows_of_keys(packed(more, members), row, len(keys))], axis=1)
+    return np.concatenate([keys, rows_of_keys(packed(more, members), row, len(keys))], axis=1)
 
 
 def _turns(k: int, count: int, many: bool) -> list[slice]:
@@ -101,9 +101,10 @@ def _group_members(index: np.ndarray, shard: Shard, gallery_block: int, size: in
     return np.where(there, members + (first + shard.first)[:, None], -1).astype(np.int32)
 
 
-def _rows_of_keys(keys: np.ndarray, row: np.ndarray, q: int) -> np.ndarray:
-    """Keys [p, c] gathered by their row: [q, as many as any row has], the rest without an item."""
-    place = np.arange(len(row)) - np.searchsorted(row, row)  # ``row`` ascends.
-    gathered = np.full((q, int(place.max()) + 1, keys.shape[-1]), packed(*_NOBODY), np.uint64)
+def rows_of_keys(keys: np.ndarray, row: np.ndarray, q: int) -> np.ndarray:
+    """Keys [p, c] by their row, which ascends: [q, as many as any has], the rest of nobody."""
+    counts = np.bincount(row, minlength=q)
+    place = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    gathered = np.full((q, int(counts.max()), keys.shape[-1]), packed(*_NOBODY), np.uint64)
     gathered[row, place] = keys
     return gathered.reshape(q, -1)

@@ -77,12 +77,6 @@ def leaders_of(
     return Leaders(leaders, number, _length(distances, metric))
 
 
-def alone(queries: Queries) -> Leaders:
-    """Each query as the leader of itself."""
-    every = np.arange(len(queries.rows), dtype=np.int32)
-    return Leaders(every, every, np.zeros(len(every)))
-
-
 def _first_of_each(near: np.ndarray, most: int) -> list[int]:
     """Of rows that are near each other or not, [m, m], one after another that is near none yet."""
     left, chosen = np.ones(len(near), bool), []

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbam_jax.search import arguments
+from cbam_jax.search import arguments, few
 from cbam_jax.search.arguments import FIRST_PASSES
 from cbam_jax.search.bounds import (
     Preparation,
@@ -18,12 +18,12 @@ from cbam_jax.search.bounds import (
     usual_size,
 )
 from cbam_jax.search.candidates import candidate_keys
-from cbam_jax.search.clusters import Leaders, alone, cluster_pass, leaders_of
+from cbam_jax.search.clusters import Leaders, cluster_pass, leaders_of
 from cbam_jax.search.exhaustive import exhaustive_search
 from cbam_jax.search.groups import group_size, lowest_bounds
 from cbam_jax.search.order import INFINITE, unpacked
 from cbam_jax.search.prepared import Prepared
-from cbam_jax.search.shards import padded_size, split_gallery, squared_norms
+from cbam_jax.search.shards import measured, padded_size, parts_of, squared_norms
 from cbam_jax.search.spread import cluster_radius, first_useful
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard
 
@@ -32,8 +32,7 @@ _log = logging.getLogger(__name__)
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
 _PROBE = 64  # Queries that show whether the projected gallery proves most.
 _FEWEST, _MORE = 16, 8  # Queries that are given more candidates, at least, and times how many.
-_FEW = 64  # Queries for which rounding the gallery is not worth while, nor compiling a program,
-_MANY = 2**22  # unless the gallery has more numbers than this.
+_MANY = 2**22  # Numbers of a gallery from which a program for few queries is worth compiling.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
 _ON_ACCELERATOR = 2**28, 4096, 2**18
 
@@ -58,13 +57,14 @@ def search(
 
     Memory beyond the arguments is O(q (k + d) + query_block gallery_block). A gallery that does not
     fit the device, or the memory, is given as a NumPy array or ``np.memmap``: arrays of at most
-    1 GiB are copied to the device, others read block by block, twice, the first time to check them.
+    1 GiB are copied to the device, others read block by block, twice, the first time to check them;
+    for few queries (up to 4, and up to 64 of most embeddings that are not normal) once.
     A ``jax.Array`` is searched where it is, on all devices that hold a part of it.
     On a CPU, programs are compiled for each width, for few numbers of queries, to which others are
-    padded (16, 32, 64, then four up to each next power of two), and for each power of two, from 2
-    to 16, that n / (32 k) may be; not for a number of gallery items: that is made up of blocks of
-    two lengths. An accelerator's programs know the size of the gallery, so do those that search
-    tight clusters one by one.
+    padded (1, 4, 16, 32, 64, then four up to each next power of two), and for each power of two,
+    from 2 to 16, that n / (32 k) may be; not for a number of gallery items: that is made up of
+    blocks of two lengths. An accelerator's programs know the size of the gallery, so do those that
+    search tight clusters one by one.
 
     Args:
       queries: ``[q, d]``, any float dtype; rounded to float32 first.
@@ -82,7 +82,7 @@ def search(
       gallery_category: ``[n]`` integers, given with ``query_category``.
       first_pass: The dtype of the first products, ``"bfloat16"`` or ``"float32"``, which decides
         the speed, never the result; None: bfloat16 where the device has instructions for it,
-        but for few queries on a CPU.
+        but for few queries on a CPU, which one reading of the gallery answers where that is faster.
         float32 is the faster where many more than k items are nearly as near as the k-th.
       devices: Devices to split the gallery over; by default one, or those that hold the gallery.
       query_block: Queries at a time; None: what suits the device.
@@ -118,9 +118,17 @@ def search(
     query = Labels(arguments.own_indices(exclude_self, q, n), group[0], category[0])
     items = Labels(np.arange(n, dtype=np.int32), group[1], category[1])
 
-    shards = gallery.shards if isinstance(gallery, Prepared) else split_gallery(gallery, devices)
     rows = np.asarray(queries).astype(np.float32, copy=False)
     prepared = Queries(rows, squared_norms(rows, "queries"), query)
+    if isinstance(gallery, Prepared):
+        shards = gallery.shards
+    else:
+        shards = parts_of(gallery, devices)
+        if first_pass is None and few.pays(shards, q, metric):
+            found = _few_search(prepared, shards, k, metric, items, gallery_block)
+            if found is not None:
+                return found
+        shards = measured(shards)
     blocks = block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
     first_pass = first_pass or fastest_pass(shards[0].device, q)
     return in_passes(prepared, shards, k, metric, items, blocks, first_pass, kept)
@@ -138,8 +146,9 @@ def in_passes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The passes from ``first_pass`` on, each for the queries that the one before left unproven.
 
-    Those that would prove nothing are left out; the last two are in float64, of few queries by the
-    items near each. How many queries each pass proves is logged, for debugging.
+    Those that would prove nothing are left out; the last two are in float64. Where few queries are
+    left, one more reading of the gallery finds their neighbours. How many queries each pass proves
+    is logged, for debugging.
     """
     q = len(queries.rows)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
@@ -150,16 +159,20 @@ def in_passes(
     else:
         preparation = kept.preparation._replace(metric=metric, directions=None)
     leaders = _leaders(queries, shards, k, preparation)
-    rest = np.arange(q)
-    for name in _names(queries, preparation, leaders, kept, k):
+    rest, readable = np.arange(q), _worth_compiling(shards)
+    for number, name in enumerate(_names(queries, preparation, leaders, kept, k)):
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some = queries.taken(part)
-        if name == "bfloat16" and len(rest) <= _FEW and kept is not None and kept.candidates:
+        if number and len(rest) <= few.MOST and readable:
+            found = _few_search(some, shards, k, metric, items)
+            if found is not None:
+                distances[part], indices[part] = found
+                return distances, indices
+            readable = False
+        if name == "bfloat16" and len(rest) <= few.MOST and kept is not None and kept.candidates:
             continue  # It would round the gallery, see `fastest_pass`.
-        if name == "float64" and len(rest) <= _FEW:
-            if not _worth_compiling(shards, preparation):
-                break
-            name, leaders = "clusters", alone(some)
+        if name == "float64" and len(rest) <= few.MOST:
+            break
         if name == "clusters":
             assert leaders is not None
             found = cluster_pass(some, leaders, shards, k, preparation, items, blocks)
@@ -217,9 +230,16 @@ def _separable(shards: Sequence[Shard], preparation: Preparation) -> bool:
     return lengths and shards[0].device.platform == "cpu"
 
 
-def _worth_compiling(shards: Sequence[Shard], preparation: Preparation) -> bool:
-    """Whether few queries are searched near themselves, before they are by every pair."""
-    return _separable(shards, preparation) and sum(s.rows.size for s in shards) > _MANY
+def _worth_compiling(shards: Sequence[Shard]) -> bool:
+    """Whether the gallery is read for few queries, before they are searched by every pair."""
+    return shards[0].device.platform == "cpu" and sum(s.rows.size for s in shards) > _MANY
+
+
+def _few_search(queries: Queries, *arguments: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    found = few.few_search(queries, *arguments)
+    if found is not None:
+        _log.debug("%s: proven for %d of %d queries", "few", len(found[0]), len(found[0]))
+    return found
 
 
 def _projected_pass(
@@ -313,7 +333,7 @@ def fastest_pass(device: Any, queries: int | None = None) -> str:
     if device.platform != "cpu":
         major = str(getattr(device, "compute_capability", "")).partition(".")[0]
         return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
-    if queries is not None and queries <= _FEW:
+    if queries is not None and queries <= few.MOST:
         return "float32"
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text()

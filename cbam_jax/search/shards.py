@@ -16,7 +16,17 @@ _RESIDENT = 2**30  # Bytes up to which a NumPy gallery is copied to the device o
 
 
 def split_gallery(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> list[Shard]:
-    """The gallery in contiguous parts, one a device."""
+    """The gallery in contiguous parts, one a device, with its squared norms."""
+    return measured(parts_of(gallery, devices))
+
+
+def measured(shards: Sequence[Shard]) -> list[Shard]:
+    """The parts with their squared norms; raises where there is NaN or infinity."""
+    return [s._replace(squares=squared_norms(s.rows, "gallery", s.first)) for s in shards]
+
+
+def parts_of(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> list[Shard]:
+    """The gallery in contiguous parts, one a device, its squared norms not known yet."""
     n = len(gallery)
     if isinstance(gallery, jax.Array) and devices is None:
         parts = {s.index[0].start or 0: s for s in gallery.addressable_shards}
@@ -40,7 +50,7 @@ def split_gallery(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None
 
 
 def _shard(device: Any, first: int, rows: np.ndarray | jax.Array) -> Shard:
-    return Shard(device, first, rows, squared_norms(rows, "gallery", first))
+    return Shard(device, first, rows, np.empty(0, np.float32))
 
 
 class Blocks(NamedTuple):

@@ -52,7 +52,7 @@ def cluster_radius(queries: Queries, metric: str) -> float | None:
     if metric == "cosine":
         squares = np.sum(x * x, axis=1, keepdims=True)
         x = x / np.sqrt(np.where(squares > 0, squares, 1.0))
-    others = _distances_if_clustered(x, _TIGHT)
+    others = distances_if_clustered(x)
     return None if others is None else _CLUSTERED * float(others.mean())
 
 
@@ -62,11 +62,11 @@ def _sampled(queries: Queries) -> np.ndarray:
 
 def _spread_within_clusters(x: np.ndarray) -> float | None:
     """Standard deviation of the squared distances within clusters; None if there are none."""
-    others = _distances_if_clustered(x.astype(np.float64), _CLUSTERED)
+    others = distances_if_clustered(x.astype(np.float64), _CLUSTERED)
     return None if others is None else float(np.std(others[others < _CLUSTERED * others.mean()]))
 
 
-def _distances_if_clustered(x: np.ndarray, share: float) -> np.ndarray | None:
+def distances_if_clustered(x: np.ndarray, share: float = _TIGHT) -> np.ndarray | None:
     """Squared distances between rows, if half of the nearest are below a share of their mean."""
     squares = np.sum(x * x, axis=1)
     # Not x @ x.T: a BLAS's threads spin on for some 30 ms, on the cores that the search needs.
