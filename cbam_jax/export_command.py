@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def parse_flags() -> argparse.Namespace:
         "Hugging Face hub shows; or a program, which needs none of the model's code.",
     )
     parser.add_argument("source", help="a run; for programs also a folder or name of a model")
-    parser.add_argument("folder", type=command_line.path, help="folder to write")
+    parser.add_argument("folder", type=_folder, help="folder to write")
     parser.add_argument("--to", choices=_FORMATS, default="weights")
     parser.add_argument(
         "--checkpoint", default="best", help="of a run: best, last, untrained or a step"
@@ -39,6 +40,13 @@ def parse_flags() -> argparse.Namespace:
     return command_line.parsed(parser)
 
 
+def _folder(text: str) -> Path:
+    """A folder to write; nothing, as of a variable that is not set, would be the current one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a folder, . for this one")
+    return command_line.path(text)
+
+
 def main() -> None:
     """Export a model, and print a JSON line."""
     flags = parse_flags()
@@ -47,12 +55,23 @@ def main() -> None:
         for name in ("platforms", "dtype", "license"):
             if getattr(flags, name) is not None:
                 raise InputError(f"--{name} is of programs: give --to=stablehlo, or leave it out")
+        _check_run(flags.source)
         hub.export(flags.source, flags.folder, checkpoint)
         found = {"folder": str(flags.folder), "run": str(expanded(flags.source))}
     else:
         command_line.keep_compiled_programs()
         found = _export_program(flags, checkpoint)
     print(command_line.to_json(found))
+
+
+def _check_run(source: str) -> None:
+    """Raise InputError unless the source is a run, by its config.json or its checkpoints."""
+    folder = expanded(source)
+    if not runs.is_run(folder) and not os.path.lexists(folder / "config.json"):
+        raise InputError(
+            f"{shown(source)} is no run, and weights are exported of runs alone: give the workdir "
+            "of a training, or --to=stablehlo for a program of another model"
+        )
 
 
 def _export_program(flags: argparse.Namespace, checkpoint: str | int) -> Mapping[str, Any]:

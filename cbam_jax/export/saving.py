@@ -78,7 +78,7 @@ def save(
             last.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"{shown(folder)} cannot be written ({error}): choose another folder"
+            f"{shown(folder)} cannot be written ({error.strerror or error}): choose another folder"
         ) from error
     return json.loads(text)
 

@@ -259,6 +259,14 @@ def test_flags_that_do_not_fit_are_told(words, message, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_a_name_and_weights_of_no_run_are_told(tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="is no run, and weights are exported of runs alone"):
+        command(monkeypatch, capsys, tmp_path, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, tmp_path, "", "--to=stablehlo")
+    assert "argument folder: '': give a folder, . for this one" in capsys.readouterr().err
+
+
 def test_what_onnx_needs_is_told_before(tmp_path, monkeypatch, capsys):
     found = {"jax2onnx", "onnx", "onnx_ir"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in found else None)
