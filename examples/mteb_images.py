@@ -49,6 +49,7 @@ def main(model: str, *tasks: str) -> None:
     name = {
         "name": f"cbam_jax/{model.rstrip('/').split('/')[-1]}",
         "revision": embedder.fingerprint,
+        "modalities": ["image"],  # It is taken for a model of texts otherwise, and refused.
     }
     encoder = Encoder(embedder, ModelMeta.create_empty(overwrites=name))
     print(mteb.evaluate(encoder, tasks=mteb.get_tasks(tasks=tasks or ["CUB200I2IRetrieval"])))

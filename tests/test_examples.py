@@ -19,6 +19,7 @@ from tiny_run import write_photos
 
 from cbam_jax import distributed
 from cbam_jax.catalogue.shards.commands import _parser, wanted
+from cbam_jax.metrics import count_relevant, label_matches, ndcg, retrieval_metrics
 
 FOLDER = Path(__file__).parent.parent / "examples" / "cluster"
 
@@ -59,10 +60,15 @@ def test_the_values_of_milvus():
     assert yaml.safe_load(values["extraConfigFiles"]["user.yaml"])["common"]["security"]
 
 
-def test_the_encoder_for_mteb_embeds_every_image_of_every_batch():
+def mteb_images():
     spec = importlib.util.spec_from_file_location("mteb_images", FOLDER.parent / "mteb_images.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_encoder_for_mteb_embeds_every_image_of_every_batch():
+    module = mteb_images()
     colours = np.random.default_rng(0).integers(0, 256, (5, 3), np.uint8)
     photos = [Image.new("RGB", (4 + i, 3), tuple(map(int, c))) for i, c in enumerate(colours)]
     photos[2] = photos[2].convert("RGBA")
@@ -74,6 +80,78 @@ def test_the_encoder_for_mteb_embeds_every_image_of_every_batch():
     expected = colours + 0.5
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_mteb_measures_what_we_do(rng, monkeypatch, capsys):
+    mteb = pytest.importorskip("mteb", reason="MTEB is not installed: pip install mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    photos = {
+        name: rng.integers(0, 256, (n, 2, 2, 3), np.uint8) for name, n in (("q", 9), ("d", 40))
+    }
+    labels = {name: rng.integers(0, 4, len(x)) for name, x in photos.items()}
+    columns = {
+        name: {
+            "id": [f"{name}{i}" for i in range(len(x))],
+            "image": [Image.fromarray(a) for a in x],
+        }
+        for name, x in photos.items()
+    }
+
+    class Drawn(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="DrawnI2IRetrieval",
+            description="Drawn here.",
+            dataset={"path": "none/none", "revision": "0" * 40},
+            type="Any2AnyRetrieval",
+            category="i2i",
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            modalities=["image"],
+        )
+
+        def load_data(self, *_, **__):
+            relevant = labels["q"][:, None] == labels["d"]
+            split = {
+                "queries": Dataset.from_dict(columns["q"]),
+                "corpus": Dataset.from_dict(columns["d"]),
+                "relevant_docs": {
+                    f"q{i}": {f"d{j}": 1 for j in np.flatnonzero(row)}
+                    for i, row in enumerate(relevant)
+                },
+                "top_ranked": None,
+            }
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    embedder = SimpleNamespace(
+        embed_images=lambda images: np.stack([i.ravel() for i in images]).astype(np.float32),
+        fingerprint="f" * 64,
+    )
+    module, results = mteb_images(), []
+    monkeypatch.setattr(module.cbam_jax, "load", lambda _: embedder, raising=False)
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [Drawn()])
+    evaluate = mteb.evaluate
+    monkeypatch.setattr(
+        mteb, "evaluate", lambda *a, **k: results.append(evaluate(*a, **k, cache=None))
+    )
+    module.main("runs/mine", "DrawnI2IRetrieval")
+    (scores,) = results[0].task_results[0].scores["test"]
+    x, y = (embedder.embed_images(photos[name]).astype(float) for name in "qd")
+    cosine = (x @ y.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
+    matches = label_matches(np.argsort(-cosine, axis=1), labels["q"], labels["d"])
+    relevant = count_relevant(labels["q"], labels["d"])
+    ours = retrieval_metrics(matches, relevant, ks=(1, 10))
+    graded = (labels["q"][:, None] == labels["d"]).astype(float)
+    ours["ndcg@10"] = np.nanmean(ndcg(matches.astype(float), graded, 10))
+    for theirs, name in {
+        "map_at_10": "map_all@10", "hit_rate_at_1": "recall@1", "hit_rate_at_10": "recall@10",
+        "precision_at_10": "precision@10", "mrr_at_1000": "mrr", "ndcg_at_10": "ndcg@10",
+    }.items():  # fmt: skip
+        assert scores[theirs] == pytest.approx(ours[name], abs=1e-5), theirs
 
 
 # --- training by several processes ---

@@ -135,6 +135,14 @@ def test_a_photo_and_its_copies_count_once(tmp_path):
         assert len(shop.find(query, k=5, rerank="k_reciprocal:k1=2:k2=1", copies=True)) == 7
 
 
+def test_where_nothing_else_is_found_nothing_is_moved(tmp_path):
+    make_shop(tmp_path / "one.db", np.eye(2, 6, dtype=np.float32), ["red", "blue"])
+    with Catalogue.open(tmp_path / "one.db", Embedder()) as shop:
+        assert shop.find(1, where="colour=red", rerank="aqe,k_reciprocal") == []
+        (found,) = shop.find(1, rerank="aqe,k_reciprocal:k1=1:k2=1")
+    assert found.id == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
