@@ -15,6 +15,7 @@ from cbam_jax.backbones.layers import (
     max_pool,
     max_pool_3x3,
 )
+from cbam_jax.backbones.windows import Window
 
 # Without the classifier; torchvision's published totals less 1000 * (features + 1).
 PARAMETERS = {
@@ -75,6 +76,22 @@ def test_patches_of_a_small_map_are_a_cpus_form_alone(rng, monkeypatch):
     assert "conv_general_dilated" in str(jax.make_jaxpr(lambda x: layer(x))(x))
     expected = direct_conv(np.asarray(x), np.asarray(layer.kernel[...], np.float64), 1)
     np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gpus_convolution_has_its_gradient_and_its_tangent(rng, monkeypatch):
+    """Both linear in the kernel: of each of its numbers what a kernel of that alone gives."""
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    x, weight = rng.normal(size=(2, 5, 4, 2)), rng.normal(size=(2, 3, 2, 3))
+    kernel, along = rng.normal(size=(2, 3, 3, 2, 3))
+    units = np.eye(kernel.size).reshape(-1, *kernel.shape)
+    expected = [np.sum(weight * direct_conv(x, unit, 2)) for unit in units]
+    x, weight, kernel, along = (jnp.asarray(a, jnp.float32) for a in (x, weight, kernel, along))
+    window = Window.over(x, 3, 2)
+    convolve = jax.jit(lambda kernel: layers._convolve(x, kernel, window))
+    _, tangent = jax.jvp(convolve, (kernel,), (along,))
+    np.testing.assert_allclose(tangent, convolve(along), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda kernel: jnp.sum(weight * convolve(kernel)))(kernel)
+    np.testing.assert_allclose(gradient.reshape(-1), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

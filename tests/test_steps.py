@@ -265,6 +265,13 @@ def test_scalars_are_loss_gradient_norm_and_the_losss_own(rng):
         np.testing.assert_allclose(scalars[name], value, rtol=1e-5)
 
 
+def test_a_norm_is_of_arrays_of_any_rank(rng):
+    shapes = (), (3,), (2, 5), (3, 2, 4, 5)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    expected = math.sqrt(sum(np.sum(np.square(a.astype(np.float64))) for a in arrays))
+    assert float(steps._norm(jax.tree.map(jnp.asarray, arrays))) == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_moving_average_of_the_parameters_and_statistics(rng):
     model, mesh, decay = tiny(), steps.data_mesh(), 0.75

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from cbam_jax.backbones.windows import (
@@ -114,10 +115,29 @@ class Conv(nnx.Module):
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Convolve, with a gradient that suits XLA's CPU backend."""
-    if window.strides == 1 or window.height * window.width < _MANY_PIXELS or not on_cpu():
+    """Convolve, with a gradient that suits XLA's CPU backend, or its GPU's."""
+    if not on_cpu():
+        return convolution(x, _gradient_by_itself(kernel), window)
+    if window.strides == 1 or window.height * window.width < _MANY_PIXELS:
         return convolution(x, kernel, window)
     return _convolve_strided(x, kernel, window)
+
+
+@jax.custom_jvp
+def _gradient_by_itself(kernel: jax.Array) -> jax.Array:
+    """Return the kernel [k, k, c, d], whose gradient is laid out so before it is used.
+
+    cuDNN's has another layout. What an optimizer makes of it while it is transposed cannot be
+    written over the parameter and its moments: XLA would copy each of them.
+    """
+    return kernel
+
+
+@_gradient_by_itself.defjvp
+def _gradient_by_itself_jvp(primals: Any, tangents: Any):
+    # What is done to the tangent first is, backwards, done to the gradient last.
+    tangent = lax.optimization_barrier(tangents[0])
+    return primals[0], with_layout_constraint(tangent, Layout((0, 1, 2, 3)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
