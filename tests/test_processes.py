@@ -303,13 +303,14 @@ def test_workers_of_ray_are_one_run_which_goes_on_where_one_is_killed(start, alo
         pytest.skip("no Ray: pip install 'ray[train]'")
     workdir, copy = tmp_path / "run", tmp_path / "copy"
     fields = config(start.photos, **{"model.name": SMALL})
-    script = [sys.executable, str(ROOT / "examples" / "cluster" / "train_ray.py")]
+    script = ["timeout", "600", sys.executable, str(ROOT / "examples" / "cluster" / "train_ray.py")]
     asked = ["--workers=2", "--gpus=0", "--restarts=1", f"--storage={tmp_path}/ray"]
     environment = start.environment(devices=2) | {"RAY_AUTH_MODE": "disabled"}
+    environment |= {"RAY_DEDUP_LOGS": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300"}
     told, pids = [], []
     with subprocess.Popen(
         [*script, *asked, *fields, f"--workdir={workdir}"],
-        env=environment | {"RAY_DEDUP_LOGS": "0"},
+        env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as ray:  # fmt: skip
         for line in ray.stdout:
@@ -317,7 +318,7 @@ def test_workers_of_ray_are_one_run_which_goes_on_where_one_is_killed(start, alo
             pids += re.findall(r"pid=(\d+)\).* process 1 of 2, on", line)
             if "step     12 of 20" in line and not copy.exists():
                 os.kill(int(pids[-1]), signal.SIGKILL)
-                shutil.copytree(workdir, copy)
+                shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("*-tmp*"))
     if any("node timed out during startup" in line for line in told):
         pytest.skip("Ray did not start within its 30 s")
     assert ray.returncode == 0, "".join(told)
