@@ -210,3 +210,10 @@ def test_runs_of_different_queries_make_no_table(runs, costs):
     runs["resnet50_cbam"][2]["report"]["metrics"]["num_queries"] = 40.0
     with pytest.raises(InputError, match="num_queries is 41.0 in .* and 40.0 in resnet50_cbam"):
         make_table(1, runs, costs, command="do it")
+
+
+def test_seeds_of_different_models_make_no_row(runs, costs):
+    runs["resnet50_se"][2]["config"]["model"]["name"] = "resnet50_bn_se"
+    message = "model.name is 'resnet50_se' in resnet50_se, seed 0 and .* in resnet50_bn_se, seed 2"
+    with pytest.raises(InputError, match=message):
+        make_table(1, runs, costs, command="do it")

@@ -118,6 +118,8 @@ def make_table(
     runs = [run for name in names for run in results[name]]
     aside = ("model.name", *(["model.attention_init"] if number == 3 else []), *READING)
     check_comparable(runs, aside)
+    for name in names:
+        check_comparable(results[name], READING)  # Seeds of a row are of one model.
     first, report = results[names[0]], runs[0]["report"]
     return {
         "table": number,
