@@ -348,21 +348,21 @@ def test_bounds_are_below_every_distance(rng, metric, dtype):
 
 @pytest.mark.parametrize("first_pass", FIRST_PASSES)
 def test_a_data_set_of_another_size_compiles_nothing_new(rng, caplog, first_pass):
-    """On a CPU; half of the queries have ties, which a first pass leaves unproven."""
+    """On a CPU; some queries have ties, which a first pass leaves unproven."""
 
     def compiled(q, n, k=20):
         queries, gallery = (rng.normal(size=(m, 24)).astype(np.float32) for m in (q, n))
-        gallery[: 20 * (q // 2)] = queries[: q // 2].repeat(20, axis=0)
+        gallery[:300] = queries[:10].repeat(30, axis=0)
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
             found = search(queries, gallery, k, first_pass=first_pass, gallery_block=512)
         assert_same(found, brute_force(queries, gallery, k))
         return [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
 
-    assert compiled(31, 903)  # One block, and a tail.
-    assert not compiled(17, 1777)
-    assert not compiled(27, 601)
-    assert not compiled(30, 1023)  # Two blocks; one number overlaps.
+    assert compiled(79, 903)  # One block, and a tail.
+    assert not compiled(66, 1777)
+    assert not compiled(75, 601)
+    assert not compiled(80, 1023)  # Two blocks; one number overlaps.
 
 
 @pytest.mark.slow

@@ -89,10 +89,12 @@ def _problem(embedding: object, dimension: int, known: int | None) -> str | None
 def _copy(store: Store) -> Iterator[str]:
     """Whether what searches read is what the database holds."""
     with contextlib.suppress(ValueError):  # Embeddings of a wrong size or sum, told above.
-        ours, theirs = read_gallery(store), kept_gallery(store)
-        if theirs is None:
+        ours, kept = read_gallery(store), kept_gallery(store)
+        if kept is None:
             return
-        same = np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.squares, theirs.squares)
+        theirs, same = kept
+        same = same and np.array_equal(ours.ids, theirs.ids)
+        same = same and np.array_equal(ours.squares, theirs.squares)
         same = same and all(
             np.array_equal(ours.embeddings[i : i + 4096], theirs.embeddings[i : i + 4096])
             for i in range(0, len(ours.ids), 4096)

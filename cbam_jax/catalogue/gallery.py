@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cbam_jax.catalogue.checksums import row_sums
+from cbam_jax.catalogue.narrowing import Narrow, narrow
 from cbam_jax.catalogue.nearest import LARGEST_NUMBER, nearest, squared_norms
 from cbam_jax.catalogue.store import Store, damaged
 from cbam_jax.foreign_files import open_regular
@@ -35,10 +37,12 @@ class Gallery:
         ids: [n] int64, ascending.
         embeddings: [n, d] float32, likewise.
         revision: of the catalogue, that they are.
+        narrowed: what `narrow` made of a large one, by which it is searched faster.
     """
 
     def __init__(self, ids: np.ndarray, embeddings: np.ndarray, revision: int):
         self.ids, self.embeddings, self.revision = ids, embeddings, revision
+        self.narrowed: Narrow | None = None
 
     @functools.cached_property
     def squares(self) -> np.ndarray:
@@ -66,7 +70,8 @@ class Gallery:
         self, queries: np.ndarray, k: int, rows: np.ndarray | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each query the distances and the ids of the k nearest; see `nearest.nearest`."""
-        found = nearest(queries, self.embeddings, k, squares=self.squares, rows=rows)
+        options = {"squares": self.squares, "rows": rows, "narrowed": self.narrowed}
+        found = nearest(queries, self.embeddings, k, **options)
         return [(distances, self.ids[places]) for distances, places in found]
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -152,10 +157,11 @@ def _check_numbers(store: Store, gallery: Gallery) -> None:
         raise damaged(store.path, f"the embedding of photo {wrong[0]} is none")
 
 
-def kept_gallery(store: Store) -> Gallery | None:
-    """The copy as it is, unchecked; None where there is none of this revision."""
+def kept_gallery(store: Store) -> tuple[Gallery, bool] | None:
+    """The copy, and whether it is as it was kept; None where there is none of this revision."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        return _mapped(cache_path(store.path), _header(store))[0]
+        gallery, sums = _mapped(cache_path(store.path), _header(store))
+        return gallery, np.array_equal(_sums(gallery), sums)
     return None
 
 
@@ -163,17 +169,33 @@ def _mapped(path: Path, expected: _Header) -> tuple[Gallery, np.ndarray]:
     """The kept embeddings and their sums; a ValueError where they are of something else."""
     with open_regular(path, sys.maxsize) as file:
         header = json.loads(file.read(_HEADER).rstrip(b"\0"))
-    count, dimension = expected.count, expected.dimension
-    after_ids = _HEADER + _paged(8 * count)
-    after_squares = after_ids + _paged(4 * count)
-    start = after_squares + _paged(8 * count)
-    if header != list(expected) or path.stat().st_size != start + 4 * count * dimension:
+    if not isinstance(header, list) or header[:-1] != list(expected):
         raise ValueError("the embeddings are of another revision")
-    ids = np.fromfile(path, np.int64, count, offset=_HEADER)
-    embeddings = np.memmap(path, np.float32, "r", start, (count, dimension))
-    gallery = Gallery(ids, embeddings, expected.revision)
-    gallery.squares = np.fromfile(path, np.float32, count, offset=after_ids)
-    return gallery, np.fromfile(path, np.int64, count, offset=after_squares)
+    (count, dimension), width = expected[2:], header[-1]
+    if type(width) is not int or not 0 <= width < max(1, dimension):
+        raise ValueError("the copy is damaged")
+    shapes = [
+        ((count,), np.int64),  # Ids,
+        ((count,), np.float32),  # squares,
+        ((count,), np.int64),  # sums,
+        ((count, dimension), np.float32),
+        ((dimension, width), np.float32),  # and what it is narrowed by.
+        ((count, width + 1 if width else 0), np.float32),
+    ]
+    sizes = [_paged(np.dtype(dtype).itemsize * math.prod(shape)) for shape, dtype in shapes]
+    if path.stat().st_size != _HEADER + sum(sizes):
+        raise ValueError("the copy is cut off")
+    starts = itertools.accumulate(sizes, initial=_HEADER)
+    parts = zip(starts, shapes, strict=False)
+    ids, squares, sums, embeddings, *narrowed = (
+        np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.empty(shape, dtype)
+        for start, (shape, dtype) in parts
+    )
+    gallery = Gallery(np.array(ids), embeddings, expected.revision)
+    gallery.squares = np.array(squares)
+    if width:
+        gallery.narrowed = Narrow(*narrowed)
+    return gallery, np.array(sums)
 
 
 def _whole(gallery: Gallery, sums: np.ndarray) -> Gallery:
@@ -185,7 +207,10 @@ def _whole(gallery: Gallery, sums: np.ndarray) -> Gallery:
 
 def _sums(gallery: Gallery) -> np.ndarray:
     """A sum of all that is kept of each photo, [n] int64."""
-    return row_sums(gallery.embeddings) + gallery.ids + gallery.squares.view(np.int32)
+    sums = row_sums(gallery.embeddings) + gallery.ids + gallery.squares.view(np.int32)
+    if gallery.narrowed is None:
+        return sums
+    return sums + row_sums(gallery.narrowed.along) + row_sums(gallery.narrowed.directions).sum()
 
 
 def _paged(size: int) -> int:
@@ -196,10 +221,14 @@ def _paged(size: int) -> int:
 def _keep(path: Path, header: _Header, gallery: Gallery) -> None:
     # Several processes may do so at once: each writes a file of its own.
     own = path.with_name(f"{path.name}-{os.getpid()}")
+    gallery.narrowed = narrow(gallery.embeddings, gallery.squares)
+    none = np.empty((header.dimension, 0), np.float32), np.empty((header.count, 0), np.float32)
+    directions, along = gallery.narrowed or none
+    about = [*header, directions.shape[1]]
+    arrays = gallery.ids, gallery.squares, _sums(gallery), gallery.embeddings, directions, along
     with written_whole(own) as partial, open(partial, "wb") as file:
-        file.write(json.dumps(header).encode().ljust(_HEADER, b"\0"))
-        for part in gallery.ids, gallery.squares, _sums(gallery):
-            content = part.tobytes()
-            file.write(content + b"\0" * (-len(content) % _HEADER))
-        gallery.embeddings.tofile(file)
+        file.write(json.dumps(about).encode().ljust(_HEADER, b"\0"))
+        for array in arrays:
+            array.tofile(file)
+            file.write(bytes(-array.nbytes % _HEADER))
     os.replace(own, path)

@@ -73,7 +73,7 @@ def test_verify_finds_a_damaged_copy_of_the_embeddings_and_a_damaged_file(shop, 
     shop.find(1)
     kept = cache_path(tmp_path / "shop.db")
     whole = kept.read_bytes()
-    for place in (4096, 8192 + 3, -5):  # An id, a squared norm, an embedding.
+    for place in (4096, 8192 + 3, 4 * 4096 + 5):  # An id, a squared norm, an embedding.
         damaged = bytearray(whole)
         damaged[place] ^= 64
         kept.write_bytes(damaged)
