@@ -352,7 +352,7 @@ def test_a_data_set_of_another_size_compiles_nothing_new(rng, caplog, first_pass
 
     def compiled(q, n, k=20):
         queries, gallery = (rng.normal(size=(m, 24)).astype(np.float32) for m in (q, n))
-        gallery[:300] = queries[:10].repeat(30, axis=0)
+        gallery[:350] = queries[:5].repeat(70, axis=0)
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
             found = search(queries, gallery, k, first_pass=first_pass, gallery_block=512)
