@@ -351,7 +351,7 @@ def test_a_data_set_of_another_size_compiles_nothing_new(rng, caplog, first_pass
     """On a CPU; some queries have ties, which a first pass leaves unproven."""
 
     def compiled(q, n, k=20):
-        queries, gallery = (rng.normal(size=(m, 24)).astype(np.float32) for m in (q, n))
+        queries, gallery = (rng.normal(size=(m, 64)).astype(np.float32) for m in (q, n))
         gallery[:350] = queries[:5].repeat(70, axis=0)
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -361,7 +361,7 @@ def test_a_data_set_of_another_size_compiles_nothing_new(rng, caplog, first_pass
 
     assert compiled(79, 903)  # One block, and a tail.
     assert not compiled(66, 1777)
-    assert not compiled(75, 601)
+    assert not compiled(75, 745)
     assert not compiled(80, 1023)  # Two blocks; one number overlaps.
 
 
