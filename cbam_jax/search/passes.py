@@ -160,6 +160,8 @@ def in_passes(
         preparation = kept.preparation._replace(metric=metric, directions=None)
     leaders = _leaders(queries, shards, k, preparation)
     rest, readable = np.arange(q), _worth_compiling(shards)
+    # Every pair of few queries and a small gallery is soon looked at, and nothing compiled for it.
+    small = shards[0].device.platform == "cpu" and not readable
     for number, name in enumerate(_names(queries, preparation, leaders, kept, k)):
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some = queries.taken(part)
@@ -171,7 +173,7 @@ def in_passes(
             readable = False
         if name == "bfloat16" and len(rest) <= few.MOST and kept is not None and kept.candidates:
             continue  # It would round the gallery, see `fastest_pass`.
-        if name == "float64" and len(rest) <= few.MOST:
+        if len(rest) <= few.MOST and (name == "float64" or (number and small)):
             break
         if name == "clusters":
             assert leaders is not None
