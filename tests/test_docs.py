@@ -168,6 +168,8 @@ def test_what_a_run_with_ones_own_model_says_to_type_next_trusts_it():
     told = re.split(": | && ", own.replace("\n", " && "))
     trusting = [line for line in told if line.startswith("CBAM_JAX_TRUST=mine:Patches cbam-jax ")]
     assert [line.split()[2] for line in trusting] == ["evaluate", "catalogue", "catalogue"]
+    block = run_summary.next_commands("w", drawn, "resnet18", "mine:ECA")
+    assert block == own.replace("mine:Patches", "mine:ECA")
 
 
 PROGRAMS = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cbam_jax import InputError, linear_heads, loss_comparison
+from cbam_jax import InputError, experiment, linear_heads, loss_comparison
 from cbam_jax.linear_heads import LOSSES, draw_batch, initial_head, train_head
 from cbam_jax.loss_comparison import Protocol, compare, draw_trial, measure, split_classes
 
@@ -134,6 +134,10 @@ def test_batches_hold_each_class_equally_often(rng):
     rows = draw_batch(label, 3, 4, rng)
     assert sorted(np.bincount(label[rows], minlength=4).tolist()) == [0, 4, 4, 4]
     assert len(set(rows[label[rows] == 2])) in (0, 4)
+
+
+def test_every_loss_that_has_a_name_can_be_compared():
+    assert LOSSES.keys() == {*experiment.LOSSES, "cross_entropy"}
 
 
 def test_one_program_serves_all_trials_folds_and_seeds(rng, monkeypatch):
