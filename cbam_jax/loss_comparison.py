@@ -24,7 +24,6 @@ from cbam_jax.rerank import unit_rows
 from cbam_jax.search import search
 
 MEASURED = ("map@R", "precision@1", "r_precision")
-RATES = (1e-4, 1e-1)
 
 
 class Protocol(NamedTuple):
@@ -35,6 +34,8 @@ class Protocol(NamedTuple):
     trials: int = 8
     seeds: int = 3
     steps: int = 200
+    lowest_rate: float = 1e-4  # Learning rates are drawn between these two.
+    highest_rate: float = 1e-1
     batch_classes: int = 8
     batch_images: int = 8
     dim: int = 128
@@ -146,14 +147,15 @@ def read_kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def draw_trial(name: str, number: int) -> tuple[float, dict[str, float]]:
+def draw_trial(name: str, number: int, protocol: Protocol) -> tuple[float, dict[str, float]]:
     """Learning rate and options of a trial: of the first the defaults, then log-uniform ones.
 
     The learning rates are those of every loss.
     """
     if number == 0:
         return 1e-3, {}
-    rate = np.random.default_rng([number, 0]).uniform(*np.log(RATES))
+    rates = np.log([protocol.lowest_rate, protocol.highest_rate])
+    rate = np.random.default_rng([number, 0]).uniform(*rates)
     rng = np.random.default_rng([number, 1])
     options = {
         key: float(np.exp(rng.uniform(*np.log(bounds))))
@@ -173,7 +175,7 @@ def _finished(
 ) -> dict[str, Any]:
     """All trials and seeds of a loss, each written as soon as it is there."""
     for number in range(len(kept["trials"]), protocol.trials):
-        rate, options = draw_trial(name, number)
+        rate, options = draw_trial(name, number, protocol)
         heads = _heads(features, labels, split, name, rate, options, protocol, seed=0)
         folds = [
             measure(features[fold], labels[fold], head)

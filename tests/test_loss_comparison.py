@@ -11,6 +11,7 @@ from scipy import stats
 from cbam_jax import InputError, experiment, linear_heads, loss_comparison
 from cbam_jax.linear_heads import LOSSES, draw_batch, initial_head, train_head
 from cbam_jax.loss_comparison import Protocol, compare, draw_trial, measure, split_classes
+from cbam_jax.paper.__main__ import main as paper
 
 PROTOCOL = Protocol(folds=2, test_classes=3, trials=3, seeds=2, steps=4, dim=3)
 
@@ -36,7 +37,7 @@ def calls(monkeypatch):
         rate, seed = (0.0, 0) if head is None or head.ndim == 2 else head.tolist()
         # The middle learning rate is best on validation; on the test it is another one.
         test = set(labels.tolist()) & {4, 5, 6}
-        number = seed / 10 + rate if test else 1 - abs(rate - draw_trial("triplet", 1)[0])
+        number = seed / 10 + rate if test else 1 - abs(rate - draw_trial("triplet", 1, PROTOCOL)[0])
         return dict.fromkeys(loss_comparison.MEASURED, number)
 
     monkeypatch.setattr(loss_comparison, "train_head", train)
@@ -55,7 +56,7 @@ def test_the_test_classes_are_in_no_training_and_validation_chooses(file, calls,
         of = [call for call in calls if call[0] == loss]
         assert len(of) == 2 * 3 + 2 * 2
         # The same learning rates for each loss, and that of trial 1 for the seeds.
-        rates = [draw_trial("triplet", number)[0] for number in range(3)]
+        rates = [draw_trial("triplet", number, PROTOCOL)[0] for number in range(3)]
         assert [rate for _, _, rate, _ in of] == pytest.approx(
             np.repeat([*rates, *2 * rates[1:2]], 2)
         )
@@ -66,6 +67,18 @@ def test_the_test_classes_are_in_no_training_and_validation_chooses(file, calls,
     expected = stats.t.interval(0.95, 1, np.mean(values), stats.sem(values))
     assert row["test"]["map@R"]["interval"] == pytest.approx(expected)
     assert "| triplet | " in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_learning_rates_are_drawn_evenly_by_their_logarithm_between_the_two_that_are_given():
+    protocol = PROTOCOL._replace(lowest_rate=1e-6, highest_rate=1e-3)
+    drawn = [draw_trial("circle", number, protocol) for number in range(1, 400)]
+    places = (np.log10([rate for rate, _ in drawn]) + 6) / 3
+    assert stats.kstest(places, "uniform").pvalue > 0.01
+    # Options are the same, whatever the rates.
+    assert [options for _, options in drawn[:9]] == [
+        draw_trial("circle", number, PROTOCOL)[1] for number in range(1, 10)
+    ]
+    assert draw_trial("circle", 0, protocol) == (1e-3, {})
 
 
 def test_it_goes_on_where_it_stopped(file, calls, tmp_path, monkeypatch):
@@ -100,6 +113,16 @@ def test_embeddings_of_the_same_photos_by_another_model_are_others(file, calls, 
     (tmp_path / "out" / "triplet.json").write_text("[]")
     with pytest.raises(InputError, match="triplet.json is damaged: delete it"):
         compare(path, tmp_path / "out", ["triplet"], PROTOCOL)
+
+
+@pytest.mark.parametrize("rates", [("0", "1"), ("1e-2", "1e-3"), ("nan", "1"), ("1e-4", "inf")])
+def test_wrong_learning_rates_get_one_line(file, tmp_path, rates):
+    flags = [
+        f"--{name}_rate={rate}" for name, rate in zip(("lowest", "highest"), rates, strict=True)
+    ]
+    given = ["compare", f"--workdir={tmp_path}", f"--embeddings={file[0]}", "--losses=triplet"]
+    with pytest.raises(InputError, match="give learning rates above 0, the lower one first"):
+        paper([*given, *flags])
 
 
 def test_wrong_input_gets_one_line(file, tmp_path):

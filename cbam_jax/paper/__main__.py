@@ -11,6 +11,7 @@ of an encoder that does not change.
 """
 
 import argparse
+import math
 import shlex
 import signal
 import sys
@@ -99,8 +100,13 @@ def run_compare(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any
     if rest:
         raise InputError(f"unknown argument {rest[0]!r}: see python -m cbam_jax.paper --help")
     protocol = Protocol(**{name: getattr(flags, name) for name in Protocol._fields})
+    if not 0 < protocol.lowest_rate <= protocol.highest_rate < math.inf:
+        raise InputError(
+            f"--lowest_rate={protocol.lowest_rate} --highest_rate={protocol.highest_rate}: give "
+            "learning rates above 0, the lower one first"
+        )
     for name, value in protocol._asdict().items():
-        if value < (name != "test_classes"):
+        if isinstance(value, int) and value < (name != "test_classes"):
             raise InputError(f"--{name}={value}: give at least 1")
     names = [name.strip() for name in flags.losses.split(",")]
     table = compare(flags.embeddings, flags.workdir, names, protocol)
@@ -184,6 +190,8 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trials", type=int, default=8, help="of each loss, on validation")
     command.add_argument("--seeds", type=int, default=3, help="of the chosen trial, on the test")
     command.add_argument("--steps", type=int, default=200, help="of each training")
+    command.add_argument("--lowest_rate", type=float, default=1e-4, help="learning rate drawn")
+    command.add_argument("--highest_rate", type=float, default=1e-1, help="learning rate drawn")
     command.add_argument("--batch_classes", type=int, default=8, help="classes of a batch")
     command.add_argument("--batch_images", type=int, default=8, help="images of each")
     command.add_argument("--dim", type=int, default=128, help="numbers of an embedding")
