@@ -128,10 +128,13 @@ def evaluate(
         mean over queries, and its 95 % bootstrap interval.
 
     Raises:
-        InputError: before anything is embedded, for a copy that is none; later, for a photo that
-            cannot be read.
+        InputError: before anything is embedded, for a copy that is none, or what is no image;
+            later, for one that is damaged.
     """
     parts = [files.find_parts(folder, subset, noise=noise) for subset in subsets]
+    own_files = [paths for part in parts for paths in (part.query, part.gallery)]
+    for paths in (*own_files, parts[0].noise):
+        files.check_images(paths)
     known = [(files.read_known(part.query), files.read_known(part.gallery)) for part in parts]
     own = [
         (

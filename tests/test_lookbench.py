@@ -197,8 +197,8 @@ def change(version, rng, what):
         path.write_bytes(path.read_bytes()[:-40])
     elif what == "column":
         write(path, [photo(rng)] * 3)
-    elif what in ("broken", "none"):
-        bad = {"broken": b"GIF89a no more", "none": None}[what]
+    elif what in ("broken", "html", "none"):
+        bad = {"broken": b"GIF89a no more", "html": b"<html>404", "none": None}[what]
         write(path, [photo(rng)] * 9 + [bad], made_known(rng, 10))
     elif what == "versions":
         (version.parent / "v20260601" / SUBSETS[0]).mkdir(parents=True)
@@ -220,6 +220,7 @@ def change(version, rng, what):
             r"has no column category, main_attribute, other_attributes, item_ID, only image",
         ),
         ("broken", r"gallery.parquet: row 9: the photo cannot be read \(it is no image\)"),
+        ("html", r"gallery.parquet: row 9 is no image; fetch one with"),
         ("none", r"gallery.parquet: row 9 has no image"),
         ("versions", r"has the versions v20251201, v20260601: give the folder of one"),
         ("empty", r"gallery.parquet has no photo"),
@@ -228,8 +229,9 @@ def change(version, rng, what):
 def test_a_copy_that_is_none_is_told_in_a_line(copy, rng, what, message):
     version = copy[0]
     change(version, rng, what)
+    embedder = MeanEmbedder() if what in ("broken", "empty") else None  # Others: before it begins.
     with pytest.raises(InputError, match=message) as raised:
-        evaluate(MeanEmbedder(), version.parent, SUBSETS[:1])
+        evaluate(embedder, version.parent, SUBSETS[:1])
     assert "\n" not in str(raised.value)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbam_jax import InputError
+from cbam_jax.datasets.image_headers import image_format
 from cbam_jax.foreign_files import expanded, shown, shown_folder
 
 SUBSETS = ("real_studio_flat", "aigen_studio", "real_streetlook", "aigen_streetlook")
@@ -106,6 +107,16 @@ def read_images(paths: list[Path], size: int = 512) -> Iterator[list[bytes]]:
                     raise InputError(f"{shown(path)}: row {row + place} has no image; {_FETCH}")
             yield images
             row += len(images)
+
+
+def check_images(paths: list[Path]) -> None:
+    """InputError for a photo that is none by its first bytes: seconds, where embedding is long."""
+    row = 0
+    for batch in read_images(paths):
+        for image in batch:
+            if image_format(image[:64]) is None:
+                raise InputError(f"{name_of(paths, row)} is no image; {_FETCH}")
+            row += 1
 
 
 def name_of(paths: list[Path], row: int) -> str:
