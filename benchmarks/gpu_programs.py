@@ -284,10 +284,10 @@ PROGRAMS = {
 }
 
 
-def without_a_gpu(dump: str) -> None:
-    """Have XLA ask for no GPU and keep the PTX; have the layers take a GPU's forms."""
+def without_a_gpu(flags: str) -> None:
+    """Have XLA ask for no GPU and take these flags; have the layers take a GPU's forms."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
+    os.environ["XLA_FLAGS"] = flags
     os.environ[batch_norm.FOLD_VARIABLE] = "1"  # Of training, where nothing is frozen, no change.
     jax.config.update("jax_platforms", "cpu")
     jax.default_backend = lambda: "gpu"
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(options.programs) - set(PROGRAMS):
         parser.error(f"there is no program {min(unknown)!r}: {', '.join(PROGRAMS)}")
     with tempfile.TemporaryDirectory() as dump:
-        without_a_gpu(dump)
+        without_a_gpu(f"--xla_dump_to={dump} --xla_dump_hlo_as_text")  # With it the PTX.
         try:
             described_devices(1)
         except ImportError as error:

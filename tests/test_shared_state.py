@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from benchmarks import state_memory
 from cbam_jax import sharding, steps
 from cbam_jax.benchmark.compiled import program_memory
 from cbam_jax.checkpoint import flatten, unflatten
@@ -130,6 +131,16 @@ def test_the_compiled_step_takes_its_share_of_the_state(batches):
         arguments.append(memory["arguments"])
     # Parameters, momentum and average of two kernels, seven eighths of each elsewhere.
     assert arguments[0] - arguments[1] == 3 * 4 * (12 + 16) * 1024 * 7 // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_what_a_device_holds_is_counted_without_arrays(shard_state):
+    mesh = steps.data_mesh()
+    state = steps.create_train_state(Wide(), OPTIMIZER, mesh, shard_state=shard_state)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    described = state_memory.abstract_state(Wide(), OPTIMIZER, mesh, shard_state)
+    assert state_memory.bytes_held(described) == held
 
 
 @pytest.mark.slow
