@@ -14,6 +14,12 @@ compiled with BatchNorm folded (``CBAM_JAX_FOLD_BATCH_NORM=1``).
 ``--check`` ends with status 1 where a program breaks a rule (``rules``), or has other figures than
 ``gpu_programs.json`` by more than 1 %: a change that means to writes them anew with ``--update``.
 ``--report`` prints them. Where JAX lacks the experimental API, all of it is skipped.
+
+Planted in real programs, ResNet10 with CBAM and 64 images of 64 px: the loss's product at the
+default precision broke the rule of TF32 (32 of its instructions in the kernels), a sum in float64
+that of float64, a loss's scan over all embeddings, on 8 devices, that of loops (2 operations
+between them). A CPU's forms break no rule, and change the figures: in embedding 7 figures, of the
+bytes 0.22 for 0.12 GB.
 """
 
 import argparse
