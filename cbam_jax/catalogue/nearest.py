@@ -16,6 +16,7 @@ from cbam_jax.catalogue.narrowing import Narrow, lower_bounds, may_be_nearest, p
 _PRODUCTS = 2**26  # Of a block of queries with all items, at most: 256 MB.
 _FEW = 2**22  # Multiplications: a millisecond of one core.
 _ROWS = 4096  # Rows gathered at a time.
+_NARROWED = 4  # Queries, at most: more share one reading of all numbers.
 LARGEST_NUMBER = (
     1e15  # A number of an embedding, at most: sums of squares then stay within float32.
 )
@@ -49,7 +50,8 @@ def nearest(
         k: at least 1.
         squares: ``squared_norms(gallery)``.
         rows: ascending positions of the items that may be found; None: all.
-        narrowed: what `narrow` made of the gallery, which saves time and changes nothing.
+        narrowed: what `narrow` made of the gallery, which saves time for few queries and changes
+            nothing.
 
     Returns:
         Of each query the Euclidean distances, float32, and the positions, int64: k of them, or as
@@ -64,7 +66,8 @@ def nearest(
     places = np.arange(len(gallery)) if rows is None else rows
     if not len(places):
         return [(np.zeros(0, np.float32), places) for _ in queries]
-    if narrowed is not None and len(places) * gallery.shape[1] > _FEW and k <= len(places) // 64:
+    large = len(places) * gallery.shape[1] > _FEW and k <= len(places) // 64
+    if narrowed is not None and large and len(queries) <= _NARROWED:
         return _nearest_narrowed(queries, gallery, k, squares, places, rows, narrowed)
     size = max(1, _PRODUCTS // len(places))
     found = []

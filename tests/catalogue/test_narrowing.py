@@ -17,6 +17,7 @@ def large(monkeypatch):
     """Small galleries as large ones."""
     monkeypatch.setattr(narrowing, "_WORTH_WHILE", 0)
     monkeypatch.setattr(room, "_FEW", 0)
+    monkeypatch.setattr(room, "_NARROWED", 6)
 
 
 def correlated(rng, n, d, rank=12):
