@@ -116,6 +116,8 @@ class Conv(nnx.Module):
 
 def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """Convolve, with a gradient that suits XLA's CPU backend, or its GPU's."""
+    if for_onnx():  # Where there are no gradients.
+        return convolution(x, kernel, window)
     if not on_cpu():
         return convolution(x, _gradient_by_itself(kernel), window)
     if window.strides == 1 or window.height * window.width < _MANY_PIXELS:
