@@ -18,8 +18,9 @@ compiled with BatchNorm folded (``CBAM_JAX_FOLD_BATCH_NORM=1``).
 Planted in real programs, ResNet10 with CBAM and 64 images of 64 px: the loss's product at the
 default precision broke the rule of TF32 (32 of its instructions in the kernels), a sum in float64
 that of float64, a loss's scan over all embeddings, on 8 devices, that of loops (2 operations
-between them). These break no rule, but change the figures: one more sum over the devices (an
-all-reduce, 22 for 21, and 5 kernels), a CPU's forms (in embedding 7 figures, bytes 0.22 for 0.12 GB).
+between them). These break no rule, but change the figures: one more sum over the devices (22
+all-reduces for 21, and 5 kernels more), a CPU's forms (in embedding 7 figures, of the bytes 0.22
+for 0.12 GB).
 """
 
 import argparse
