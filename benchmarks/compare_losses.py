@@ -9,11 +9,12 @@ trained on. Each loss trains configs/photos.py, all of the network, at every lea
 are trained too, and every seed is measured after its last step: on the photos of the classes not
 seen, and on the test photos of those that were. Options of a loss are its defaults. The same
 command goes on where it was stopped, and more losses or seeds can be named later; seeds come one
-after the other, so that all losses have one before any has two. WORKDIR/results0.json and
-results0.md, of fold 0, have what is finished.
+after the other, so that all losses have one before any has two. Other photos, or another budget,
+ask for another WORKDIR. WORKDIR/results0.json and results0.md, of fold 0, have what is finished.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -26,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.unseen_classes import write_fold
+from benchmarks.unseen_classes import unreadable, write_fold
 from cbam_jax import InputError, command_line, config_files, experiment, runs, training
 from cbam_jax.metrics import t_interval
 
@@ -68,6 +69,25 @@ def config_of(trial: Trial, manifest: Path, overrides: Sequence[str]) -> Any:
         fields |= {"model.normalize": False, "model.num_classes": len(classes)}
     own = [f"--config.{name}={value}" for name, value in fields.items()]
     return config_files.read_config_file("photos", [*BUDGET, *own, *overrides])
+
+
+def check_settings(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """InputError where a fold's trainings were of other photos, or of another budget."""
+    try:
+        digest = hashlib.sha256(flags.data.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise unreadable(flags.data, error) from error
+    settings = {
+        "data": str(flags.data.resolve()),  # Its rows do not tell in which size photos lie there.
+        "rows": digest,
+        "budget": [*BUDGET, *overrides],
+    }
+    path = flags.workdir / f"settings{flags.fold}.json"
+    if not path.exists():
+        command_line.write_json(path, settings)
+    elif (kept := json.loads(path.read_text())) != settings:
+        other = [name for name in settings if kept.get(name) != settings[name]]
+        raise InputError(f"{path} has another {', '.join(other)}: give another --workdir")
 
 
 def validation(trial: Trial, run: Path, config: Any) -> float:
@@ -164,7 +184,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rates", default="1e-4,3e-4,1e-3")
     parser.add_argument("--seeds", type=int, default=3)
     flags, overrides = parser.parse_known_args()
-    flags.losses, flags.rates = flags.losses.split(","), flags.rates.split(",")
+    # Each once: a seed that counts twice would narrow the interval.
+    flags.losses, flags.rates = (
+        list(dict.fromkeys(name.strip() for name in text.split(",")))
+        for text in (flags.losses, flags.rates)
+    )
     for loss in flags.losses:
         if loss not in known:
             raise InputError(f"--losses has {loss!r}: give some of {','.join(known)}")
@@ -181,6 +205,7 @@ def main() -> int:
     command_line.keep_compiled_programs()
     flags, overrides = parse()
     flags.workdir.mkdir(parents=True, exist_ok=True)
+    check_settings(flags, overrides)
     manifest = flags.workdir / f"fold{flags.fold}.csv"
     seen = write_fold(flags.data, flags.fold, manifest)
     command_line.write_json(manifest.with_suffix(".json"), seen)

@@ -29,10 +29,31 @@ SPLITS = {"test": "test photos of classes seen", "unseen": "photos of classes no
 CHECKPOINTS = {"untrained": "untrained", "best": "fine-tuned"}
 
 
+def read_rows(data: Path) -> list[dict[str, str]]:
+    """The rows of a manifest with splits; InputError where the file is none."""
+    try:
+        with data.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise unreadable(data, error) from error
+    lacking = [name for name in ("path", "label", "split") if name not in names]
+    if lacking:
+        raise InputError(
+            f"--data={data} has no column {', '.join(lacking)}: give a manifest with splits, such "
+            "as `python -m cbam_jax.datasets resize NAME FOLDER` makes"
+        )
+    return rows
+
+
+def unreadable(data: Path, error: Exception) -> InputError:
+    """What to raise for a manifest that cannot be read."""
+    return InputError(f"--data={data} cannot be read ({error}): give a manifest.csv")
+
+
 def write_fold(data: Path, fold: int, path: Path) -> list[str]:
     """Write the manifest of a fold; return the classes that it trains on."""
-    with data.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(data)
     seen = sorted({row["label"] for row in rows})[fold::2]
     # Whole: another command beside this one may be about to read it.
     with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:

@@ -65,12 +65,17 @@ def compare(
     """
     check_names(names)
     features, labels = read_embeddings(embeddings)
+    if protocol.dim > features.shape[1]:  # Axes are orthogonal: there are no more of them.
+        raise InputError(
+            f"--dim={protocol.dim}: --embeddings={embeddings} has {features.shape[1]} numbers an "
+            f"image, and a map has no more; give --dim={features.shape[1]} or less"
+        )
     split = split_classes(labels, protocol)
     workdir.mkdir(parents=True, exist_ok=True)
     settings = {**protocol._asdict(), "images": len(labels), "width": features.shape[1]}
     settings["data"] = fingerprint(features, labels)
     rows = [_baseline(features, labels, split, protocol)]
-    for name in names:
+    for name in dict.fromkeys(names):
         kept = read_kept(workdir / f"{name}.json", settings)
         rows.append(_finished(features, labels, split, name, protocol, kept, workdir))
     table = {"settings": settings, "measured": MEASURED, "rows": [_summary(row) for row in rows]}
@@ -113,9 +118,9 @@ def fingerprint(features: np.ndarray, labels: np.ndarray) -> str:
 def split_classes(labels: np.ndarray, protocol: Protocol) -> Split:
     """The last classes are the test's, the others dealt to the folds; InputError for too few.
 
-    >>> split = split_classes(np.array([0, 1, 2, 3, 4, 5, 6, 7]), Protocol(folds=2))
+    >>> split = split_classes(np.array([0, 1, 2, 3, 4, 5, 0, 1, 5]), Protocol(2, 2))
     >>> split.test.tolist(), [fold.tolist() for fold in split.folds]
-    ([4, 5, 6, 7], [[0, 2], [1, 3]])
+    ([4, 5, 8], [[0, 2, 6], [1, 3, 7]])
     """
     classes = np.unique(labels)
     count = protocol.test_classes or len(classes) // 2
@@ -127,8 +132,14 @@ def split_classes(labels: np.ndarray, protocol: Protocol) -> Split:
             f"--folds={protocol.folds} of two classes or more, in which there is something to "
             "confuse: give fewer --folds (at least 2) or --test_classes (at least 2)"
         )
-    rows = [np.flatnonzero(np.isin(labels, some)) for some in folds]
-    return Split(np.flatnonzero(np.isin(labels, classes[-count:])), rows)
+    rows = [np.flatnonzero(np.isin(labels, some)) for some in (classes[-count:], *folds)]
+    for part, of in zip(["the test", *(f"fold {i}" for i in range(len(folds)))], rows, strict=True):
+        if len(np.unique(labels[of])) == len(of):
+            raise InputError(
+                f"no class of {part} has a second image that could be found: give fewer --folds, "
+                "other --test_classes, or more images of a class"
+            )
+    return Split(rows[0], rows[1:])
 
 
 def read_kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,3 +118,32 @@ def test_a_wrong_flag_is_told_before_anything_is_trained(script, monkeypatch, fl
     monkeypatch.setattr("sys.argv", ["compare_losses.py", "--data=a.csv", flag])
     with pytest.raises(InputError, match=message):
         script.parse()
+
+
+def test_a_name_that_is_given_twice_counts_once(script, monkeypatch):
+    given = ["--losses=triplet, circle,triplet", "--rates=1e-3,1e-4,1e-3"]
+    monkeypatch.setattr("sys.argv", ["compare_losses.py", "--data=a.csv", *given])
+    flags, _ = script.parse()
+    assert flags.losses == ["triplet", "circle"]
+    assert flags.rates == ["1e-3", "1e-4"]
+
+
+def test_trainings_of_other_photos_or_another_budget_are_not_taken_over(script, flags):
+    flags.data = flags.workdir / "photos.csv"
+    flags.data.write_text("path,label,split\n")
+    script.check_settings(flags, ["--config.train.steps=60"])
+    script.check_settings(flags, ["--config.train.steps=60"])
+    with pytest.raises(InputError, match="settings1.json has another budget: give another --work"):
+        script.check_settings(flags, [])
+    flags.data.write_text("path,label,split\na.jpg,hat,train\n")
+    with pytest.raises(InputError, match="settings1.json has another rows, budget: give"):
+        script.check_settings(flags, [])
+    (flags.workdir / "small").mkdir()
+    flags.data = flags.data.rename(flags.workdir / "small" / "photos.csv")
+    with pytest.raises(InputError, match="settings1.json has another data, rows, budget: give"):
+        script.check_settings(flags, [])
+    flags.fold = 0
+    script.check_settings(flags, [])
+    flags.data = flags.workdir / "absent.csv"
+    with pytest.raises(InputError, match="absent.csv cannot be read"):
+        script.check_settings(flags, [])

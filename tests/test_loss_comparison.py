@@ -138,6 +138,23 @@ def test_wrong_input_gets_one_line(file, tmp_path):
         compare(tmp_path / "text.npz", tmp_path / "out", ["triplet"], PROTOCOL)
 
 
+def test_more_numbers_than_the_embeddings_have_are_refused(file, tmp_path):
+    with pytest.raises(InputError, match=r"--dim=6: --embeddings=.* has 5 numbers an image.*dim=5"):
+        compare(file[0], tmp_path / "out", ["proxy_anchor"], PROTOCOL._replace(dim=6))
+
+
+@pytest.mark.parametrize(("part", "classes"), [("the test", (4, 5, 6)), ("fold 1", (1, 3))])
+def test_a_part_in_which_nothing_can_be_found_is_refused(part, classes):
+    label = np.repeat(np.arange(7), [1 if name in classes else 4 for name in range(7)])
+    with pytest.raises(InputError, match=f"no class of {part} has a second image"):
+        split_classes(label, PROTOCOL)
+
+
+def test_a_loss_that_is_named_twice_is_one_row(file, calls, tmp_path):
+    table = compare(file[0], tmp_path / "out", ["triplet", "triplet"], PROTOCOL)
+    assert [row["loss"] for row in table["rows"]] == ["before training", "triplet"]
+
+
 def test_map_at_r_is_that_of_loops(rng, monkeypatch):
     from test_rerank import plain_search
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cbam_jax import datasets
+from cbam_jax import InputError, datasets
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "unseen_classes.py"
 
@@ -49,3 +49,20 @@ def test_no_photo_of_an_unseen_class_is_trained_on_and_every_class_is_unseen_onc
         assert datasets.is_manifest(str(tmp_path / "fold.csv"))
         assert Path(written[0]["path"]).parent == tmp_path
     assert sorted(unseen) == sorted(path for path, _, split in rows if split != "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("path,label\na.jpg,coat\n", "photos.csv has no column split: give a manifest with splits"),
+        ("", "photos.csv has no column path, label, split"),
+        (None, "photos.csv cannot be read .*No such file"),
+    ],
+)
+def test_what_is_no_manifest_with_splits_gets_one_line(script, tmp_path, rows, message):
+    data = tmp_path / "photos.csv"
+    if rows is not None:
+        data.write_text(rows)
+    with pytest.raises(InputError, match=message):
+        script.write_fold(data, 0, tmp_path / "fold.csv")
+    assert not (tmp_path / "fold.csv").exists()
