@@ -46,6 +46,8 @@ class Starter:
 
     def __call__(self, workdir, *flags, devices=1, **options):
         streams = [self.folder / f"{len(self.running)}.{name}" for name in ("stdout", "stderr")]
+        for path in streams:
+            path.touch()  # It may be killed before it opens them.
         arguments = [json.dumps(options), *config(self.photos), *flags, f"--workdir={workdir}"]
         process = forks().Process(
             target=train_driver.forked,
