@@ -6,6 +6,7 @@ not one definition; here each has a name, see `METRICS`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def grade(query: Known, gallery: Known) -> dict[str, np.ndarray]:
 
     ``coarse``, ``main`` and ``item`` are 0 or 1; ``share`` is that of the query's attributes which
     a photo of its category has, ``fine`` whether it has them all. A query without attributes asks
-    for its category alone.
+    for its category alone; one whose item is not known is of no item.
 
     Example:
         >>> one = Known(["coat"], ["red"], [frozenset({"red", "long"})], ["7"])
@@ -55,7 +56,7 @@ def grade(query: Known, gallery: Known) -> dict[str, np.ndarray]:
     asked = np.array([[len(attributes)] for attributes in query.attributes], np.float32)
     share = _shared(query.attributes, gallery.attributes) / np.maximum(asked, 1)
     share = coarse * np.where(asked > 0, share, np.float32(1))
-    item = _equal(query.item, gallery.item)
+    item = _equal(query.item, gallery.item) * (np.array(query.item) != "")[:, None]
     fine = (share == 1).astype(np.float32)
     return {"coarse": coarse, "main": main, "fine": fine, "share": share, "item": item}
 
@@ -120,7 +121,7 @@ def evaluate(
     Args:
         embedder: of `cbam_jax.load`.
         folder: of the copy.
-        subsets: of `SUBSETS`.
+        subsets: of `SUBSETS`; one that is named twice counts once.
         noise: whether the distractors are searched as well, as the published numbers have them.
 
     Returns:
@@ -131,6 +132,7 @@ def evaluate(
         InputError: before anything is embedded, for a copy that is none, or what is no image;
             later, for one that is damaged.
     """
+    subsets = list(dict.fromkeys(subsets))
     parts = [files.find_parts(folder, subset, noise=noise) for subset in subsets]
     own_files = [paths for part in parts for paths in (part.query, part.gallery)]
     for paths in (*own_files, parts[0].noise):
@@ -211,15 +213,28 @@ def format_report(report: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     options = command_line.parsed(_parser(), argv)
-    subsets = command_line.listed([], options.subsets) or [""]
+    subsets = [name.strip() for name in command_line.listed([], options.subsets)] or [""]
     for subset in subsets:  # Before a model is loaded.
         files.find_parts(options.folder, subset, noise=not options.no_noise)
+    if options.json:
+        _check_writable(options.json)
     command_line.keep_compiled_programs()
     report = evaluate(load(options.model), options.folder, subsets, noise=not options.no_noise)
+    print(format_report(report))  # First: should the disk be full, it is not lost.
     if options.json:
         command_line.write_json(options.json, {"model": options.model, **report})
-    print(format_report(report))
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """InputError where a file cannot be written: before hours of embedding, not after."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"--json={path} is a folder: give a file")
+    if not folder.is_dir():
+        raise InputError(f"--json={path}: there is no folder {folder}; make it, or give another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--json={path}: {folder} may not be written to; give another folder")
 
 
 def _parser() -> argparse.ArgumentParser:

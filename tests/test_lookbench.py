@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from test_rerank import plain_search
 
 from cbam_jax import InputError, lookbench
-from cbam_jax.datasets.lookbench import SUBSETS, Known, find_parts, words
+from cbam_jax.datasets.lookbench import SUBSETS, Known, find_parts, read_known, words
 from cbam_jax.embedder import Embedded
 from cbam_jax.lookbench import KS, evaluate, format_report, grade, measure
 
@@ -233,6 +234,46 @@ def test_a_copy_that_is_none_is_told_in_a_line(copy, rng, what, message):
     with pytest.raises(InputError, match=message) as raised:
         evaluate(embedder, version.parent, SUBSETS[:1])
     assert "\n" not in str(raised.value)
+
+
+def test_a_subset_that_is_named_twice_counts_once(copy):
+    folder = copy[0].parent
+    once, twice = (evaluate(MeanEmbedder(), folder, SUBSETS[1:2] * n) for n in (1, 2))
+    assert once == twice
+
+
+def test_one_subset_is_found_where_the_others_were_not_fetched(copy):
+    version = copy[0]
+    shutil.rmtree(version / SUBSETS[0])
+    assert find_parts(version.parent, SUBSETS[1]) == find_parts(version, SUBSETS[1])
+
+
+def test_items_are_the_same_by_their_id_in_whatever_type_and_none_is_no_item(copy):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    read = []
+    for ids in ([7, 8, None], [7.0, None, float("nan")], ["7", "7.5", "x"], [7.5, 7.0, 8.0]):
+        path = copy[0] / "ids.parquet"
+        columns = {name: ["a"] * 3 for name in ("category", "main_attribute", "other_attributes")}
+        parquet.write_table(pa.table(columns | {"item_ID": ids}), path)
+        read.append(read_known([path]))
+    assert [known.item for known in read] == [
+        ["7", "8", ""], ["7", "", ""], ["7", "7.5", "x"], ["7.5", "7", "8"],
+    ]  # fmt: skip
+    assert grade(read[0], read[1])["item"].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("nowhere/found.json", "there is no folder .*nowhere; make it"), ("", "is a folder: give")],
+)
+def test_where_nothing_can_be_written_is_told_before_a_model_is_loaded(
+    copy, monkeypatch, file, message
+):
+    monkeypatch.setattr(lookbench, "load", None)
+    version = copy[0]
+    with pytest.raises(InputError, match=message):
+        lookbench.main([str(version), "--model=m", f"--subsets={SUBSETS[0]}, {SUBSETS[1]}",
+                        f"--json={version / file}"])  # fmt: skip
 
 
 def test_what_is_no_copy_or_no_subset_is_told(tmp_path):

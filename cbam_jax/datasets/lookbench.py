@@ -27,7 +27,7 @@ _FETCH = (
 class Known(NamedTuple):
     """What is known of some photos, a list of each: words in small letters, of items the id.
 
-    ``attributes`` are the main one and the others.
+    ``attributes`` are the main one and the others; an item without an id has none, ``""``.
     """
 
     category: list[str]
@@ -85,7 +85,7 @@ def read_known(paths: list[Path]) -> Known:
                 known.category.append(_word(category))
                 known.main.append(_word(main))
                 known.attributes.append(words(main) | words(others))
-                known.item.append(str(item))
+                known.item.append(_item(item))
     return known
 
 
@@ -157,11 +157,18 @@ def _word(value: Any) -> str:
     return "" if value is None else str(value).strip().lower()
 
 
+def _item(value: Any) -> str:
+    """An item's id, the same of whole numbers in a column of fractions; of none, nothing."""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.0f}" if value.is_integer() else str(value)
+    return "" if value is None else str(value)
+
+
 def _version(folder: Path) -> Path:
     """The folder of a version: the one given, or the only one in it."""
     if any((folder / subset).is_dir() for subset in SUBSETS):
         return folder
-    below = sorted(path.parent for path in folder.glob(f"*/{SUBSETS[0]}"))
+    below = sorted({path.parent for subset in SUBSETS for path in folder.glob(f"*/{subset}")})
     if len(below) == 1:
         return below[0]
     if below:
