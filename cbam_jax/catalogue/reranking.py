@@ -110,7 +110,9 @@ def _expanded(
     from cbam_jax.rerank import expand_by_neighbours  # Late: JAX takes a second.
 
     near = embeddings_of([n.id for n in found if not n.same])
-    return expand_by_neighbours(query[None], near[None], alpha)[0] * np.linalg.norm(query)
+    length = np.linalg.norm(query.astype(np.float64))  # Squares of 1e-23 are 0 in float32.
+    moved = expand_by_neighbours(query[None], near[None], alpha)[0]
+    return (moved * length).astype(np.float32)
 
 
 def _reciprocal(

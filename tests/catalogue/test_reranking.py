@@ -85,6 +85,16 @@ def test_embeddings_of_other_lengths_keep_theirs(embeddings, tmp_path):
     assert_found(found, np.linalg.norm(3 * embeddings - moved, axis=1), range(1, 61), 5)
 
 
+@pytest.mark.parametrize("size", [2.0**-80, 2.0**40])
+def test_however_short_or_long_embeddings_are_the_answer_is_the_same(
+    shop, embeddings, tmp_path, size
+):
+    expected = [n.id for n in shop.find(7, k=9, rerank="aqe:k=4")]
+    make_shop(tmp_path / "scaled.db", np.float32(size) * embeddings, ["red"] * 60)
+    with Catalogue.open(tmp_path / "scaled.db", Embedder()) as scaled:
+        assert [n.id for n in scaled.find(7, k=9, rerank="aqe:k=4")] == expected
+
+
 @pytest.mark.parametrize("k1", [9, 3])
 def test_the_nearest_are_ranked_by_reciprocal_neighbours(shop, embeddings, rng, k1):
     query = (embeddings[5] + 0.2 * rng.normal(size=6)).astype(np.float32)
