@@ -377,6 +377,10 @@ def _attention(
 def _own_attention(name: str, channels: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """A block of one's own, once it has shown that it keeps a map's shape."""
     block = named_parts.call(name, "model.attention", channels, rngs=rngs)
+    if not isinstance(block, nnx.Module):
+        raise ValueError(
+            f"attention={name!r}: it makes a {type(block).__name__}, expected an nnx.Module"
+        )
     given = jax.ShapeDtypeStruct((2, 7, 5, channels), jnp.float32)
     try:
         found = nnx.eval_shape(lambda block, x: block(x), block, given)

@@ -47,15 +47,17 @@ def load(name: str, field: str) -> Any:
     >>> load("math:sqrt", "model.name")(4)
     2.0
     """
+    module, _, attribute = name.partition(":")
+    if not is_named(name) or not all(part.isidentifier() for part in module.split(".")):
+        raise InputError(
+            f"{field}={shown(repr(name), 80)} names no module; expected package.module:function"
+        )
     if name not in _trusted | set(os.environ.get("CBAM_JAX_TRUST", "").split(",")):
         raise InputError(
             f"{field}={shown(repr(name), 80)} would import code: if you trust it, put "
             f"CBAM_JAX_TRUST={shown(name, 80)} before the command, or call "
             f"cbam_jax.named_parts.trust({shown(repr(name), 80)})"
         )
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise InputError(f"{field}={name!r} names no module; expected package.module:function")
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:

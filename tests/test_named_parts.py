@@ -122,6 +122,10 @@ class Pooling(Doubling):
         return jnp.mean(x, (1, 2))
 
 
+def Plain(channels, *, rngs):
+    return lambda x: x
+
+
 class Wider(Doubling):
     def __call__(self, x):
         return x * jnp.ones((1, 1, 1, 3))
@@ -172,6 +176,8 @@ def test_an_attention_block_of_ones_own_stands_in_both_places(untrusted, monkeyp
             "attention='test_named_parts:Pooling': it makes (2, 8) of (2, 7",
         ),
         ({"attention": "Wider"}, "called with [2, 7, 5, 8] it raised TypeError: mul got inc"),
+        ({"attention": "cbam"}, "attention='cbam' names no module; expected package.module:fun"),
+        ({"attention": "Plain"}, "Plain': it makes a function, expected an nnx.Module"),
         ({"attention": "loss"}, "missing a required argument: 'labels'; it is called as loss("),
         ({"attention": "Doubling", "name": "tiny_cbam"}, "tiny_cbam has no place for it; give one"),
         (
