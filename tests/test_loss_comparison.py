@@ -125,6 +125,14 @@ def test_wrong_learning_rates_get_one_line(file, tmp_path, rates):
         paper([*given, *flags])
 
 
+@pytest.mark.parametrize("flag", ["--trials=0", "--batch_images=1", "--batch_classes=1"])
+def test_numbers_by_which_nothing_is_trained_get_one_line(file, tmp_path, flag):
+    given = ["compare", f"--workdir={tmp_path}", f"--embeddings={file[0]}", "--losses=triplet"]
+    least = 2 if "batch" in flag else 1
+    with pytest.raises(InputError, match=f"{flag}: give at least {least}"):
+        paper([*given, flag])
+
+
 def test_wrong_input_gets_one_line(file, tmp_path):
     path, label = file
     with pytest.raises(InputError, match=r"--losses has 'tripled': give some of triplet,"):

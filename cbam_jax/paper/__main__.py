@@ -105,9 +105,11 @@ def run_compare(flags: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any
             f"--lowest_rate={protocol.lowest_rate} --highest_rate={protocol.highest_rate}: give "
             "learning rates above 0, the lower one first"
         )
+    # A batch without a pair of one class, or without one of two, teaches most losses nothing.
+    least = {"test_classes": 0, "batch_classes": 2, "batch_images": 2}
     for name, value in protocol._asdict().items():
-        if isinstance(value, int) and value < (name != "test_classes"):
-            raise InputError(f"--{name}={value}: give at least 1")
+        if isinstance(value, int) and value < least.get(name, 1):
+            raise InputError(f"--{name}={value}: give at least {least.get(name, 1)}")
     names = [name.strip() for name in flags.losses.split(",")]
     table = compare(flags.embeddings, flags.workdir, names, protocol)
     means = {row["loss"]: row["test"]["map@R"]["mean"] for row in table["rows"]}
