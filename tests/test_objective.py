@@ -176,6 +176,7 @@ def test_gates_of_another_form_are_refused(classified, photos, tmp_path):
 def test_mistakes_are_told_before_anything_slow(fields, message, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "build_model", lambda config: None)
     monkeypatch.setattr(config_checks, "check_blocks", lambda config, model: None)
+    monkeypatch.setattr(config_checks, "check_own_model", lambda config, model: None)
     with pytest.raises(InputError, match=message) as caught:
         training.train_and_evaluate(make_config(photos, **fields), tmp_path / "run")
     assert "\n" not in str(caught.value)
