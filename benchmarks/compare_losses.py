@@ -83,7 +83,8 @@ def check_settings(flags: argparse.Namespace, overrides: Sequence[str]) -> None:
         "budget": [*BUDGET, *overrides],
     }
     path = flags.workdir / f"settings{flags.fold}.json"
-    if not path.exists():
+    finished = any(flags.workdir.glob(f"fold{flags.fold}/*/validation.json"))
+    if not finished or not path.exists():  # After a first try with a wrong flag, say.
         command_line.write_json(path, settings)
     elif (kept := json.loads(path.read_text())) != settings:
         other = [name for name in settings if kept.get(name) != settings[name]]

@@ -236,7 +236,12 @@ def _heads(
 def measure(
     features: np.ndarray, labels: np.ndarray, head: np.ndarray | None = None
 ) -> dict[str, float]:
-    """MAP@R, precision at 1 and R-precision of images searched among themselves, leave one out."""
+    """MAP@R, precision at 1 and R-precision of images searched among themselves, leave one out.
+
+    All are 0 of a map that has diverged, so that its trial is not chosen and the others go on.
+    """
+    if head is not None and not np.isfinite(head).all():
+        return dict.fromkeys(MEASURED, 0.0)
     embeddings = features if head is None else embed(features, head)
     relevant = count_relevant(labels, labels, query_in_gallery=True)
     ranks = max(int(relevant.max()), 1)

@@ -131,7 +131,11 @@ def test_a_name_that_is_given_twice_counts_once(script, monkeypatch):
 def test_trainings_of_other_photos_or_another_budget_are_not_taken_over(script, flags):
     flags.data = flags.workdir / "photos.csv"
     flags.data.write_text("path,label,split\n")
+    script.check_settings(flags, ["--config.train.stepz=60"])  # Nothing is finished by that.
     script.check_settings(flags, ["--config.train.steps=60"])
+    finished = flags.workdir / "fold1" / "circle-1e-4-0" / "validation.json"
+    finished.parent.mkdir(parents=True)
+    finished.touch()
     script.check_settings(flags, ["--config.train.steps=60"])
     with pytest.raises(InputError, match="settings1.json has another budget: give another --work"):
         script.check_settings(flags, [])

@@ -177,6 +177,13 @@ def test_map_at_r_is_that_of_loops(rng, monkeypatch):
     assert measure(x, label)["map@R"] == pytest.approx(np.mean(values))
 
 
+def test_a_map_that_has_diverged_finds_nothing(rng):
+    x, label = rng.normal(size=(6, 4)).astype(np.float32), np.repeat([0, 1], 3)
+    for wrong in (np.nan, np.inf):
+        found = measure(x, label, np.full((4, 2), wrong, np.float32))
+        assert found == {"map@R": 0, "precision@1": 0, "r_precision": 0}
+
+
 def test_batches_hold_each_class_equally_often(rng):
     label = np.repeat([0, 1, 2, 3], [9, 2, 30, 5])
     rows = draw_batch(label, 3, 4, rng)
