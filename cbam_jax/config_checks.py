@@ -194,7 +194,7 @@ def check_own_model(config: Config, model: EmbeddingModel) -> None:
     except Exception as error:  # Whatever the user's encoder raises.
         raise InputError(
             f"model.name={name}: called with images [2, {side}, {side}, 3], it raised "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {named_parts.first_line(error)}"
         ) from error
     pooled = getattr(model.backbone, "pools_itself", False)
     shape = list(getattr(found, "shape", ()))
@@ -204,10 +204,6 @@ def check_own_model(config: Config, model: EmbeddingModel) -> None:
             f"model.name={name}: of images [2, {side}, {side}, 3] it makes "
             f"{shown(str(shape or found), 80)}, expected {expected}, the last its num_features"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return shown(next(iter(str(error).splitlines()), ""))
 
 
 def check_own_loss(config: Config, model: EmbeddingModel) -> None:
@@ -232,7 +228,7 @@ def check_own_loss(config: Config, model: EmbeddingModel) -> None:
     except Exception as error:  # Whatever the user's function raises.
         raise InputError(
             f"loss.name={name}: called with embeddings [{batch}, {dim}] and labels [{batch}], it "
-            f"raised {type(error).__name__}: {_first_line(error)}"
+            f"raised {type(error).__name__}: {named_parts.first_line(error)}"
         ) from error
     check_returned(name, found)
 

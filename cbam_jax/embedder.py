@@ -110,12 +110,8 @@ class Embedder:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         arguments = defaults | self.arguments
         del arguments["num_classes"], arguments["drop_path"]  # No embedding depends on these.
-        for name in (
-            "activation",
-            "attention",
-            "transformer",
-            *FORM,
-        ):  # As before there were these.
+        # Arguments that models once had not: at their defaults, so that fingerprints stay.
+        for name in ("activation", "attention", "transformer", *FORM):
             if arguments[name] == defaults[name]:
                 del arguments[name]
         return {

@@ -138,13 +138,7 @@ def evaluate(
     for paths in (*own_files, parts[0].noise):
         files.check_images(paths)
     known = [(files.read_known(part.query), files.read_known(part.gallery)) for part in parts]
-    own = [
-        (
-            _embedded(embedder, part.query, f"{subset} queries"),
-            _embedded(embedder, part.gallery, subset),
-        )
-        for subset, part in zip(subsets, parts, strict=True)
-    ]
+    own = [_both(embedder, *pair) for pair in zip(subsets, parts, strict=True)]
     others = _embedded(embedder, parts[0].noise, "noise") if noise else own[0][1][:0]
     values, report = [], {}
     for subset, pair, (query, gallery) in zip(subsets, known, own, strict=True):
@@ -153,9 +147,22 @@ def evaluate(
         lacking = int((grades["fine"].max(axis=1) == 0).sum())
         counts = {"queries": len(query), "gallery": len(gallery), "noise": len(others)}
         report[subset] = {**counts, "without_fine": lacking, **_summary(values[-1])}
+    return {"definitions": METRICS, **report, "overall": _overall(report, values)}
+
+
+def _overall(
+    report: Mapping[str, Mapping[str, Any]], values: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    """The counts and the metrics of the queries of all subsets together."""
     counts = {name: sum(report[s][name] for s in report) for name in ("queries", "without_fine")}
     together = {name: np.concatenate([value[name] for value in values]) for name in values[0]}
-    return {"definitions": METRICS, **report, "overall": {**counts, **_summary(together)}}
+    return {**counts, **_summary(together)}
+
+
+def _both(embedder: Embedder, subset: str, part: files.Parts) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings of a subset's queries and of its gallery."""
+    queries = _embedded(embedder, part.query, f"{subset} queries")
+    return queries, _embedded(embedder, part.gallery, subset)
 
 
 def _embedded(embedder: Embedder, paths: Sequence[Path], name: str) -> np.ndarray:

@@ -385,10 +385,9 @@ def _own_attention(name: str, channels: int, *, rngs: nnx.Rngs) -> nnx.Module:
     try:
         found = nnx.eval_shape(lambda block, x: block(x), block, given)
     except Exception as error:  # Whatever the user's class raises.
-        told = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"attention={name!r}: called with [2, 7, 5, {channels}] it raised "
-            f"{type(error).__name__}: {told}"
+            f"{type(error).__name__}: {named_parts.first_line(error)}"
         ) from error
     if getattr(found, "shape", None) != given.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Parts of one's own by name: ``"package.module:factory"`` for a model, loss, optimizer, schedule.
+"""Parts of one's own by name, ``"package.module:factory"``: models, attention blocks and others.
 
 Importing a module runs it, and a name may come from a stranger's config. So a name is imported only
 once it is trusted: a training trusts those in its own config, `trust` does in a program, and for
@@ -94,6 +94,15 @@ def call(name: str, field: str, *arguments: Any, **options: Any) -> Any:
             f"{field}={name!r}: {error}; it is called as {name.partition(':')[2]}({taken})"
         ) from None
     return part(*arguments, **options)
+
+
+def first_line(error: Exception) -> str:
+    """What a part of one's own raised, in one line for a message.
+
+    >>> first_line(ValueError("no such shape\\nhere is why"))
+    'no such shape'
+    """
+    return shown(next(iter(str(error).splitlines()), ""))
 
 
 def _where(error: Exception) -> str:

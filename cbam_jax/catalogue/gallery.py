@@ -174,6 +174,16 @@ def _mapped(path: Path, expected: _Header) -> tuple[Gallery, np.ndarray]:
     (count, dimension), width = expected[2:], header[-1]
     if type(width) is not int or not 0 <= width < max(1, dimension):
         raise ValueError("the copy is damaged")
+    ids, squares, sums, embeddings, *narrowed = _arrays(path, count, dimension, width)
+    gallery = Gallery(np.array(ids), embeddings, expected.revision)
+    gallery.squares = np.array(squares)
+    if width:
+        gallery.narrowed = Narrow(*narrowed)
+    return gallery, np.array(sums)
+
+
+def _arrays(path: Path, count: int, dimension: int, width: int) -> list[np.ndarray]:
+    """All arrays of a copy, in the order in which `_keep` writes them, left in the file."""
     shapes = [
         ((count,), np.int64),  # Ids,
         ((count,), np.float32),  # squares,
@@ -186,16 +196,10 @@ def _mapped(path: Path, expected: _Header) -> tuple[Gallery, np.ndarray]:
     if path.stat().st_size != _HEADER + sum(sizes):
         raise ValueError("the copy is cut off")
     starts = itertools.accumulate(sizes, initial=_HEADER)
-    parts = zip(starts, shapes, strict=False)
-    ids, squares, sums, embeddings, *narrowed = (
+    return [
         np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.empty(shape, dtype)
-        for start, (shape, dtype) in parts
-    )
-    gallery = Gallery(np.array(ids), embeddings, expected.revision)
-    gallery.squares = np.array(squares)
-    if width:
-        gallery.narrowed = Narrow(*narrowed)
-    return gallery, np.array(sums)
+        for start, (shape, dtype) in zip(starts, shapes, strict=False)
+    ]
 
 
 def _whole(gallery: Gallery, sums: np.ndarray) -> Gallery:

@@ -1,6 +1,7 @@
 """The second step of a pass: the distances of those whose bounds are lowest."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,8 +104,13 @@ def _group_members(index: np.ndarray, shard: Shard, gallery_block: int, size: in
 
 def rows_of_keys(keys: np.ndarray, row: np.ndarray, q: int) -> np.ndarray:
     """Keys [p, c] by their row, which ascends: [q, as many as any has], the rest of nobody."""
+    return by_row(keys, row, q, packed(*_NOBODY))
+
+
+def by_row(values: np.ndarray, row: np.ndarray, q: int, nothing: Any) -> np.ndarray:
+    """Values [p, c] by their row, which ascends: [q, as many as any has], the rest of nothing."""
     counts = np.bincount(row, minlength=q)
     place = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-    gathered = np.full((q, int(counts.max()), keys.shape[-1]), packed(*_NOBODY), np.uint64)
-    gathered[row, place] = keys
+    gathered = np.full((q, int(counts.max()), values.shape[-1]), nothing, values.dtype)
+    gathered[row, place] = values
     return gathered.reshape(q, -1)

@@ -24,7 +24,7 @@ from cbam_jax.search.bounds import (
     sampled_rows,
     usual,
 )
-from cbam_jax.search.candidates import rows_of_keys
+from cbam_jax.search.candidates import by_row, rows_of_keys
 from cbam_jax.search.order import packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import blocks_of, fixed_blocks, padded_size
@@ -39,7 +39,7 @@ _BLOCK, _ROWS = 2**22, 2**15  # Numbers and rows of a block of the gallery, at m
 _LARGE = 2.0**80  # Squared norms from which numbers need to be scaled.
 _FIRST = 2**10  # Rows by which it is first told what may be near.
 _PAIRS = 2**22  # Pairs of a query and an item that are kept, at most: 64 MiB.
-_CENTERED = 0.9  # The mean's share of the squared norms from which less it they are much shorter.
+_CENTERED = 0.9  # The mean's share of the squared norms from which it is worth taking off.
 _ROUNDING = 16 * 2.0**-24  # Distances this near may be the same in float32.
 _NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
 
@@ -131,7 +131,7 @@ class _Side(NamedTuple):
 
 
 def _side(queries: Queries, shards: Sequence[Shard], metric: str) -> tuple[_Side, np.ndarray]:
-    """And by how much upper bounds of a query are above lower ones on its own account, [q]."""
+    """The queries' side; and by how much their upper bounds are above lower ones by itself, [q]."""
     q, d = queries.rows.shape
     center = center_of(shards, metric, _CENTERED)
     preparation = Preparation(center, np.float32(1), metric, "float32")
@@ -256,10 +256,7 @@ def _merged(nearest: np.ndarray, pairs: _Pairs) -> np.ndarray:
     if not len(pairs.row):
         return nearest
     pairs, k = _by_query(pairs), nearest.shape[1]
-    counts = np.bincount(pairs.row, minlength=len(nearest))
-    place = np.arange(len(pairs.row)) - (np.cumsum(counts) - counts)[pairs.row]
-    fresh = np.full((len(nearest), int(counts.max())), np.inf, np.float32)
-    fresh[pairs.row, place] = pairs.high
+    fresh = by_row(pairs.high[:, None], pairs.row, len(nearest), np.inf)
     return np.partition(np.concatenate([nearest, fresh], axis=1), k - 1, axis=1)[:, :k]
 
 
