@@ -120,6 +120,12 @@ def benchmark_search(
 def told(find: Callable) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
     """What a search finds, and the share of its queries that each pass proved, from its log.
 
+    Args:
+      find: Searches when it is called, and returns distances ``[q, k]`` and indices ``[q, k]``.
+
+    Returns:
+      These, and by the names of the passes the shares, from 0 to 1.
+
     Example:
       >>> x = np.arange(12, dtype=np.float32).reshape(6, 2)
       >>> told(functools.partial(search, x[:1], x, k=2))[1]

@@ -87,7 +87,11 @@ def lower_bounds(
 ) -> np.ndarray:
     """Of squared distances, by the inner products of what `projected` makes of both sides.
 
-    ``own`` are the squared norms of the queries, of any shape that fits, as all others.
+    Args:
+        product: of one query, [m], or of several, [q, m].
+        own: their squared norms: a number, or [q, 1].
+        squares: of the gallery's rows, [m] or [1, m].
+        directions: [d, r], that both sides were projected along.
     """
     lengths = np.float32(own) + squares
     return lengths * np.float32(1 - _error(directions)) - 2 * product - np.float32(1e-30)
