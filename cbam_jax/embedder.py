@@ -110,7 +110,7 @@ class Embedder:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         arguments = defaults | self.arguments
         del arguments["num_classes"], arguments["drop_path"]  # No embedding depends on these.
-        # Arguments that came later are left out at their defaults: fingerprints stay what they were.
+        # Arguments that came later are left out at their defaults, so that fingerprints stay.
         for name in ("activation", "attention", "transformer", *FORM):
             if arguments[name] == defaults[name]:
                 del arguments[name]
