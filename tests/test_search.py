@@ -17,7 +17,7 @@ from cbam_jax.search import (
     shards,
     spread,
 )
-from cbam_jax.search.types import Labels, Shard
+from cbam_jax.search.types import Labels, Queries, Shard
 
 
 @pytest.mark.slow
@@ -294,6 +294,42 @@ def test_extreme_magnitudes(rng, scale):
     gallery[3] = 0.0
     queries = gallery[:4] * np.float32(1.5)
     assert_same(search(queries, gallery, 5), brute_force(queries, gallery, 5))
+
+
+@pytest.mark.parametrize("queries", [2, 70])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("largest", [0.0, 1.0])
+def test_numbers_that_may_be_computed_as_zero(rng, queries, metric, largest):
+    """XLA takes float32's smallest for 0 on a CPU: here all of the nearest, and of no other."""
+    edge = np.float32(2.0**-126)
+    gallery = (edge * rng.uniform(1.1, 1.3, (900, 16))).astype(np.float32)
+    gallery[700] = np.nextafter(edge, np.float32(0))
+    gallery[3] = largest * rng.uniform(1, 2, 16)
+    x = np.full((queries, 16), edge)
+    found = search(x, gallery, 3, metric=metric)
+    larger = (a.astype(np.float64) * 2.0**60 for a in (x, gallery))
+    expected = brute_force(*larger, 3, metric)
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_a_file_of_float64_is_searched_as_float32(tmp_path):
+    """By bounds of rounded numbers: the nearest is the seventh before it is rounded."""
+    gallery = np.memmap(tmp_path / "gallery", np.float64, "w+", shape=(900, 16))
+    last_bit = 2.0**-23
+    gallery[:], gallery[720] = 3.0, 1 + 100.49 * last_bit
+    gallery[:6] = 1 + (100 + np.tri(6, 16)) * last_bit
+    x = np.ones((2, 16), np.float32)
+    (shard,) = shards.split_gallery(gallery, None)
+    settings = bounds.Preparation(None, np.float32(1), "euclidean", "float64")
+    queries = Queries(x, np.full(2, 16, np.float32), Labels(None, None, None))
+    items = Labels(np.arange(900, dtype=np.int32), None, None)
+    _, indices, proven = passes._pass(queries, [shard], 1, settings, items, (16, 900), 2)
+    assert proven.all()
+    assert (indices == 720).all()
+    gallery[5, 3] = 1e39  # Infinite in float32.
+    for count in (1, 2):
+        with pytest.raises(ValueError, match="gallery: NaN or infinity in 1 rows.* is row 5"):
+            search(np.ones((count, 16)), gallery, 1)
 
 
 def test_memory_mapped_and_large_host_galleries(rng, tmp_path, monkeypatch):

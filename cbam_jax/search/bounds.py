@@ -17,6 +17,8 @@ from cbam_jax.search.types import Queries, Shard
 _BALANCE = 512.0  # About the norm of an embedding over that of its rounding error in bfloat16.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
 _SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
+_FLUSHED = 2.0**-126  # Numbers below it may be computed as 0, as XLA does on a CPU.
+_FAINT = 2.0**-100  # Rows of smaller numbers have no direction that is known.
 
 
 class Preparation(NamedTuple):
@@ -116,10 +118,14 @@ def _prepared(x, squares, center, scale, directions, *, error, metric, dtype):
     """`prepared` as one program, of anything but embeddings that stay as they are."""
     if metric == "cosine":
         # Normalising is off by up to (d / 2) u in itself, on both sides.
+        unknown = faint(x)
         x, squares = _normalized(x), jnp.ones(len(x), jnp.float32)
+        x = jnp.where(unknown[:, None], 0.0, x)
     elif center is not None:
         x, squares = _moved(x, center, scale)
     share = squares * _factor(error, metric)
+    if metric == "cosine":
+        share = jnp.where(unknown, -1.0, share)
     if directions is not None:
         x, squares = _projected(x, squares, directions, np.float32(1 + error))
     if dtype == "bfloat16":
@@ -136,7 +142,7 @@ def looseness(share: np.ndarray, width: int, metric: str) -> np.ndarray:
     """By how much the same share of upper bounds is above that of float32's lower ones, [m]."""
     error = 1.001 * _product_error(width)
     if metric == "cosine":
-        return np.full(share.shape, 2 * error)
+        return np.where(share > 0, 2 * error, 4.0)
     return share * (-2 if metric == "inner_product" else 2 * error / (1 - error))
 
 
@@ -174,6 +180,14 @@ def _rounded(x: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
     return near, 0.505 * lost
 
 
+def faint(x: jax.Array) -> jax.Array:
+    """Which rows [m] are not zero, but so small that their direction may be lost."""
+    # By their bits: comparisons of numbers may take them for 0 as well.
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
+    largest = jnp.max(bits, axis=1)
+    return (largest > 0) & (largest < np.float32(_FAINT).view(np.int32))
+
+
 def _normalized(x: jax.Array) -> jax.Array:
     return l2_normalize(x, eps=float(np.finfo(np.float32).tiny))
 
@@ -187,12 +201,13 @@ def _moved(x: jax.Array, center: jax.Array, scale: jax.Array) -> tuple[jax.Array
 @functools.partial(jax.jit, static_argnames="metric")
 def _doubled(x: jax.Array, scale: jax.Array, metric: str) -> tuple[jax.Array, jax.Array]:
     """Embeddings and their share of the bounds in float64, whose range needs no centre."""
+    unknown = faint(x)
     x = x.astype(jnp.float64) * scale.astype(jnp.float64)
     squares = lane_sum(x * x)
     error = (2 * x.shape[1] + 64) * float(np.finfo(np.float64).eps)
     if metric == "cosine":
         x = x / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))[:, None]
-        return x, jnp.full_like(squares, 0.5 - error)
+        return jnp.where(unknown[:, None], 0.0, x), jnp.where(unknown, -1.0, 0.5 - error)
     return x, squares * (-error if metric == "inner_product" else 1 - error)
 
 
@@ -210,8 +225,9 @@ def bound_distances(
     metric, scale = preparation.metric, float(preparation.scale)
     values = reordered(bounds).view(np.float32).astype(np.float64)
     values[bounds >= INFINITE] = np.inf
-    # The last term covers what underflows once the scale is applied.
-    values = values + own_share[:, None] - 1e-30
+    # The last term covers what underflows: once the scale is applied, and before, where d numbers
+    # off by e move |x - y|^2 by no more than its rounding error in float64 and d e^2 / 2^-50.
+    values = values + own_share[:, None] - max(1e-30, 2.0**70 * (_FLUSHED * scale) ** 2)
     if metric != "cosine":
         values /= scale**2
     if metric == "euclidean":

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbam_jax.search.bounds import Preparation, prepared
+from cbam_jax.search.bounds import Preparation, faint, prepared
 from cbam_jax.search.groups import group_size, lowest_bounds
 from cbam_jax.search.order import packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
@@ -285,12 +285,15 @@ def _bounds(x, y, leader, metric):
     x, y, leader = (a.astype(jnp.float32).astype(jnp.float64) for a in (x, y, leader))
     error = (2 * x.shape[1] + 64) * float(np.finfo(np.float64).eps)
     if metric == "cosine":
+        unknown = faint(x)[:, None] | faint(y)[None, :]
         x, y = (a / _root(lane_sum(a * a))[:, None] for a in (x, y))
-        return jnp.maximum(1 - x @ y.T - 2 * error, 0.0).astype(jnp.float32)
+        low = jnp.where(unknown, 0.0, jnp.maximum(1 - x @ y.T - 2 * error, 0.0))
+        return low.astype(jnp.float32)
     # Less the leader, the numbers are as short as the distances.
     x, y = x - leader[None, :], y - leader[None, :]
     squares = lane_sum(x * x)[:, None] + lane_sum(y * y)[None, :]
-    low = jnp.maximum(squares * (1 - error) - 2 * (x @ y.T), 0.0)
+    # The last term covers float32's smallest numbers, which may be computed as 0.
+    low = jnp.maximum(squares * (1 - error) - 2 * (x @ y.T) - 2.0**-180, 0.0)
     return (jnp.sqrt(low) if metric == "euclidean" else low).astype(jnp.float32)
 
 

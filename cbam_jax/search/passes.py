@@ -95,8 +95,8 @@ def search(
       itself (not as inner product).
 
     Raises:
-      ValueError: Before the search begins: for k out of range, NaN or infinite embeddings, other
-        shapes or dtypes, or an unknown metric.
+      ValueError: Before the search begins: for k out of range, embeddings with NaN or what is
+        infinite in float32, other shapes or dtypes, or an unknown metric.
 
     Example:
       >>> gallery = np.array([[0.0], [2.0], [3.0]], np.float32)

@@ -108,6 +108,9 @@ def blocks_of(shard: Shard, blocks: Blocks) -> Iterator[tuple[int, int, Any, Any
         begin = min(start, n - rows)
         there = slice(max(begin, 0), begin + rows)
         block, squares = source[there], shard.squares[there]
+        if block.dtype == np.float64:  # Bounds are of the numbers that are compared.
+            with np.errstate(over="ignore"):
+                block = block.astype(np.float32)
         if begin < 0:
             block = np.pad(np.asarray(block), ((-begin, 0), (0, 0)))
             squares = np.pad(squares, (-begin, 0))
@@ -190,8 +193,8 @@ def squared_norms(x: np.ndarray | jax.Array, name: str, first: int = 0) -> np.nd
     else:
         squares = np.empty(len(x), np.float32)
         for block in host_blocks(x):
-            rows = np.asarray(x[block], np.float32)
             with np.errstate(over="ignore"):
+                rows = np.asarray(x[block], np.float32)
                 squares[block] = np.einsum("ij,ij->i", rows, rows)
     if not np.isfinite(np.sum(squares, dtype=np.float64)):
         _refuse_not_finite(x, name, first)
@@ -204,7 +207,9 @@ def _square_sums(x: jax.Array) -> jax.Array:
 
 
 def _refuse_not_finite(x: np.ndarray | jax.Array, name: str, first: int) -> None:
-    wrong = np.concatenate([~np.isfinite(np.asarray(x[b])).all(axis=1) for b in host_blocks(x)])
+    with np.errstate(over="ignore"):  # What float32 does not hold is infinite in a search.
+        wrong = [~np.isfinite(np.asarray(x[b], np.float32)).all(axis=1) for b in host_blocks(x)]
+    wrong = np.concatenate(wrong)
     if wrong.any():
         row = first + int(np.argmax(wrong))
         raise ValueError(f"{name}: NaN or infinity in {wrong.sum()} rows, the first is row {row}")
