@@ -175,6 +175,9 @@ def _mapped(path: Path, expected: _Header) -> tuple[Gallery, np.ndarray]:
     if type(width) is not int or not 0 <= width < max(1, dimension):
         raise ValueError("the copy is damaged")
     ids, squares, sums, embeddings, *narrowed = _arrays(path, count, dimension, width)
+    if (np.diff(ids, prepend=0) <= 0).any():
+        # Of zeros alone, as a machine that loses its power may leave them, the sums are right.
+        raise ValueError("the copy is damaged")
     gallery = Gallery(np.array(ids), embeddings, expected.revision)
     gallery.squares = np.array(squares)
     if width:

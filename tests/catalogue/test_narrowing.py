@@ -115,6 +115,11 @@ def test_a_catalogue_keeps_it_beside_and_makes_it_anew(rng, tmp_path):
         assert_whole(shop, left)
         parts = [part.tobytes() for part in shop.gallery.narrowed]
     whole, file = cache_path(path).read_bytes(), cache_path(path)
+    # As where the power went before it was written.
+    file.write_bytes(whole[:4096] + bytes(len(whole) - 4096))
+    with Catalogue.open(path, _Embedder()) as shop:
+        assert_whole(shop, left)
+    assert file.read_bytes() == whole
     for part in parts:
         damaged = bytearray(whole)
         damaged[whole.index(part) + len(part) // 2] ^= 64
