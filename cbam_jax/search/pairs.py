@@ -1,6 +1,7 @@
 """Distances of chosen pairs, computed in float64 from x - y and rounded to float32."""
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,8 @@ from cbam_jax.search.sums import halved, lane_sum
 from cbam_jax.search.types import Shard
 
 _CHUNK, _STEPS = 2**20, 16  # Numbers in a step of the second pass, 4 MiB; steps in a call.
-_PART = 2**17  # Numbers that NumPy compares at a time: 1 MiB, which stays in a core's cache.
+# Numbers that NumPy compares at a time, 3 MiB: of fewer, threads wait for each other's Python.
+_PART = 2**18
 
 
 def on_device(rows: np.ndarray, device: Any) -> jax.Array:
@@ -28,12 +30,12 @@ def pair_distances(
     """Distances of x[rows[i]] and the gallery items found[i, :], [r, c] float32."""
     if not found.size:
         return np.zeros(found.shape, np.float32)
-    wide = max(1, _CHUNK // x.shape[1])
-    if found.shape[1] > wide:
+    on_cpu = shard.device.platform == "cpu"
+    if found.shape[1] > max(1, (_PART if on_cpu else _CHUNK) // x.shape[1]):
         halves = np.array_split(found, 2, axis=1)
         parts = [pair_distances(x, shard, rows, half, metric) for half in halves]
         return np.concatenate(parts, axis=1)
-    measure = _by_numpy if shard.device.platform == "cpu" else _by_programs
+    measure = _by_numpy if on_cpu else _by_programs
     return measure(x, shard, rows, found, metric)
 
 
@@ -75,36 +77,41 @@ def _by_numpy(
 ) -> np.ndarray:
     """`pair_distances` on a CPU: as fast as a program, which would be compiled for each gallery."""
     own, y = np.asarray(x), np.asarray(view_of(shard))
-    items = np.maximum(found - shard.first, 0)
+    items, (c, d) = np.maximum(found - shard.first, 0), (found.shape[1], x.shape[1])
+    size = max(1, _PART // (c * d))
 
-    def part(start):
-        some = slice(start, start + size)
-        near = gathered_rows(y, items[some].reshape(-1)).astype(np.float64)
-        near = near.reshape(*items[some].shape, -1)
-        return _host_distance(own[rows[some], None].astype(np.float64), near, metric)
+    def measured(starts):
+        # Memory that is asked for once: each part's own would take as long as its numbers.
+        near, wide = np.empty((size * c, d), np.float32), np.empty((size, c, d))
+        for start in starts:
+            some = slice(start, start + size)
+            there = gathered_rows(y, items[some].reshape(-1), near).reshape(-1, c, d)
+            yield _host_distance(own[rows[some], None], there, wide[: len(there)], metric)
 
-    size = max(1, _PART // (found.shape[1] * x.shape[1]))
     starts = range(0, len(rows), size)
-    if len(starts) == 1:
-        return part(0)
+    shares = np.array_split(starts, min(len(starts), os.cpu_count() or 1))
+    if len(shares) == 1:
+        return np.concatenate([*measured(starts)])
     with ThreadPoolExecutor() as pool:
-        return np.concatenate([*pool.map(part, starts)])
+        return np.concatenate([*pool.map(lambda s: np.concatenate([*measured(s)]), shares)])
 
 
-def _host_distance(x: np.ndarray, y: np.ndarray, metric: str) -> np.ndarray:
-    """`_pair_distance` by NumPy, of float64; y is overwritten."""
+def _host_distance(x: np.ndarray, near: np.ndarray, y: np.ndarray, metric: str) -> np.ndarray:
+    """`_pair_distance` of x and ``near`` by NumPy, with room for ``near`` in float64, y."""
+    x = x.astype(np.float64)
+    y[...] = near
     with np.errstate(over="ignore"):
         if metric == "inner_product":
-            return (-np.einsum("...i,...i", x, y)).astype(np.float32)
+            return (-np.vecdot(x, y)).astype(np.float32)
         if metric == "cosine":
-            xx, yy = (np.einsum("...i,...i", a, a) for a in (x, y))
+            xx, yy = (np.vecdot(a, a) for a in (x, y))
             y /= np.sqrt(np.where(yy > 0, yy, 1.0))[..., None]
             y -= x / np.sqrt(np.where(xx > 0, xx, 1.0))[..., None]
-            half = np.einsum("...i,...i", y, y) / 2
+            half = np.vecdot(y, y) / 2
             half[half <= 1e-30] = 0.0
             return np.where((xx > 0) & (yy > 0), half, 1.0).astype(np.float32)
         y -= x
-        squares = np.einsum("...i,...i", y, y)
+        squares = np.vecdot(y, y)
         return (squares if metric == "squared_euclidean" else np.sqrt(squares)).astype(np.float32)
 
 

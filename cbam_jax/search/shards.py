@@ -72,18 +72,18 @@ def equal_blocks(n: int, size: int) -> Blocks:
 
 
 def fixed_blocks(n: int, size: int) -> Blocks:
-    """Blocks of ``size`` rows, then of a sixteenth of that: programs know two lengths, never n.
+    """Blocks of ``size`` rows, then of an eighth of that: programs know two lengths, never n.
 
     Of the few rows of a small shard one block, padded to a power of two.
 
     >>> fixed_blocks(1010, 256)
     Blocks(starts=array([  0, 256, 512, 768]), rows=array([256, 256, 256, 256]))
-    >>> fixed_blocks(800, 256)
-    Blocks(starts=array([  0, 256, 512, 768, 784]), rows=array([256, 256, 256,  16,  16]))
+    >>> fixed_blocks(820, 256)
+    Blocks(starts=array([  0, 256, 512, 768, 800]), rows=array([256, 256, 256,  32,  32]))
     >>> fixed_blocks(100, 8192)
     Blocks(starts=array([0]), rows=array([128]))
     """
-    small = min(size // 16 // GROUP * GROUP or size, max(GROUP, 1 << (n - 1).bit_length()))
+    small = min(size // 8 // GROUP * GROUP or size, max(GROUP, 1 << (n - 1).bit_length()))
     whole, rest = divmod(n, size)
     if rest > size - small:
         whole, rest = whole + 1, 0
@@ -167,14 +167,22 @@ def query_tiles(q: int, size: int) -> list[np.ndarray]:
     return tiles
 
 
-def gathered_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """x[rows] as float32; of a file a few at a time, since each brings its neighbours along."""
-    if not isinstance(x, np.memmap):
-        return np.take(x, rows, axis=0, mode="clip").astype(np.float32, copy=False)
-    result = np.empty((len(rows), x.shape[1]), np.float32)
-    for i in range(0, len(rows), 32):
-        result[i : i + 32] = x[rows[i : i + 32]]
-        _release(x)
+def gathered_rows(x: np.ndarray, rows: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
+    """x[rows] as float32, in ``memory`` [at least as many, d] or anew.
+
+    Of a file a few at a time, since each brings its neighbours along.
+    """
+    result = (
+        np.empty((len(rows), x.shape[1]), np.float32) if memory is None else memory[: len(rows)]
+    )
+    if isinstance(x, np.memmap):
+        for i in range(0, len(rows), 32):
+            result[i : i + 32] = x[rows[i : i + 32]]
+            _release(x)
+    elif x.dtype == np.float32:
+        np.take(x, rows, axis=0, mode="clip", out=result)
+    else:
+        result[...] = np.take(x, rows, axis=0, mode="clip")
     return result
 
 
