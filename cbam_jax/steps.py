@@ -245,8 +245,8 @@ def _with_scalars(scalars: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
 def _norm(tree: Any) -> jax.Array:
     """The root of the sum of all squares, of arrays that are whole on each device.
 
-    Of an array those along its last axis first, then those of all arrays at once: where each has a
-    sum of its own, as in ``optax.tree.norm``, that is one kernel of a GPU more for each.
+    First those of each index of an array's last axis, then those of all arrays at once: where each
+    has a sum of its own, as in ``optax.tree.norm``, that is one kernel of a GPU more for each.
     """
     squares = [jnp.square(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
     columns = [jnp.sum(x, axis=range(x.ndim - 1)).reshape(-1) for x in squares]

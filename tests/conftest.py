@@ -1,5 +1,6 @@
 """A strict session: eight fake devices, no silent promotion, warnings are errors (setup.cfg)."""
 
+import logging
 import os
 
 # Before jax is imported: eight devices on one CPU, so that sharding is exercised by every test; and
@@ -46,3 +47,19 @@ def own_cache(tmp_path_factory):
 def rng() -> np.random.Generator:
     """A fresh, seeded generator: tests draw random, asymmetric input from it."""
     return np.random.default_rng(2022)
+
+
+@pytest.fixture
+def passes_told(caplog):
+    """A function of what the passes of a search have told since it was called last.
+
+    Each as (pass, queries proven, of how many).
+    """
+    caplog.set_level(logging.DEBUG, logger="cbam_jax.search.passes")
+
+    def read():
+        done = [r.args for r in caplog.records if r.name.endswith("passes")]
+        caplog.clear()
+        return [(name, int(number), of) for name, number, of in done]
+
+    return read

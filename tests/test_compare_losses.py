@@ -1,26 +1,21 @@
 """benchmarks/compare_losses.py: which runs are trained, what chooses, what is measured."""
 
 import argparse
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from beside import beside
 from scipy import stats
 
 from cbam_jax import InputError
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compare_losses.py"
 # ml_collections loads a config's file by a method that Python 3.12 drops and it replaces there.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_losses", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return beside("../benchmarks/compare_losses.py")
 
 
 @pytest.fixture

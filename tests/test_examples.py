@@ -1,7 +1,6 @@
 """Files to start from on a cluster: they are what their programs read, and call ours as it is."""
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from beside import beside
 from PIL import Image
 from tiny_run import write_photos
 
@@ -61,10 +61,7 @@ def test_the_values_of_milvus():
 
 
 def mteb_images():
-    spec = importlib.util.spec_from_file_location("mteb_images", FOLDER.parent / "mteb_images.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return beside("../examples/mteb_images.py")
 
 
 def test_the_encoder_for_mteb_embeds_every_image_of_every_batch():

@@ -1,7 +1,5 @@
 """Few queries, searched in one reading of the gallery."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +10,6 @@ from test_search_prepared import KINDS, embeddings_of_kind
 from cbam_jax.search import METRICS, few, passes, prepare, search
 from cbam_jax.search import shards as parts
 from cbam_jax.search.types import Labels, Queries
-
-
-@pytest.fixture
-def proven(caplog):
-    """How many queries each pass has proven, [(pass, proven, of), ...]."""
-    caplog.set_level(logging.DEBUG, logger="cbam_jax.search.passes")
-
-    def read():
-        done = [r.args for r in caplog.records if r.name.endswith("passes")]
-        caplog.clear()
-        return [(name, int(number), of) for name, number, of in done]
-
-    return read
 
 
 def _queries(x):
@@ -41,7 +26,7 @@ def _assert_near(found, expected, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_one_reading_finds_all_neighbours(rng, proven, metric):
+def test_one_reading_finds_all_neighbours(rng, passes_told, metric):
     """Of ties more than k, with masks, in blocks of which the last overlaps."""
     gallery = rng.normal(1.0, 1.0, (700, 24)).astype(np.float32)
     gallery[300:360] = gallery[300]
@@ -50,7 +35,7 @@ def test_one_reading_finds_all_neighbours(rng, proven, metric):
     masks = {"exclude_self": own, "query_group": group[own], "gallery_group": group}
     found = search(gallery[own], gallery, 7, metric=metric, gallery_block=192, **masks)
     _assert_near(found, brute_force(gallery[own], gallery, 7, metric, ignored), metric)
-    assert proven() == [("few", 3, 3)]
+    assert passes_told() == [("few", 3, 3)]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -120,7 +105,7 @@ def test_one_reading_pays_for_the_fewest_far_from_the_origin_and_in_clusters(rng
 
 
 @pytest.mark.slow
-def test_what_a_pass_leaves_is_found_in_one_reading(rng, proven, monkeypatch):
+def test_what_a_pass_leaves_is_found_in_one_reading(rng, passes_told, monkeypatch):
     """Of 20 queries in no clusters, of which half have more copies than there are candidates."""
     monkeypatch.setattr(passes, "_MANY", 0)
     gallery = rng.normal(size=(1000, 24)).astype(np.float32)
@@ -128,7 +113,7 @@ def test_what_a_pass_leaves_is_found_in_one_reading(rng, proven, monkeypatch):
     expected = brute_force(gallery[300:500:10], gallery, 6)
     for kind in (gallery, prepare(gallery, first_pass="float32")):
         assert_same(search(gallery[300:500:10], kind, 6), expected)
-        assert proven()[-2:] == [("float32", 10, 20), ("few", 10, 10)]
+        assert passes_told()[-2:] == [("float32", 10, 20), ("few", 10, 10)]
 
 
 @pytest.mark.slow

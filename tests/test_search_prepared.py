@@ -1,7 +1,5 @@
 """Galleries that are prepared once, projected where embeddings are correlated."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +20,9 @@ from cbam_jax.search import (
 
 
 @pytest.fixture
-def proven(caplog):
+def proven(passes_told):
     """How many queries each pass has proven, {pass: proven}."""
-    caplog.set_level(logging.DEBUG, logger="cbam_jax.search.passes")
-
-    def read():
-        done = [r.args for r in caplog.records if r.name.endswith("passes")]
-        caplog.clear()
-        return {name: int(number) for name, number, _ in done}
-
-    return read
+    return lambda: {name: number for name, number, _ in passes_told()}
 
 
 @pytest.fixture

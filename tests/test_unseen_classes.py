@@ -1,22 +1,17 @@
 """The folds of benchmarks/unseen_classes.py keep classes apart."""
 
 import csv
-import importlib.util
 from pathlib import Path
 
 import pytest
+from beside import beside
 
 from cbam_jax import InputError, datasets
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "unseen_classes.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("unseen_classes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return beside("../benchmarks/unseen_classes.py")
 
 
 def test_no_photo_of_an_unseen_class_is_trained_on_and_every_class_is_unseen_once(

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from cbam_jax.search.order import packed
+from cbam_jax.search.order import NOBODY, packed
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import pass_blocks
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
 _OTHERS = 4  # Candidates of a query beyond the first k, computed at a time,
 _MANY = 64  # or, where they are more than this, of each query those that may be near.
-_NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
 
 
 def candidate_keys(
@@ -104,7 +103,7 @@ def _group_members(index: np.ndarray, shard: Shard, gallery_block: int, size: in
 
 def rows_of_keys(keys: np.ndarray, row: np.ndarray, q: int) -> np.ndarray:
     """Keys [p, c] by their row, which ascends: [q, as many as any has], the rest of nobody."""
-    return by_row(keys, row, q, packed(*_NOBODY))
+    return by_row(keys, row, q, NOBODY)
 
 
 def by_row(values: np.ndarray, row: np.ndarray, q: int, nothing: Any) -> np.ndarray:

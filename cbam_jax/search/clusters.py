@@ -26,7 +26,7 @@ import numpy as np
 
 from cbam_jax.search.bounds import Preparation, faint, prepared
 from cbam_jax.search.groups import group_size, lowest_bounds
-from cbam_jax.search.order import packed, unpacked
+from cbam_jax.search.order import NOBODY, packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import blocks_of, equal_blocks, padded_size
 from cbam_jax.search.sums import lane_sum
@@ -38,7 +38,6 @@ _SEATS, _ITEMS = 32, 256  # Queries of one leader, and items near it, that a pro
 _TILES = 16  # Such products in a call.
 _BLOCK, _ROWS = 2**23, 2**16  # Numbers and rows of a block of the gallery, at most: 32 MiB.
 _SHARE = 8  # More than this part of all pairs are compared as fast by other passes.
-_NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
 
 
 class Leaders(NamedTuple):
@@ -131,7 +130,7 @@ def cluster_pass(
     preparation = preparation._replace(dtype="float32")
     radius = _radius(queries, leaders, shards, k, preparation, items, blocks)
     count = k + _SLACK
-    lowest = np.full((q, count), packed(*_NOBODY), np.uint64)
+    lowest = np.full((q, count), NOBODY, np.uint64)
     for shard in shards:
         x = on_device(queries.rows, shard.device)
         for first, rows, near in _near_leaders(queries, leaders, shard, radius, preparation):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cbam_jax.search.order import packed, unpacked
+from cbam_jax.search.order import NOBODY, packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import blocks_of, equal_blocks
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
@@ -17,8 +17,7 @@ def exhaustive_search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The search for queries with many near ties: float64 bounds, any number of candidates."""
     x = queries.rows
-    nothing = np.full((len(x), k), np.inf, np.float32)
-    keys = packed(nothing, np.full(nothing.shape, -1, np.int32))
+    keys = np.full((len(x), k), NOBODY)
     for shard in shards:
         there = on_device(x, shard.device)
         for first, fresh, rows, _ in blocks_of(

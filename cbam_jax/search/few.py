@@ -25,7 +25,7 @@ from cbam_jax.search.bounds import (
     usual,
 )
 from cbam_jax.search.candidates import by_row, rows_of_keys
-from cbam_jax.search.order import packed, unpacked
+from cbam_jax.search.order import NOBODY, packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import blocks_of, fixed_blocks, padded_size
 from cbam_jax.search.spread import distances_if_clustered
@@ -41,7 +41,6 @@ _FIRST = 2**10  # Rows by which it is first told what may be near.
 _PAIRS = 2**22  # Pairs of a query and an item that are kept, at most: 64 MiB.
 _CENTERED = 0.9  # The mean's share of the squared norms from which it is worth taking off.
 _ROUNDING = 16 * 2.0**-24  # Distances this near may be the same in float32.
-_NOBODY = np.array([np.inf], np.float32), np.array([-1], np.int32)
 
 
 class _Pairs(NamedTuple):
@@ -85,7 +84,7 @@ def few_search(
     pairs = _near_pairs(queries, shards, k, metric, items, rows)
     if pairs is None:
         return None
-    keys = np.full((len(queries.rows), k), packed(*_NOBODY), np.uint64)
+    keys = np.full((len(queries.rows), k), NOBODY, np.uint64)
     if len(pairs.row):
         pairs = _by_query(pairs)
         found = packed(_measured(queries, shards, pairs, metric), pairs.index)

@@ -20,6 +20,10 @@ def packed(distances: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return upper.astype(np.uint64) << 32 | indices.view(np.uint32)
 
 
+# The key of no item, behind all others: infinitely far, of index -1.
+NOBODY = packed(np.array([np.inf], np.float32), np.array([-1], np.int32))[0]
+
+
 def unpacked(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distances and indices of keys."""
     upper = (keys >> 32).astype(np.uint32)
