@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from brute_force import all_distances, assert_same, brute_force, in_clusters
 
-from cbam_jax.search import clusters, passes, search, spread
+from cbam_jax.search import clusters, near, passes, search, spread
 from cbam_jax.search.order import packed, unpacked
 from cbam_jax.search.types import Labels, Queries
 
@@ -100,6 +100,7 @@ def test_clusters_in_a_file_block_by_block(rng, proven, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_few_queries_are_searched_near_themselves(rng, proven, monkeypatch):
     monkeypatch.setattr(passes, "_MANY", 0)
+    monkeypatch.setattr(near, "_CHEAP", 10**6)
     gallery = in_clusters(rng, 20, 50, 24, 1e-3)
     gallery[:20] = gallery[0]
     queries = gallery[::200] + np.float32(1e-4) * rng.normal(size=(5, 24)).astype(np.float32)

@@ -7,8 +7,9 @@ import pytest
 from brute_force import all_distances, assert_same, brute_force, in_clusters
 from test_search_prepared import KINDS, embeddings_of_kind
 
-from cbam_jax.search import METRICS, few, passes, prepare, search
+from cbam_jax.search import METRICS, few, near, passes, prepare, search
 from cbam_jax.search import shards as parts
+from cbam_jax.search.bounds import bound_distances
 from cbam_jax.search.types import Labels, Queries
 
 
@@ -39,31 +40,37 @@ def test_one_reading_finds_all_neighbours(rng, passes_told, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_both_bounds_hold_and_are_near(rng, metric):
-    """About a centre as well; of norms that differ by a thousand."""
-    x, y = (rng.normal(size=(m, 90)) * 10.0 ** rng.uniform(-2, 1, (m, 1)) for m in (5, 64))
+def test_bounds_hold_and_are_near(rng, monkeypatch, metric):
+    """About a centre as well; of norms that differ by a thousand; in two blocks that overlap."""
+    x, y = (rng.normal(size=(m, 90)) * 10.0 ** rng.uniform(-2, 1, (m, 1)) for m in (5, 70))
+    seen, look = [], few.near_of_turns
+
+    def seeing(turns, parts_, queries, share, shards, k, settings):
+        turns = list(turns)
+        seen.append((turns, share, settings))
+        return look(turns, parts_, queries, share, shards, k, settings)
+
+    monkeypatch.setattr(few, "near_of_turns", seeing)
     for far in (0.0, 50.0):
         queries, gallery = _queries((x + far).astype(np.float32)), (y + far).astype(np.float32)
-        shards = parts.parts_of(gallery, None)
-        side, own = few._side(queries, shards, metric)
-        limits = np.full(5, np.inf)
-        (block,) = few._blocks(side, shards, metric, limits, None)
-        assert (side.center is None) == (far == 0 or not metric.endswith("euclidean"))
+        items = Labels(np.arange(70, dtype=np.int32), None, None)
+        few.few_search(queries, parts.parts_of(gallery, None), 3, metric, items, 64)
+        turns, share, settings = seen.pop()
+        assert (settings.preparation.center is None) == (far == 0 or "euclid" not in metric)
+        blocks = [block for turn in turns for block in turn[0][0]]
         exact = np.stack(
-            [
-                all_distances(a, gallery.astype(np.float64), metric)
-                for a in queries.rows.astype(float)
-            ]
+            [all_distances(a, gallery.astype(float), metric) for a in queries.rows.astype(float)]
         )
-        exact = (exact**2 if metric == "euclidean" else exact).T
-        low, high = block.low.astype(float), block.low + block.loose[:, None].astype(float)
-        # Less what is the query's, which every item shares: the orders of bounds and of distances.
-        share = exact - low
-        assert (share.max(axis=0) - share.min(axis=0) <= own + block.loose.max()).all()
-        for i in range(5):
-            below = exact[:, i, None] > exact[None, :, i]
-            limit = few._limits(high[:, i].astype(np.float32), np.full(64, own[i]))
-            assert (low[None, :, i] <= limit[:, None])[below].all()
+        found = np.full(exact.shape, np.inf)
+        for first, low, _ in blocks:
+            bound = bound_distances(np.asarray(low).T[:5], share, settings.preparation)
+            found[:, first : first + 64] = np.minimum(found[:, first : first + 64], bound)
+        assert (found <= exact + 1e-6 * np.abs(exact) * (metric == "euclidean")).all()
+        center = 0 if settings.preparation.center is None else settings.preparation.center
+        lengths = [np.sum((a - center) ** 2, axis=1) for a in (queries.rows, gallery)]
+        lengths = 1 if metric == "cosine" else lengths[0][:, None] + lengths[1]
+        power = 2 if metric == "euclidean" else 1
+        assert (exact**power - found**power <= 1e-4 * lengths).all()
 
 
 def test_nothing_is_read_twice_and_what_is_not_finite_is_named(rng, monkeypatch):
@@ -78,17 +85,21 @@ def test_nothing_is_read_twice_and_what_is_not_finite_is_named(rng, monkeypatch)
 
 
 def test_too_many_that_are_as_near_are_left_to_other_passes(rng, monkeypatch):
-    """In a gallery from far to near, what was kept is looked at again; of equal rows all stays."""
-    monkeypatch.setattr(few, "_PAIRS", 100)
-    monkeypatch.setattr(few, "_FIRST", 16)
+    """In a gallery from far to near, limits of earlier blocks fall; of equal rows all stays."""
+    monkeypatch.setattr(few, "PAIRS", 100)
+    monkeypatch.setattr(few, "_KEPT", 500)
+    monkeypatch.setattr(near, "_CHEAP", 10**6)
     gallery = np.linspace(9, 1, 960, dtype=np.float32)[:, None] * np.ones(3, np.float32)
     queries, items = _queries(np.zeros((2, 3), np.float32)), Labels(np.arange(960), None, None)
     shards = parts.parts_of(gallery, None)
     found = few.few_search(queries, shards, 5, "euclidean", items, 48)
     assert found is not None
-    assert_same(found, brute_force(queries.rows, gallery, 5))
+    assert found[2].all()
+    assert_same(found[:2], brute_force(queries.rows, gallery, 5))
     shards = parts.parts_of(np.ones((960, 3), np.float32), None)
-    assert few.few_search(queries, shards, 5, "euclidean", items, 48) is None
+    found = few.few_search(queries, shards, 5, "euclidean", items, 48)
+    assert found is not None
+    assert not found[2].any()
 
 
 def test_one_reading_pays_for_the_fewest_far_from_the_origin_and_in_clusters(rng):
@@ -108,12 +119,15 @@ def test_one_reading_pays_for_the_fewest_far_from_the_origin_and_in_clusters(rng
 def test_what_a_pass_leaves_is_found_in_one_reading(rng, passes_told, monkeypatch):
     """Of 20 queries in no clusters, of which half have more copies than there are candidates."""
     monkeypatch.setattr(passes, "_MANY", 0)
+    monkeypatch.setattr(near, "_CHEAP", 10**6)
     gallery = rng.normal(size=(1000, 24)).astype(np.float32)
     gallery[:400] = gallery[:10].repeat(40, axis=0)
     expected = brute_force(gallery[300:500:10], gallery, 6)
     for kind in (gallery, prepare(gallery, first_pass="float32")):
         assert_same(search(gallery[300:500:10], kind, 6), expected)
-        assert passes_told()[-2:] == [("float32", 10, 20), ("few", 10, 10)]
+        (_, proven, _), last = passes_told()[-2:]
+        assert 10 <= proven < 20
+        assert last == ("few", 20 - proven, 20 - proven)
 
 
 @pytest.mark.slow

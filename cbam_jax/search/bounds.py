@@ -18,6 +18,7 @@ _BALANCE = 512.0  # About the norm of an embedding over that of its rounding err
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
 _SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
 _FLUSHED = 2.0**-126  # Numbers below it may be computed as 0, as XLA does on a CPU.
+_SAME = 16 * _ROUNDING  # Distances this near, as a share, may be the same in float32.
 _FAINT = 2.0**-100  # Rows of smaller numbers have no direction that is known.
 
 
@@ -98,7 +99,7 @@ def prepared(
     if dtype == "float64":
         return _doubled(x, scale, metric=metric)
     unit = (1 if dtype == "float32" else 2) * _ROUNDING
-    error = _product_error(x.shape[1], unit)
+    error = product_error(x.shape[1], unit)
     if directions is not None:
         error += 2.1 * (x.shape[1] + 16) * directions.shape[1] ** 0.5 * unit
     if metric != "cosine" and center is None and directions is None and dtype == "float32":
@@ -134,13 +135,14 @@ def _prepared(x, squares, center, scale, directions, *, error, metric, dtype):
     return x, share
 
 
-def _product_error(width: int, unit: float = _ROUNDING) -> float:
+def product_error(width: int, unit: float = _ROUNDING) -> float:
+    """By how much a product and its squares are off at most, as a share of the squared norms."""
     return (2 * width + 32) * unit
 
 
 def looseness(share: np.ndarray, width: int, metric: str) -> np.ndarray:
     """By how much the same share of upper bounds is above that of float32's lower ones, [m]."""
-    error = 1.001 * _product_error(width)
+    error = 1.001 * product_error(width)
     if metric == "cosine":
         return np.where(share > 0, 2 * error, 4.0)
     return share * (-2 if metric == "inner_product" else 2 * error / (1 - error))
@@ -225,12 +227,41 @@ def bound_distances(
     metric, scale = preparation.metric, float(preparation.scale)
     values = reordered(bounds).view(np.float32).astype(np.float64)
     values[bounds >= INFINITE] = np.inf
-    # The last term covers what underflows: once the scale is applied, and before, where d numbers
-    # off by e move |x - y|^2 by no more than its rounding error in float64 and d e^2 / 2^-50.
-    values = values + own_share[:, None] - max(1e-30, 2.0**70 * (_FLUSHED * scale) ** 2)
+    values = values + own_share[:, None] - _underflow(scale)
     if metric != "cosine":
         values /= scale**2
     if metric == "euclidean":
         values = np.sqrt(np.maximum(values, 0.0))
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
+
+
+def distance_bounds(
+    distances: np.ndarray, own_share: np.ndarray, preparation: Preparation
+) -> np.ndarray:
+    """The integers [q] up to which lower bounds may be those of such distances, or nearer ones."""
+    metric, scale = preparation.metric, float(preparation.scale)
+    values = as_near(distances)
+    if metric == "euclidean":
+        values = values**2
+    if metric != "cosine":
+        values *= scale**2
+    values += _underflow(scale) - own_share
+    with np.errstate(over="ignore"):
+        bounds = np.nextafter(values.astype(np.float32), np.float32(np.inf))
+    return np.minimum(reordered(bounds.view(np.int32)), INFINITE - 1)
+
+
+def as_near(distances: np.ndarray) -> np.ndarray:
+    """The largest distances, float64, that may be the same once they are rounded to float32."""
+    values = np.maximum(distances.astype(np.float64), np.finfo(np.float32).min)
+    return values + _SAME * np.abs(values)
+
+
+def _underflow(scale: float) -> float:
+    """What covers numbers that underflow: once the scale is applied, and before.
+
+    There d numbers off by e move |x - y|^2 by no more than its rounding error in float64 and
+    d e^2 / 2^-50.
+    """
+    return max(1e-30, 2.0**70 * (_FLUSHED * scale) ** 2)

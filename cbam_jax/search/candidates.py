@@ -1,36 +1,66 @@
-"""The second step of a pass: the distances of those whose bounds are lowest."""
+"""A pass on an accelerator: the distances of those whose bounds are lowest, and proof."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from cbam_jax.search.order import NOBODY, packed
+from cbam_jax.search.bounds import bound_distances
+from cbam_jax.search.groups import Settings, lowest_bounds
+from cbam_jax.search.order import INFINITE, NOBODY, packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import pass_blocks
-from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
+from cbam_jax.search.types import Lowest, Queries, Shard, ignores
 
 _OTHERS = 4  # Candidates of a query beyond the first k, computed at a time,
 _MANY = 64  # or, where they are more than this, of each query those that may be near.
 
 
-def candidate_keys(
+def candidate_pass(
     queries: Queries,
-    shard: Shard,
-    found: Lowest,
+    shards: Sequence[Shard],
     k: int,
-    metric: str,
-    items: Labels,
-    gallery_block: int,
-    size: int,
+    settings: Settings,
+    query_block: int,
+    sides: Sequence[Shard] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`near_pass` for accelerators: of each shard the ``most`` groups with the lowest bounds.
+
+    Distances and indices of the k nearest, and whether it is proven.
+    """
+    preparation, size = settings.preparation, settings.size
+    lowest, own_share = lowest_bounds(queries, shards, settings, query_block, sides)
+    keys, unseen, complete = [], [], []
+    for shard, (bound, index, second) in zip(shards, lowest, strict=True):
+        bounds = [bound_distances(b & -size, own_share, preparation) for b in (bound, second)]
+        found = Lowest(bounds[0], index, bounds[1])
+        keys.append(_candidate_keys(queries, shard, found, k, settings))
+        unseen.append(found.bound[:, -1])
+        complete.append(bound[:, -1] >= INFINITE)
+    distances, indices = unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
+    return distances, indices, _proven(distances[:, -1], np.array(unseen), np.array(complete))
+
+
+def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.ndarray:
+    """Whether every item that is no candidate is farther than the k-th distance, [q].
+
+    ``unseen`` [shards, q] is the bound up to which a shard has seen all, ``complete`` whether it
+    has no more. Rounding to float32 keeps the order, so bounds hold for rounded distances as well.
+    """
+    return np.all(complete | (unseen > kth), axis=0)
+
+
+def _candidate_keys(
+    queries: Queries, shard: Shard, found: Lowest, k: int, settings: Settings
 ) -> np.ndarray:
     """Keys of the candidates of each query, [q, at least count], by their distances in float64.
 
     First of those with the k lowest bounds, then a few at a time of the others that may be as near
     as the k-th so far: with a lower bound, or in a group whose second lowest bound is.
     """
-    x = on_device(queries.rows, shard.device)
+    metric, x = settings.preparation.metric, on_device(queries.rows, shard.device)
     distances = np.full(found.index.shape, np.inf, np.float32)
     there = found.bound < np.inf
     row = np.arange(len(distances), dtype=np.int32)
@@ -57,8 +87,8 @@ def candidate_keys(
     row, column = np.nonzero((found.second <= kth) & there)
     if not len(row):
         return keys
-    members = _group_members(found.index[row, column], shard, gallery_block, size)
-    ignored = ignores(queries.labels.taken(row).column(), items.taken(members))
+    members = group_members(found.index[row, column], shard, settings)
+    ignored = ignores(queries.labels.taken(row).column(), settings.items.taken(members))
     members = np.where(ignored, -1, members)
     more = pair_distances(x, shard, row.astype(np.int32), members, metric)
     more[members < 0] = np.inf
@@ -86,16 +116,17 @@ def _of_those(
     return distances
 
 
-def _group_members(index: np.ndarray, shard: Shard, gallery_block: int, size: int) -> np.ndarray:
+def group_members(index: np.ndarray, shard: Shard, settings: Settings) -> np.ndarray:
     """The others in the groups that hold ``index`` [p]; [p, size - 1], -1 where there is none."""
-    starts, lengths = pass_blocks(shard, gallery_block)
+    size = settings.size
+    starts, lengths = pass_blocks(shard, settings.gallery_block)
     block = np.searchsorted(starts, index - shard.first, side="right") - 1
     start, rows = starts[block], lengths[block]
     first = np.minimum(start, len(shard.rows) - rows)
     groups = -(-rows // size)
     place = index - shard.first - first
     members = (place % groups)[:, None] + groups[:, None] * np.arange(size)
-    members = members[members != place[:, None]].reshape(len(index), -1)
+    members = members[members != place[:, None]].reshape(len(index), size - 1)
     # Rows from before the start are the block's before, which the last block overlaps, or padding.
     there = (members < rows[:, None]) & (members >= (start - first)[:, None])
     return np.where(there, members + (first + shard.first)[:, None], -1).astype(np.int32)

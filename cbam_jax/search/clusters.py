@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbam_jax.search.bounds import Preparation, faint, prepared
-from cbam_jax.search.groups import group_size, lowest_bounds
+from cbam_jax.search.groups import Settings, group_size
+from cbam_jax.search.near import near_pass
 from cbam_jax.search.order import NOBODY, packed, unpacked
 from cbam_jax.search.pairs import on_device, pair_distances
 from cbam_jax.search.shards import blocks_of, equal_blocks, padded_size
@@ -156,19 +157,12 @@ def _radius(queries, leaders, shards, k, preparation, items, blocks) -> np.ndarr
     some = queries.taken(leaders.rows)._replace(labels=Labels(None, None, None))
     n = sum(len(shard.rows) for shard in shards)
     k = min(k + _SLACK, n)
-    blocks = min(blocks[0], padded_size(len(leaders.rows))), blocks[1]
-    lowest, _ = lowest_bounds(some, shards, k, preparation, items, blocks, group_size(k, n))
-    row = np.arange(len(leaders.rows), dtype=np.int32)
-    distances = []
-    for shard, found in zip(shards, lowest, strict=True):
-        x = on_device(some.rows, shard.device)
-        index = np.maximum(found.index, shard.first)
-        there = pair_distances(x, shard, row, index, preparation.metric)
-        distances.append(np.where(found.index < 0, np.inf, there))
-    kth = np.partition(np.concatenate(distances, axis=1), k - 1, axis=1)[:, k - 1]
-    widest = np.zeros(len(row))
+    settings = Settings(preparation, items, blocks[1], group_size(k, n), k)
+    block = min(blocks[0], padded_size(len(some.rows)))
+    kth = near_pass(some, shards, k, settings, block).limits
+    widest = np.zeros(len(kth))
     np.maximum.at(widest, leaders.number, leaders.apart)
-    norm = np.ones(len(row)) if preparation.metric == "cosine" else np.sqrt(some.squares)
+    norm = np.ones(len(kth)) if preparation.metric == "cosine" else np.sqrt(some.squares)
     return 1.01 * (_length(kth, preparation.metric) + 2 * widest) + 1e-3 * norm
 
 

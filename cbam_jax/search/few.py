@@ -1,33 +1,24 @@
-"""Few queries: one reading of the gallery, and no pass after it.
+"""Few queries: one reading of the gallery as it is, and no pass after it.
 
 The product of a gallery and few queries takes about as long as reading it does, and making it ready
-would take longer. So norms and products are computed block by block of the gallery as it is; they
-bound each distance from below and from above, and kept are all items whose lower bound is not above
-the k-th lowest of the upper bounds so far. Their distances are computed in float64. As everything
-is kept that may be near, nothing is left to prove. In tight clusters that is the whole cluster,
-which is small beside the gallery.
+would take longer. So norms and products are computed block by block of the gallery as it is, and
+every item is a group of its own: what may be among the nearest is measured, see `near`. In tight
+clusters that is the whole cluster, which is small beside the gallery.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbam_jax.search.bounds import (
-    Preparation,
-    center_of,
-    looseness,
-    prepared,
-    sampled_rows,
-    usual,
-)
-from cbam_jax.search.candidates import by_row, rows_of_keys
-from cbam_jax.search.order import NOBODY, packed, unpacked
-from cbam_jax.search.pairs import on_device, pair_distances
-from cbam_jax.search.shards import blocks_of, fixed_blocks, padded_size
+from cbam_jax.search.bounds import Preparation, center_of, prepared, sampled_rows, usual
+from cbam_jax.search.groups import Settings
+from cbam_jax.search.near import near_of_turns
+from cbam_jax.search.order import NO_BOUND, ordered
+from cbam_jax.search.shards import blocks_of, fixed_blocks, padded_size, placed
 from cbam_jax.search.spread import distances_if_clustered
 from cbam_jax.search.sums import lane_sum
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
@@ -37,22 +28,9 @@ _LEAST = 4  # Queries of which the product takes less than reading the gallery.
 _LOOKED_AT = 64  # Rows that show whether there are clusters: a millisecond.
 _BLOCK, _ROWS = 2**22, 2**15  # Numbers and rows of a block of the gallery, at most.
 _LARGE = 2.0**80  # Squared norms from which numbers need to be scaled.
-_FIRST = 2**10  # Rows by which it is first told what may be near.
-_PAIRS = 2**22  # Pairs of a query and an item that are kept, at most: 64 MiB.
+_KEPT = 2**24  # Bounds that are kept, 64 MiB.
+PAIRS = 2**21  # Pairs of a query and an item that are measured, at most.
 _CENTERED = 0.9  # The mean's share of the squared norms from which it is worth taking off.
-_ROUNDING = 16 * 2.0**-24  # Distances this near may be the same in float32.
-
-
-class _Pairs(NamedTuple):
-    """Queries and items that may be near, [p], and bounds of their distances, as a `_Block`'s."""
-
-    row: np.ndarray
-    index: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    def taken(self, part: np.ndarray) -> Self:
-        return self._make(a[part] for a in self)
 
 
 def pays(shards: Sequence[Shard], queries: int, metric: str) -> bool:
@@ -64,6 +42,11 @@ def pays(shards: Sequence[Shard], queries: int, metric: str) -> bool:
         return False
     if queries <= _LEAST or center_of(shards, metric, 0.25) is not None:
         return True
+    return clustered(shards)
+
+
+def clustered(shards: Sequence[Shard]) -> bool:
+    """Whether some rows of the gallery lie in tight clusters, where products prove little."""
     rows = sampled_rows(shards, _LOOKED_AT // 16)
     return len(rows) > 1 and distances_if_clustered(rows) is not None
 
@@ -75,118 +58,78 @@ def few_search(
     metric: str,
     items: Labels,
     rows: int | None = None,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Distances and indices of the k nearest; the shards' ``squares`` are not looked at.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Distances and indices of the k nearest, and whether it is proven.
 
-    None where numbers are not finite or need to be scaled, or where too many items are as near as
-    the k-th. ``rows`` of the gallery are taken at a time.
+    The shards' ``squares`` are not looked at. None where numbers are not finite or need to be
+    scaled. ``rows`` of the gallery are taken at a time.
     """
-    pairs = _near_pairs(queries, shards, k, metric, items, rows)
-    if pairs is None:
-        return None
-    keys = np.full((len(queries.rows), k), NOBODY, np.uint64)
-    if len(pairs.row):
-        pairs = _by_query(pairs)
-        found = packed(_measured(queries, shards, pairs, metric), pairs.index)
-        fresh = rows_of_keys(found[:, None], pairs.row, len(keys))
-        keys = np.partition(np.concatenate([keys, fresh], axis=1), k - 1, axis=1)[:, :k]
-    return unpacked(np.sort(keys, axis=1))
-
-
-def _near_pairs(
-    queries: Queries,
-    shards: Sequence[Shard],
-    k: int,
-    metric: str,
-    items: Labels,
-    rows: int | None,
-) -> _Pairs | None:
-    """All items of each query that may be among its k nearest."""
-    x, own = _side(queries, shards, metric)
-    nearest = np.full((len(own), k), np.inf, np.float32)
-    limits, kept, largest = np.full(len(own), np.inf), [], float(np.max(queries.squares))
-    for block in _blocks(x, shards, metric, limits, rows):
-        if not block.square < _LARGE:
-            return None
-        largest = max(largest, block.square)
-        block = _without_ignored(block, queries.labels, items)
-        if not np.isfinite(limits).all():
-            limits[:] = np.minimum(limits, _limits(_kth_of_block(block, k), own))
-        kept.append(_pairs_within(block, limits))
-        nearest = _merged(nearest, kept[-1])
-        limits[:] = np.minimum(limits, _limits(nearest.max(axis=1), own))
-        if sum(len(part.row) for part in kept) > _PAIRS:
-            kept = [_within(kept, limits)]
-            if len(kept[0].row) > _PAIRS:
-                return None
-    return _within(kept, limits) if usual(largest) else None
-
-
-class _Side(NamedTuple):
-    """The queries as the product takes them, [seats, d], and the centre [d] that they are less."""
-
-    rows: np.ndarray
-    center: np.ndarray | None
-
-
-def _side(queries: Queries, shards: Sequence[Shard], metric: str) -> tuple[_Side, np.ndarray]:
-    """The queries' side; and by how much their upper bounds are above lower ones by itself, [q]."""
     q, d = queries.rows.shape
     center = center_of(shards, metric, _CENTERED)
     preparation = Preparation(center, np.float32(1), metric, "float32")
-    x, share = (np.asarray(a) for a in prepared(queries.rows, queries.squares, preparation))
-    share = share.astype(np.float64)
-    own = looseness(share, d, metric) + _ROUNDING * np.abs(share) + 1e-30
+    x, share = prepared(queries.rows, queries.squares, preparation)
     seats = next((s for s in (1, 4) if q <= s), padded_size(q))
-    x = np.pad(x * np.float32(-2 if metric.endswith("euclidean") else -1), ((0, seats - q), (0, 0)))
-    return _Side(x, center), own
-
-
-class _Block(NamedTuple):
-    """Items [m] of which some query's bound may be within its limit, and their bounds.
-
-    ``low`` [m, q] are lower bounds, ``loose`` [m] is by how much upper ones are above; both less
-    what is the query's. ``square`` is the largest squared norm of the whole block.
-    """
-
-    index: np.ndarray
-    low: np.ndarray
-    loose: np.ndarray
-    square: float
-
-
-def _blocks(
-    side: _Side, shards: Sequence[Shard], metric: str, limits: np.ndarray, rows: int | None
-) -> Iterator[_Block]:
-    """The gallery's blocks. While one is looked at, and lowers the limits, the next is computed."""
-    seats, d = side.rows.shape
+    factor = np.float32(-2 if metric.endswith("euclidean") else -1)
+    own = queries.labels.taken(np.minimum(np.arange(seats), q - 1))
+    side = _Side(np.pad(np.asarray(x) * factor, ((0, seats - q), (0, 0))), center, own)
     size = rows or max(1, min(_BLOCK // d, _ROWS))
-    waiting = None
+    settings = Settings(preparation, items, size, 1, max(k, PAIRS // q))
+    squares = [float(np.max(queries.squares))]
+    turns = _turns(side, shards, settings, squares)
+    parts = [np.minimum(np.arange(seats), q - 1)]
+    near = near_of_turns(turns, parts, queries, np.asarray(share), shards, k, settings)
+    return near.found() if usual(float(np.max(squares))) else None
+
+
+class _Side(NamedTuple):
+    """The queries as the product takes them, [seats, d], the centre [d] they are less, labels."""
+
+    rows: np.ndarray
+    center: np.ndarray | None
+    labels: Labels
+
+
+def _turns(
+    side: _Side, shards: Sequence[Shard], settings: Settings, squares: list[float]
+) -> Iterator[list[list[list]]]:
+    """As `minima_by_turns`, of one tile and groups of one; adds the largest squared norms.
+
+    Ends where one is too large for products, or no number.
+    """
+    size, seats = settings.gallery_block, len(side.rows)
+    most = max(1, _KEPT // (size * seats))
     for shard in shards:
-        there = jax.device_put(side, shard.device)
-        for first, fresh, y, _ in blocks_of(shard, fixed_blocks(len(shard.rows), size)):
-            below = np.full(seats, -np.inf, np.float32)
-            below[: len(limits)] = _rounded_up(limits)
-            found = _bounds(*there, y, jax.device_put(below, shard.device), metric=metric)
-            if waiting is not None:
-                yield _read(*waiting, len(limits), d, metric)
-            waiting = first, fresh, found
-    assert waiting is not None
-    yield _read(*waiting, len(limits), d, metric)
+        there, turn = jax.device_put(side, shard.device), []
+        for block in blocks_of(shard, fixed_blocks(len(shard.rows), size)):
+            turn.append((block[0], *_bounds_of(there, block, shard, settings)))
+            jax.block_until_ready([bounds for _, bounds, _ in turn[-2:-1]])
+            if len(turn) == most or block[0] + len(block[2]) == shard.first + len(shard.rows):
+                squares += [float(square) for *_, square in turn]
+                if not np.max(squares) < _LARGE:
+                    return
+                yield [[_minima(turn)] if s is shard else [[]] for s in shards]
+                turn = []
 
 
-def _read(first: int, fresh: int, found: tuple, q: int, d: int, metric: str) -> _Block:
-    near, low, share, square = (np.asarray(a) for a in found)
-    item = fresh + np.flatnonzero(near[fresh:])
-    loose = looseness(share[item].astype(np.float64), d, metric).astype(np.float32)
-    return _Block((first + item).astype(np.int32), low[item, :q], loose, float(square))
+def _minima(turn: list[tuple]) -> list[tuple]:
+    """Bounds of blocks as of groups of one."""
+    nobody = np.int32(NO_BOUND)
+    return [(first, low, np.broadcast_to(nobody, low.shape)) for first, low, _ in turn]
+
+
+def _bounds_of(side: _Side, block: tuple, shard: Shard, settings: Settings) -> tuple:
+    """Bounds of a block's items, and the largest of their squared norms, see `_bounds`."""
+    first, fresh, rows, _ = block
+    labels = settings.items.taken(np.maximum(np.arange(first, first + len(rows)), 0))
+    labels, fresh = placed((labels, np.int32(fresh)), shard.device)
+    return _bounds(*side, rows, labels, fresh, metric=settings.preparation.metric)
 
 
 @functools.partial(jax.jit, static_argnames="metric")
-def _bounds(x, center, y, limits, *, metric):
-    """Items of which a bound is within the limits [m]; the lower bounds [m, q]; and their share.
+def _bounds(x, center, query, y, items, fresh, *, metric):
+    """Lower bounds of distances, integers of their order [m, q]; and the largest squared norm.
 
-    The last is the largest squared norm.
+    Rows before ``fresh`` were in the block before.
     """
     y = y.astype(jnp.float32)
     squares = lane_sum(y * y)
@@ -199,72 +142,8 @@ def _bounds(x, center, y, limits, *, metric):
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+    share = jnp.where(jnp.arange(len(y), dtype=jnp.int32) < fresh, jnp.inf, share)
     low = product + share[:, None]
-    return jnp.any(low <= limits[None, :], axis=1), low, share, jnp.max(squares)
-
-
-def _without_ignored(block: _Block, query: Labels, items: Labels) -> _Block:
-    if all(label is None for label in query):
-        return block
-    ignored = ignores(query.row(), items.taken(block.index).column())
-    return block._replace(low=np.where(ignored, np.float32(np.inf), block.low))
-
-
-def _kth_of_block(block: _Block, k: int) -> np.ndarray:
-    """Upper bounds of the k-th distances, [q], by some items of a block."""
-    some = slice(0, max(k, _FIRST))  # A few tell nearly as much as many.
-    low, loose = block.low[some], block.loose[some]
-    if k > len(low):
-        return np.full(low.shape[1], np.inf)
-    lowest = np.argpartition(low, k - 1, axis=0)[:k]
-    return np.max(np.take_along_axis(low, lowest, axis=0) + loose[lowest], axis=0)
-
-
-def _limits(kth: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Lower bounds up to which an item may be among the nearest, by the k-th upper bounds [q]."""
-    kth = kth.astype(np.float64)
-    return kth + own + _ROUNDING * np.abs(kth)
-
-
-def _rounded_up(limits: np.ndarray) -> np.ndarray:
-    return np.nextafter(limits.astype(np.float32), np.float32(np.inf))
-
-
-def _pairs_within(block: _Block, limits: np.ndarray) -> _Pairs:
-    """The pairs whose lower bounds are within the limits and finite."""
-    below = np.minimum(_rounded_up(limits), np.finfo(np.float32).max)
-    # np.nonzero takes ten times as long.
-    item, row = np.divmod(np.flatnonzero(block.low <= below), len(limits))
-    low = block.low[item, row]
-    return _Pairs(row.astype(np.uint8), block.index[item], low, low + block.loose[item])
-
-
-def _within(pairs: list[_Pairs], limits: np.ndarray) -> _Pairs:
-    """The pairs of all blocks within the limits that are known by now."""
-    every = _Pairs(*(np.concatenate(part) for part in zip(*pairs, strict=True)))
-    return every.taken(np.flatnonzero(every.low <= limits[every.row]))
-
-
-def _by_query(pairs: _Pairs) -> _Pairs:
-    """The pairs of each query together, in their order."""
-    return pairs.taken(np.argsort(pairs.row, kind="stable"))
-
-
-def _merged(nearest: np.ndarray, pairs: _Pairs) -> np.ndarray:
-    """The lowest upper bounds of each query, [q, k], those of more pairs among them."""
-    if not len(pairs.row):
-        return nearest
-    pairs, k = _by_query(pairs), nearest.shape[1]
-    fresh = by_row(pairs.high[:, None], pairs.row, len(nearest), np.inf)
-    return np.partition(np.concatenate([nearest, fresh], axis=1), k - 1, axis=1)[:, :k]
-
-
-def _measured(queries: Queries, shards: Sequence[Shard], pairs: _Pairs, metric: str) -> np.ndarray:
-    """The pairs' distances, [p] float32."""
-    distances = np.empty(len(pairs.row), np.float32)
-    for shard in shards:
-        last = shard.first + len(shard.rows)
-        here = np.flatnonzero((pairs.index >= shard.first) & (pairs.index < last))
-        x, row = on_device(queries.rows, shard.device), pairs.row[here].astype(np.int32)
-        distances[here] = pair_distances(x, shard, row, pairs.index[here, None], metric)[:, 0]
-    return distances
+    if any(label is not None for label in query):
+        low = jnp.where(ignores(query.row(), items.column()), jnp.inf, low)
+    return ordered(low), jnp.max(squares)

@@ -1,11 +1,9 @@
 """The first pass over the gallery: of each group of items the lowest bounds, the lowest kept."""
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
 from cbam_jax.search.shards import GROUP, blocks_of, pass_blocks, placed, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
-_KEPT = 2**23  # Lowest bounds that are kept before a selection, 64 MiB with the second lowest.
+_KEPT = 2**25  # Lowest bounds that are kept on a CPU, 256 MiB with the second lowest.
 # The same of all tiles together, 3 GiB, and blocks, at most, where a product takes less time than a
 # selection, which sorts as much whatever the number of blocks.
 _KEPT_ON_ACCELERATOR = 3 * 2**27, 16
@@ -31,36 +29,63 @@ def group_size(k: int, n: int) -> int:
     return min(GROUP, 2 ** max(int(n >= 8 * k), int(np.log2(n / (32 * k)))))
 
 
-def lowest_bounds(
-    queries: Queries,
-    shards: Sequence[Shard],
-    count: int,
-    preparation: Preparation,
-    items: Labels,
-    blocks: tuple[int, int],
-    size: int,
-    ready: bool = False,
-) -> tuple[list[Lowest], np.ndarray]:
-    """Of each shard, for each query the ``count`` groups with the lowest bounds.
+class Settings(NamedTuple):
+    """How bounds were computed, for which items, in which groups, and how many pairs are measured.
 
-    And the queries' own share of them. If ``ready``, the shards are as `prepared` returns them.
+    Of ``gallery_block`` items at a time, ``size`` a group; ``most`` pairs a query, in the mean.
     """
-    q = len(queries.rows)
-    parts = query_tiles(q, blocks[0])
-    tiles, shares = _tiles([queries.taken(rows) for rows in parts], preparation)
-    sides = [jax.device_put(tiles, s.device) for s in shards]
-    nothing = [_nothing(len(rows), count) for rows in parts]
-    best = [jax.device_put(nothing, s.device) for s in shards]
-    kept = [[[] for _ in parts] for _ in shards]
+
+    preparation: Preparation
+    items: Labels
+    gallery_block: int
+    size: int
+    most: int
+
+
+class Tiles(NamedTuple):
+    """Queries as products take them: which are in each tile, the tiles, their share of bounds."""
+
+    parts: list[np.ndarray]
+    sides: list[tuple]
+    shares: list
+
+
+def query_sides(queries: Queries, preparation: Preparation, size: int) -> Tiles:
+    """The queries, ``size`` at a time, prepared and with their labels."""
+    parts = query_tiles(len(queries.rows), size)
+    some = [queries.taken(rows) for rows in parts]
+    sides = [prepared(part.rows, part.squares, preparation) for part in some]
+    factor = -2 if preparation.metric.endswith("euclidean") else -1
+    tiles = [(factor * x, own, part.labels) for (x, own), part in zip(sides, some, strict=True)]
+    shares = [share for _, share in sides]
+    if preparation.dtype == "float64":
+        shares = [np.zeros(len(rows)) for rows in parts]  # They are in the bounds.
+    return Tiles(parts, tiles, shares)
+
+
+def minima_by_turns(
+    tiles: Tiles,
+    shards: Sequence[Shard],
+    settings: Settings,
+    ready: bool = False,
+) -> Iterator[list[list[list]]]:
+    """What `_group_minima` finds in some blocks after another: of each shard and tile, of each.
+
+    With the first row of the block. If ``ready``, the shards are as `prepared` returns them.
+    """
+    preparation, items, gallery_block, size, _ = settings
+    platform = shards[0].device.platform
+    sides = [jax.device_put(tiles.sides, s.device) for s in shards]
+    kept = [[[] for _ in tiles.parts] for _ in shards]
     minima = _minima_program(preparation.dtype)
-    most = _blocks_kept(shards[0].device.platform, parts, blocks[1], size)
+    most = _blocks_kept(platform, tiles.parts, gallery_block, size)
     # Devices run at the same time: each is given its next block before any result is waited for.
     waiting = []
-    fresh = [blocks_of(s, pass_blocks(s, blocks[1])) for s in shards]
+    fresh = [blocks_of(s, pass_blocks(s, gallery_block)) for s in shards]
     for number, step in enumerate(zip_longest(*fresh), 1):
         # No more than two blocks wait in line, or all of the gallery would soon be in memory.
         jax.block_until_ready(waiting)
-        waiting = [[list(states) for states in best], [t[-1:] for states in kept for t in states]]
+        waiting = [t[-1:] for states in kept for t in states]
         for i, block in enumerate(step):
             if block is None:
                 continue
@@ -70,29 +95,42 @@ def lowest_bounds(
             for t, side in enumerate(sides[i]):
                 kept[i][t].append((first, *minima(*side, *block, size=size)))
         if number % most == 0:
-            best = _selected(best, kept, size, shards[0].device.platform)
-            kept = [[[] for _ in parts] for _ in shards]
-    best = _selected(best, kept, size, shards[0].device.platform)
-    lowest = [Lowest(*(_untiled(part, parts, q) for part in zip(*s, strict=True))) for s in best]
-    if preparation.dtype == "float64":
-        shares = [np.zeros(len(rows)) for rows in parts]  # They are in the bounds.
-    return lowest, _untiled(shares, parts, q)
+            yield kept
+            kept = [[[] for _ in tiles.parts] for _ in shards]
+    if any(of_tiles[0] for of_tiles in kept):
+        yield kept
+
+
+def lowest_bounds(
+    queries: Queries,
+    shards: Sequence[Shard],
+    settings: Settings,
+    query_block: int,
+    sides: Sequence[Shard] | None = None,
+) -> tuple[list[Lowest], np.ndarray]:
+    """Of each shard, for each query the ``most`` groups with the lowest bounds, by programs.
+
+    And the queries' own share of them. ``sides`` are the shards as products take them, if kept.
+    """
+    tiles = query_sides(queries, settings.preparation, query_block)
+    q, parts, size = len(queries.rows), tiles.parts, settings.size
+    nothing = [_nothing(len(rows), settings.most) for rows in parts]
+    best = [jax.device_put(nothing, s.device) for s in shards]
+    for kept in minima_by_turns(tiles, sides or shards, settings, ready=sides is not None):
+        best = [
+            [_select(*both, size=size) for both in zip(*of_shard, strict=True)]
+            for of_shard in zip(best, kept, strict=True)
+        ]
+    lowest = [Lowest(*(untiled(part, parts, q) for part in zip(*s, strict=True))) for s in best]
+    return lowest, untiled(tiles.shares, parts, q)
 
 
 def _blocks_kept(platform: str, parts: list[np.ndarray], rows: int, size: int) -> int:
     """Blocks of ``rows`` items of which the bounds are kept, of each tile, between selections."""
     if platform == "cpu":
-        return max(1, min(_KEPT * size // (len(parts[0]) * rows), 64 // len(parts)))
+        return max(1, _KEPT * size // (sum(map(len, parts)) * rows))
     kept, most = _KEPT_ON_ACCELERATOR
     return max(1, min(kept * size // (sum(map(len, parts)) * rows), most))
-
-
-def _tiles(parts: list[Queries], preparation: Preparation) -> tuple[list, list]:
-    """Queries as the products take them, with their labels; and their shares of the bounds."""
-    sides = [prepared(part.rows, part.squares, preparation) for part in parts]
-    factor = -2 if preparation.metric.endswith("euclidean") else -1
-    tiles = [(factor * x, own, part.labels) for (x, own), part in zip(sides, parts, strict=True)]
-    return tiles, [share for _, share in sides]
 
 
 def _on_device(
@@ -111,7 +149,7 @@ def _nothing(q: int, count: int) -> Lowest:
     return Lowest(none, np.full((q, count), -1, np.int32), none.copy())
 
 
-def _untiled(parts: Sequence[ArrayLike], rows: list[np.ndarray], q: int) -> np.ndarray:
+def untiled(parts: Sequence[ArrayLike], rows: list[np.ndarray], q: int) -> np.ndarray:
     """What all tiles have, as one array of all queries; the last overlaps the one before."""
     parts = [np.asarray(part) for part in parts]
     whole = np.empty((q, *parts[0].shape[1:]), parts[0].dtype)
@@ -166,14 +204,6 @@ def _group_minima(x, own, query, y, share, fresh, items, size):
     return lowest, second
 
 
-def _selected(best: list, kept: list, size: int, platform: str) -> list:
-    """`_select` of each shard and tile; in threads, since on a CPU a top_k keeps one core busy."""
-    select = functools.partial(_select_on_host if platform == "cpu" else _select, size=size)
-    with ThreadPoolExecutor() as pool:
-        rows = [pool.map(select, *both) for both in zip(best, kept, strict=True)]
-        return [list(row) for row in rows]
-
-
 @functools.partial(jax.jit, static_argnames="size")
 def _select(best: Lowest, kept: list, size: int) -> Lowest:
     """The lowest of ``best`` and of the groups of some blocks.
@@ -196,34 +226,6 @@ def _select(best: Lowest, kept: list, size: int) -> Lowest:
     every = Lowest(*(jnp.concatenate(part, axis=1) for part in parts))
     place = _lowest_places(every.bound, count)
     return Lowest(*(jnp.take_along_axis(a, place, axis=1) for a in every))
-
-
-def _select_on_host(best: Lowest, kept: list, size: int) -> Lowest:
-    """`_select` by NumPy, as fast on a CPU, of any number of blocks and of several lengths."""
-    for _, blocks in itertools.groupby(kept, key=lambda block: len(block[1])):
-        best = _lowest_of(best, *zip(*blocks, strict=True), size=size)
-    return best
-
-
-def _lowest_of(best: Lowest, first: tuple, lowest: tuple, second: tuple, size: int) -> Lowest:
-    """The lowest of ``best`` and of the groups of blocks of one length."""
-    best, lowest = Lowest(*map(np.asarray, best)), tuple(map(np.asarray, lowest))
-    count, (groups, t) = best.bound.shape[1], lowest[0].shape
-    column, row = np.arange(t)[:, None], np.broadcast_to(np.arange(groups), (t, groups))
-    every = [low.T for low in lowest]
-    if len(lowest) > 1 and 4 * count < groups:  # As in `_select`: fewer, in some of the rows.
-        row = np.argpartition(functools.reduce(np.minimum, lowest).T, count - 1)[:, :count]
-        every = [np.take(low, row * t + column) for low in lowest]
-    bound = np.concatenate([best.bound, *every], axis=1)
-    place = np.argpartition(bound, count - 1)[:, :count]
-    place = np.take_along_axis(place, np.take_along_axis(bound, place, 1).argsort(axis=1), 1)
-    bound = np.take_along_axis(bound, place, axis=1)
-    block, at = np.divmod(np.maximum(place - count, 0), row.shape[1])
-    at = np.take_along_axis(row, at, axis=1)
-    index = np.array(first)[block] + at + (bound & (size - 1)) * groups
-    fresh = index.astype(np.int32), np.stack(second)[block, at, column]
-    old = (np.take_along_axis(a, np.minimum(place, count - 1), axis=1) for a in best[1:])
-    return Lowest(bound, *(np.where(place < count, *both) for both in zip(old, fresh, strict=True)))
 
 
 def _by_rows(x: jax.Array) -> jax.Array:

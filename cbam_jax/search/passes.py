@@ -2,7 +2,7 @@
 
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,25 +13,23 @@ from cbam_jax.search import arguments, few
 from cbam_jax.search.arguments import FIRST_PASSES
 from cbam_jax.search.bounds import (
     Preparation,
-    bound_distances,
     preparation_of,
     usual_size,
 )
-from cbam_jax.search.candidates import candidate_keys
+from cbam_jax.search.candidates import candidate_pass
 from cbam_jax.search.clusters import Leaders, cluster_pass, leaders_of
 from cbam_jax.search.exhaustive import exhaustive_search
-from cbam_jax.search.groups import group_size, lowest_bounds
-from cbam_jax.search.order import INFINITE, unpacked
+from cbam_jax.search.groups import Settings, group_size
+from cbam_jax.search.near import near_pass
 from cbam_jax.search.prepared import Prepared
 from cbam_jax.search.shards import measured, padded_size, parts_of, squared_norms
 from cbam_jax.search.spread import cluster_radius, first_useful
-from cbam_jax.search.types import Labels, Lowest, Queries, Shard
+from cbam_jax.search.types import Labels, Queries, Shard
 
 _log = logging.getLogger(__name__)
 
 _SLACK = 8  # Candidates beyond k, so that the bounds seldom leave a query unproven.
-_PROBE = 64  # Queries that show whether the projected gallery proves most.
-_FEWEST, _MORE = 16, 8  # Queries that are given more candidates, at least, and times how many.
+_PROBE = 512  # Queries that show whether the projected gallery proves most.
 _MANY = 2**22  # Numbers of a gallery from which a program for few queries is worth compiling.
 # Products, queries and gallery items at a time, at most, where memory is fast: 1 GiB of products.
 _ON_ACCELERATOR = 2**28, 4096, 2**18
@@ -125,11 +123,13 @@ def search(
     else:
         shards = parts_of(gallery, devices)
         if first_pass is None and few.pays(shards, q, metric):
-            found = _few_search(prepared, shards, k, metric, items, gallery_block)
-            if found is not None:
-                return found
+            found = few.few_search(prepared, shards, k, metric, items, gallery_block)
+            if found is not None and found[2].all():
+                _log.debug("%s: proven for %d of %d queries", "few", q, q)
+                return found[:2]
         shards = measured(shards)
-    blocks = block_sizes(shards[0].device, rows.shape, query_block, gallery_block)
+    width = rows.shape[1] if kept is None else kept.width
+    blocks = block_sizes(shards[0].device, (q, width), query_block, gallery_block)
     first_pass = first_pass or fastest_pass(shards[0].device, q)
     return in_passes(prepared, shards, k, metric, items, blocks, first_pass, kept)
 
@@ -158,59 +158,77 @@ def in_passes(
         preparation = preparation_of(queries, shards, metric, first_pass)
     else:
         preparation = kept.preparation._replace(metric=metric, directions=None)
-    leaders = _leaders(queries, shards, k, preparation)
-    rest, readable = np.arange(q), _worth_compiling(shards)
-    # Every pair of few queries and a small gallery is soon looked at, and nothing compiled for it.
-    small = shards[0].device.platform == "cpu" and not readable
-    for number, name in enumerate(_names(queries, preparation, leaders, kept, k)):
+    rest, left = np.arange(q), np.ones(q, bool)
+    passes = _passes(queries, shards, k, preparation, items, blocks, kept)
+    for name, run in _suited(passes, shards, kept, left):
         part = rest if len(rest) < q else slice(None)  # A slice copies nothing.
         some = queries.taken(part)
-        if number and len(rest) <= few.MOST and readable:
-            found = _few_search(some, shards, k, metric, items)
-            if found is not None:
-                distances[part], indices[part] = found
-                return distances, indices
-            readable = False
-        if name == "bfloat16" and len(rest) <= few.MOST and kept is not None and kept.candidates:
-            continue  # It would round the gallery, see `fastest_pass`.
-        if len(rest) <= few.MOST and (name == "float64" or (number and small)):
-            break
-        if name == "clusters":
-            assert leaders is not None
-            found = cluster_pass(some, leaders, shards, k, preparation, items, blocks)
-        elif name == "projected":
-            assert kept is not None
-            found = _projected_pass(some, kept, k, metric, items, blocks)
-        else:
-            sides = None if kept is None else kept.sides_of(name)
-            settings = preparation._replace(dtype=name)
-            found = _pass(some, shards, k, settings, items, blocks, _candidates(k, name), sides)
+        found = run(some) if run else few.few_search(some, shards, k, metric, items)
+        if found is None:
+            continue  # Of numbers that it does not hold.
         distances[part], indices[part], proven = found
         _log.debug("%s: proven for %d of %d queries", name, np.sum(proven), len(proven))
-        rest = rest[~proven]
+        left[part] = ~proven
+        rest = np.flatnonzero(left)
         if not len(rest):
             return distances, indices
-    left = queries.taken(rest)
-    distances[rest], indices[rest] = exhaustive_search(left, shards, k, metric, items)
+    some = queries.taken(rest)
+    distances[rest], indices[rest] = exhaustive_search(some, shards, k, metric, items)
     _log.debug("%s: proven for %d of %d queries", "every pair", len(rest), len(rest))
     return distances, indices
 
 
-def _names(
-    queries: Queries,
-    preparation: Preparation,
-    leaders: Leaders | None,
+def _suited(
+    passes: Iterable[tuple[str, Callable]],
+    shards: Sequence[Shard],
     kept: Prepared | None,
+    left: np.ndarray,
+) -> Iterator[tuple[str, Callable | None]]:
+    """The passes that suit the queries still ``left`` [q]; of few, one reading comes between."""
+    on_cpu = shards[0].device.platform == "cpu"
+    # In a small gallery few are soon compared with every item, and nothing is compiled for it.
+    readable = on_cpu and sum(s.rows.size for s in shards) > _MANY
+    small = on_cpu and not readable
+    for number, (name, run) in enumerate(passes):
+        if np.count_nonzero(left) <= few.MOST:
+            if readable and (number or (kept is not None and few.clustered(shards))):
+                yield "few", None
+                readable = False
+            if name == "float64" or (number and small):
+                return
+            if name == "bfloat16" and kept is not None and kept.candidates:
+                continue  # It would round the gallery, see `fastest_pass`.
+        yield name, run
+
+
+def _passes(
+    queries: Queries,
+    shards: Sequence[Shard],
     k: int,
-) -> Iterator[str]:
-    """The passes in their order; with which product to begin is asked where one is needed."""
+    preparation: Preparation,
+    items: Labels,
+    blocks: tuple[int, int],
+    kept: Prepared | None,
+) -> Iterator[tuple[str, Callable]]:
+    """All passes by name, in their order, as functions of some queries.
+
+    With which product to begin is asked where one is needed.
+    """
+    metric, dtypes = preparation.metric, (*FIRST_PASSES, "float64")
+    leaders = _leaders(queries, shards, k, preparation)
     if leaders is not None:
-        yield "clusters"
-    dtypes = (*FIRST_PASSES[FIRST_PASSES.index(preparation.dtype) :], "float64")
+        rest = leaders, shards, k, preparation, items, blocks
+        yield "clusters", lambda some: cluster_pass(some, *rest)
+    dtypes = dtypes[dtypes.index(preparation.dtype) :]
     first = first_useful(dtypes, queries, preparation)
     if kept is not None and kept.candidates_of(k) and first == preparation.dtype:
-        yield "projected"
-    yield from dtypes[dtypes.index(first) :]
+        yield "projected", lambda some: _projected_pass(some, kept, k, metric, items, blocks)
+
+    for dtype in dtypes[dtypes.index(first) :]:
+        sides = None if kept is None else kept.sides_of(dtype)
+        settings, count = preparation._replace(dtype=dtype), _candidates(k, dtype)
+        arguments = shards, k, settings, items, blocks, count, max(k, count // 4), sides
+        yield dtype, lambda some, a=arguments: _pass(some, *a)
 
 
 def _leaders(
@@ -232,18 +250,6 @@ def _separable(shards: Sequence[Shard], preparation: Preparation) -> bool:
     return lengths and shards[0].device.platform == "cpu"
 
 
-def _worth_compiling(shards: Sequence[Shard]) -> bool:
-    """Whether the gallery is read for few queries, before they are searched by every pair."""
-    return shards[0].device.platform == "cpu" and sum(s.rows.size for s in shards) > _MANY
-
-
-def _few_search(queries: Queries, *arguments: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    found = few.few_search(queries, *arguments)
-    if found is not None:
-        _log.debug("%s: proven for %d of %d queries", "few", len(found[0]), len(found[0]))
-    return found
-
-
 def _projected_pass(
     queries: Queries,
     kept: Prepared,
@@ -252,27 +258,17 @@ def _projected_pass(
     items: Labels,
     blocks: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`_pass` with the projected gallery; of some queries alone, where it proves few of them.
-
-    Where few are left, they are searched once more, with many candidates.
-    """
+    """`_pass` with the projected gallery, of some queries after another while it proves most."""
     q, preparation = len(queries.rows), kept.preparation._replace(metric=metric)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
-    proven, every = np.zeros(q, bool), np.arange(q)
-
-    def search_part(part, candidates):
-        some, count = queries.taken(part), k + candidates
-        found = _pass(some, kept.shards, k, preparation, items, blocks, count, kept.sides)
+    proven, count = np.zeros(q, bool), k + kept.candidates_of(k)
+    for start in range(0, q, _PROBE):
+        part = slice(start, start + _PROBE)
+        some = queries.taken(part)
+        found = _pass(some, kept.shards, k, preparation, items, blocks, count, count, kept.sides)
         distances[part], indices[part], proven[part] = found
-
-    candidates = kept.candidates_of(k)
-    some = every if q <= 4 * _PROBE else np.linspace(0, q - 1, _PROBE).astype(int)
-    search_part(some, candidates)
-    if len(some) < q and proven[some].mean() >= 0.5:
-        search_part(np.delete(every, some), candidates)
-    left = np.flatnonzero(~proven)
-    if 0 < len(left) <= max(_FEWEST, q // 4) and _MORE * candidates <= kept.shape[0]:
-        search_part(left, _MORE * candidates)
+        if proven[part].mean() < 0.5:
+            break
     return distances, indices, proven
 
 
@@ -291,37 +287,22 @@ def _pass(
     items: Labels,
     blocks: tuple[int, int],
     count: int,
+    near: int,
     sides: Sequence[Shard] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distances and indices of the k nearest among ``count`` candidates, and whether it is proven.
 
-    ``sides`` are the shards as the product takes them, where they have been kept.
+    About ``near`` items are expected to be measured, each best in a group of its own. ``sides`` are
+    the shards as the product takes them, where they have been kept.
     """
-    metric, dtype = preparation.metric, preparation.dtype
-    n = sum(len(shard.rows) for shard in shards)
-    size = group_size(max(k, count // 4), n)
-    with jax.enable_x64(dtype == "float64"):
-        lowest, own_share = lowest_bounds(
-            queries, sides or shards, count, preparation, items, blocks, size, sides is not None
-        )
-    keys, unseen, complete = [], [], []
-    for shard, (bound, index, second) in zip(shards, lowest, strict=True):
-        bounds = [bound_distances(b & -size, own_share, preparation) for b in (bound, second)]
-        found = Lowest(bounds[0], index, bounds[1])
-        keys.append(candidate_keys(queries, shard, found, k, metric, items, blocks[1], size))
-        unseen.append(found.bound[:, -1])
-        complete.append(bound[:, -1] >= INFINITE)
-    distances, indices = unpacked(np.sort(np.concatenate(keys, axis=1), axis=1)[:, :k])
-    return distances, indices, _proven(distances[:, -1], np.array(unseen), np.array(complete))
-
-
-def _proven(kth: np.ndarray, unseen: np.ndarray, complete: np.ndarray) -> np.ndarray:
-    """Whether every item that is no candidate is farther than the k-th distance, [q].
-
-    ``unseen`` [shards, q] is the bound up to which a shard has seen all, ``complete`` whether it
-    has no more. Rounding to float32 keeps the order, so bounds hold for rounded distances as well.
-    """
-    return np.all(complete | (unseen > kth), axis=0)
+    size = group_size(near, sum(len(shard.rows) for shard in shards))
+    settings = Settings(preparation, items, blocks[1], size, count)
+    with jax.enable_x64(preparation.dtype == "float64"):
+        if shards[0].device.platform == "cpu":
+            if preparation.dtype == "float64":  # What it leaves is compared with every item.
+                settings = settings._replace(most=max(count, few.PAIRS // len(queries.rows)))
+            return near_pass(queries, shards, k, settings, blocks[0], sides).found()
+        return candidate_pass(queries, shards, k, settings, blocks[0], sides)
 
 
 def fastest_pass(device: Any, queries: int | None = None) -> str:

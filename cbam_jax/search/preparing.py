@@ -67,7 +67,7 @@ def prepare(
     arguments.check_passes(first_pass, None, None)
     shards = split_gallery(gallery, devices)
     dtype = first_pass or fastest_pass(shards[0].device)
-    rows = sampled_rows(shards, max(1, RUNS // len(shards))).astype(np.float32)
+    rows = sampled_rows(shards, max(1, RUNS // len(shards)))[::4].astype(np.float32)
     sample = Queries(rows, squared_norms(rows, "gallery"), Labels(None, None, None))
     settings = preparation_of(sample, shards, metric, dtype)
     if not usual_size(sample, shards):

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cbam_jax.search.bounds import Preparation
+from cbam_jax.search.groups import group_size
 
-RUNS = 256  # Of 16 rows each, from which directions are learned.
+RUNS = 1024  # Of 16 rows, of each of which four teach directions: neighbours may be alike.
 _LOOKED_AT = 64  # Rows that tell whether there is any correlation: a millisecond.
 _CORRELATED = 0.25  # Effective dimensions over all, up to which projections are tried.
 _STEP = 64  # Widths that are tried are multiples of it, less the length of the rest.
@@ -78,7 +79,7 @@ def choose(
     along = sample @ directions[:, : widths[-1]]
     below = np.stack([_below(sample, along[:, :r], tried, limit, squared) for r in widths])
     # [widths, t, ks]: of the mean depends the cost, of nine tenths how many are kept.
-    costs = (np.array(widths) + 1) / d + _PAIR[dtype] * below[:, :, len(ks) // 2].mean(axis=1)
+    costs = (np.array(widths) + 1) / d + _PAIR[dtype] * _measured(below[:, :, len(ks) // 2], n)
     best = int(np.argmin(costs))
     if costs[best] > _WORTH_WHILE:
         return None
@@ -91,6 +92,15 @@ def choose(
             if costs[best] + _PAIR[dtype] * count / n < 1
         ),
     )
+
+
+def _measured(below: np.ndarray, n: int) -> np.ndarray:
+    """The share of all pairs that are measured, in the mean, by the share below of [..., t] rows.
+
+    Where two are in one group, the whole group is measured.
+    """
+    size = group_size(max(1, int(np.median(below) * n)), n)
+    return np.mean(below + (size - 1) * size / 2 * below**2, axis=-1)
 
 
 def _below(
@@ -110,7 +120,7 @@ def _below(
     squares = squares[tried, None] + squares
     bounds = (squared - _ROUNDING / 2) * squares - 2 * products
     # Rows beside the tried one, in its run, are no sample of the others.
-    bounds[np.arange(len(sample)) // 16 == tried[:, None] // 16] = np.inf
+    bounds[np.arange(len(sample)) // 4 == tried[:, None] // 4] = np.inf
     return np.mean(bounds[:, :, None] <= limit[:, None, :], axis=1)
 
 
