@@ -441,7 +441,7 @@ def test_a_search_begins_with_a_pass_that_can_tell_neighbours_apart(rng):
         squares = np.sum(np.square(x), axis=1)
         queries = bounds.Queries(x, squares, Labels(None, None, None))
         settings = bounds.Preparation(None, np.float32(1), "euclidean", "bfloat16")
-        return spread.first_useful(dtypes, queries, settings)
+        return spread.first_useful(dtypes, spread.spread_of(queries, "euclidean"), settings)
 
     assert begun(rng.normal(size=(400, 64)).astype(np.float32)) == "bfloat16"
     assert begun(in_clusters(rng, 10, 60, 64, 0.5)) == "bfloat16"

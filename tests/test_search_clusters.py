@@ -134,7 +134,7 @@ def test_leaders_are_near_all_others(rng):
 
 def test_clusters_are_seen_where_they_are(rng):
     def radius(x, metric="euclidean"):
-        return spread.cluster_radius(_queries(x), metric)
+        return spread.cluster_radius(spread.spread_of(_queries(x), metric))
 
     assert radius(rng.normal(size=(400, 32)).astype(np.float32)) is None
     assert radius(in_clusters(rng, 8, 5, 32, 0.01)) is None  # Too few to tell.

@@ -19,7 +19,7 @@ from cbam_jax.search.groups import Settings
 from cbam_jax.search.near import near_of_turns
 from cbam_jax.search.order import NO_BOUND, ordered
 from cbam_jax.search.shards import blocks_of, fixed_blocks, padded_size, placed
-from cbam_jax.search.spread import distances_if_clustered
+from cbam_jax.search.spread import if_clustered, squared_distances
 from cbam_jax.search.sums import lane_sum
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
@@ -48,7 +48,7 @@ def pays(shards: Sequence[Shard], queries: int, metric: str) -> bool:
 def clustered(shards: Sequence[Shard]) -> bool:
     """Whether some rows of the gallery lie in tight clusters, where products prove little."""
     rows = sampled_rows(shards, _LOOKED_AT // 16)
-    return len(rows) > 1 and distances_if_clustered(rows) is not None
+    return len(rows) > 1 and if_clustered(squared_distances(rows)) is not None
 
 
 def few_search(

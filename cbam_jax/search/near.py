@@ -22,7 +22,8 @@ from cbam_jax.search.order import INFINITE, NO_BOUND, NOBODY, unpacked
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
 _CHEAP = 4  # A part of a shard that costs no more to measure than reading it whole once more.
-_SLAB = 2048  # Groups of which a few are chosen at once, at least, if a block has as many.
+_SLAB = 2048  # Groups of which the k lowest are chosen at once, if a block has as many;
+_ROWS = 8  # at least so many times k, or two of the lowest would often be in one row.
 
 
 class Near(NamedTuple):
@@ -152,7 +153,7 @@ def _others(
 
 def _lowest(minima: list[tuple], k: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Queries and items [p], by query: of each about the k lowest bounds."""
-    find = _in_some_rows if 32 * k <= len(minima[0][1]) else _in_all
+    find = _in_some_rows if _ROWS * k <= len(minima[0][1]) else _in_all
     block, group, bound = find(minima, k)
     first, groups = (np.array(a) for a in zip(*((b[0], len(b[1])) for b in minima), strict=True))
     index = first[block] + group + (bound & (size - 1)) * groups[block]
@@ -166,7 +167,7 @@ def _in_some_rows(minima: list[tuple], k: int) -> tuple[np.ndarray, ...]:
     Of slabs of as many groups each: the lowest bounds are in the rows whose minimum over the slabs
     is lowest, of each row one. Groups at a block's end that fill no slab are not looked at.
     """
-    height = min(max(32 * k, _SLAB), len(minima[0][1]))
+    height = min(max(_ROWS * k, _SLAB), len(minima[0][1]))
     slabs = [
         (number, start, lowest[start : start + height])
         for number, (_, lowest, _) in enumerate(minima)

@@ -38,10 +38,22 @@ def nearest_keys(
     low, high = pair_bounds(row, index, queries, shard, metric, exact)
     kth = kth_lowest(high, row, as_near(unpacked(keys)[0]))
     near = np.flatnonzero(low <= as_near(kth)[row])
-    row, index = row[near], index[near]
-    distances = pair_distances(x, shard, row, index[:, None], metric)
-    keys = np.concatenate([keys, rows_of_keys(packed(distances, index[:, None]), row, len(x))], 1)
-    return np.partition(keys, k - 1, axis=1)[:, :k]
+    fresh = _measured(row[near], index[near], x, shard, metric)
+    return np.partition(np.concatenate([keys, fresh], axis=1), k - 1, axis=1)[:, :k]
+
+
+def _measured(
+    row: np.ndarray, index: np.ndarray, x: np.ndarray, shard: Shard, metric: str
+) -> np.ndarray:
+    """The keys of pairs, [q, as many as any row has]."""
+    q = len(x)
+    if np.bincount(row).max() * q > 2 * len(row):
+        distances = pair_distances(x, shard, row, index[:, None], metric)
+        return rows_of_keys(packed(distances, index[:, None]), row, q)
+    # A query's items beside each other: it is read and converted once for them.
+    items = by_row(index[:, None], row, q, -1)
+    distances = pair_distances(x, shard, np.arange(q, dtype=np.int32), items, metric)
+    return packed(np.where(items < 0, np.float32(np.inf), distances), items)
 
 
 def kth_lowest(values: np.ndarray, row: np.ndarray, others: np.ndarray) -> np.ndarray:

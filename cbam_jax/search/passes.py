@@ -23,7 +23,7 @@ from cbam_jax.search.groups import Settings, group_size
 from cbam_jax.search.near import near_pass
 from cbam_jax.search.prepared import Prepared
 from cbam_jax.search.shards import measured, padded_size, parts_of, squared_norms
-from cbam_jax.search.spread import cluster_radius, first_useful
+from cbam_jax.search.spread import cluster_radius, first_useful, spread_of
 from cbam_jax.search.types import Labels, Queries, Shard
 
 _log = logging.getLogger(__name__)
@@ -215,12 +215,13 @@ def _passes(
     With which product to begin is asked where one is needed.
     """
     metric, dtypes = preparation.metric, (*FIRST_PASSES, "float64")
-    leaders = _leaders(queries, shards, k, preparation)
+    spread = spread_of(queries, metric)
+    leaders = _leaders(queries, shards, k, preparation, cluster_radius(spread))
     if leaders is not None:
         rest = leaders, shards, k, preparation, items, blocks
         yield "clusters", lambda some: cluster_pass(some, *rest)
     dtypes = dtypes[dtypes.index(preparation.dtype) :]
-    first = first_useful(dtypes, queries, preparation)
+    first = first_useful(dtypes, spread, preparation)
     if kept is not None and kept.candidates_of(k) and first == preparation.dtype:
         yield "projected", lambda some: _projected_pass(some, kept, k, metric, items, blocks)
 
@@ -232,16 +233,19 @@ def _passes(
 
 
 def _leaders(
-    queries: Queries, shards: Sequence[Shard], k: int, preparation: Preparation
+    queries: Queries,
+    shards: Sequence[Shard],
+    k: int,
+    preparation: Preparation,
+    within: float | None,
 ) -> Leaders | None:
     """Leaders of the queries' clusters; None where each cluster alone would not be the faster."""
-    if not _separable(shards, preparation):
+    if within is None or not _separable(shards, preparation):
         return None
     metric, device = preparation.metric, shards[0].device
-    within = cluster_radius(queries, metric)
     n = sum(len(shard.rows) for shard in shards)
     most = min(len(queries.rows) // 4, n // (4 * k))
-    return None if within is None else leaders_of(queries, within, metric, device, most)
+    return leaders_of(queries, within, metric, device, most)
 
 
 def _separable(shards: Sequence[Shard], preparation: Preparation) -> bool:
@@ -299,8 +303,9 @@ def _pass(
     settings = Settings(preparation, items, blocks[1], size, count)
     with jax.enable_x64(preparation.dtype == "float64"):
         if shards[0].device.platform == "cpu":
-            if preparation.dtype == "float64":  # What it leaves is compared with every item.
-                settings = settings._replace(most=max(count, few.PAIRS // len(queries.rows)))
+            # What float64 leaves is compared with every item.
+            last = few.PAIRS // len(queries.rows) if preparation.dtype == "float64" else 0
+            settings = settings._replace(most=max(2 * count, last))
             return near_pass(queries, shards, k, settings, blocks[0], sides).found()
         return candidate_pass(queries, shards, k, settings, blocks[0], sides)
 

@@ -18,7 +18,7 @@ _LOOKED_AT = 64  # Rows that tell whether there is any correlation: a millisecon
 _CORRELATED = 0.25  # Effective dimensions over all, up to which projections are tried.
 _STEP = 64  # Widths that are tried are multiples of it, less the length of the rest.
 # What measuring a pair costs over the share of a pair in a product, by dtype: seen on two CPUs.
-_PAIR = {"bfloat16": 100.0, "float32": 60.0}
+_PAIR = {"bfloat16": 150.0, "float32": 80.0}
 _WORTH_WHILE = 0.6  # Of the cost of a product with whole embeddings, up to which a projection pays.
 _ROUNDING = 0.01  # By which roundings widen bounds, about, in squared norms.
 

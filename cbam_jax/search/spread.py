@@ -6,6 +6,7 @@ nothing, its product is saved. A wrong guess costs time alone.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,57 +22,62 @@ _TIGHT = 0.1
 _BEARABLE = {"bfloat16": 0.5, "float32": 0.3}
 
 
-def first_useful(passes: Sequence[str], queries: Queries, preparation: Preparation) -> str:
+class Spread(NamedTuple):
+    """Some queries, and their squared distances (of unit vectors, if cosine) to each other."""
+
+    sample: Queries
+    distances: np.ndarray
+
+
+def spread_of(queries: Queries, metric: str) -> Spread | None:
+    """How some of the queries lie; None where they are too few to tell."""
+    if len(queries.rows) < _SAMPLE or metric == "inner_product":
+        return None
+    sample = queries.taken(np.linspace(0, len(queries.rows) - 1, _SAMPLE).astype(int))
+    x = sample.rows.astype(np.float64)
+    if metric == "cosine":
+        squares = np.sum(x * x, axis=1, keepdims=True)
+        x = x / np.sqrt(np.where(squares > 0, squares, 1.0))
+    return Spread(sample, squared_distances(x))
+
+
+def first_useful(passes: Sequence[str], spread: Spread | None, preparation: Preparation) -> str:
     """The first of ``passes`` that is likely to prove something, the last if none is.
 
     Queries stand for the gallery: where the nearest of a few of them are much nearer than most,
     they are in clusters, and the spread of the distances within a cluster, beside the error of the
     bounds, says whether neighbours can be told apart.
     """
-    if not preparation.metric.endswith("euclidean") or len(queries.rows) < _SAMPLE:
+    if spread is None or not preparation.metric.endswith("euclidean"):
         return passes[0]
-    sample = queries.taken(_sampled(queries))
-    spread = _spread_within_clusters(sample.rows)
-    if spread is None:
+    others = if_clustered(spread.distances, _CLUSTERED)
+    if others is None:
         return passes[0]
+    within = float(np.std(others[others < _CLUSTERED * others.mean()]))
     for dtype in passes[:-1]:
-        error = _error(sample, preparation._replace(dtype=dtype))
-        if error < _BEARABLE[dtype] * spread:
+        error = _error(spread.sample, preparation._replace(dtype=dtype))
+        if error < _BEARABLE[dtype] * within:
             return dtype
     return passes[-1]
 
 
-def cluster_radius(queries: Queries, metric: str) -> float | None:
-    """The squared distance (of unit vectors, if cosine) up to which queries are in one cluster.
-
-    None where there are too few queries to tell, or no clusters.
-    """
-    if len(queries.rows) < _SAMPLE:
-        return None
-    x = queries.rows[_sampled(queries)].astype(np.float64)
-    if metric == "cosine":
-        squares = np.sum(x * x, axis=1, keepdims=True)
-        x = x / np.sqrt(np.where(squares > 0, squares, 1.0))
-    others = distances_if_clustered(x)
+def cluster_radius(spread: Spread | None) -> float | None:
+    """The squared distance up to which queries are in one cluster; None if there are none."""
+    others = None if spread is None else if_clustered(spread.distances)
     return None if others is None else _CLUSTERED * float(others.mean())
 
 
-def _sampled(queries: Queries) -> np.ndarray:
-    return np.linspace(0, len(queries.rows) - 1, _SAMPLE).astype(int)
-
-
-def _spread_within_clusters(x: np.ndarray) -> float | None:
-    """Standard deviation of the squared distances within clusters; None if there are none."""
-    others = distances_if_clustered(x.astype(np.float64), _CLUSTERED)
-    return None if others is None else float(np.std(others[others < _CLUSTERED * others.mean()]))
-
-
-def distances_if_clustered(x: np.ndarray, share: float = _TIGHT) -> np.ndarray | None:
-    """Squared distances between rows, if half of the nearest are below a share of their mean."""
+def squared_distances(x: np.ndarray) -> np.ndarray:
+    """Between rows; of each to itself infinite."""
     squares = np.sum(x * x, axis=1)
     # Not x @ x.T: a BLAS's threads spin on for some 30 ms, on the cores that the search needs.
     distances = squares[:, None] + squares[None, :] - 2 * np.einsum("id,jd->ij", x, x)
     np.fill_diagonal(distances, np.inf)
+    return distances
+
+
+def if_clustered(distances: np.ndarray, share: float = _TIGHT) -> np.ndarray | None:
+    """The finite distances, if half of the nearest are below a share of their mean."""
     others = distances[np.isfinite(distances)]
     clustered = np.median(distances.min(axis=1)) < share * others.mean()
     return others if clustered else None
