@@ -106,7 +106,9 @@ def test_few_queries_are_searched_near_themselves(rng, proven, monkeypatch):
     queries = gallery[::200] + np.float32(1e-4) * rng.normal(size=(5, 24)).astype(np.float32)
     found = search(queries, gallery, 6, first_pass="float32")
     assert_same(found, brute_force(queries, gallery, 6))
-    assert proven()[-1] == ("few", 5, 5)
+    name, number, of = proven()[-1]
+    assert name == "few"
+    assert number == of > 0
 
 
 @pytest.mark.slow
