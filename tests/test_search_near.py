@@ -5,7 +5,7 @@ import pytest
 from brute_force import all_distances, assert_same, brute_force, in_clusters
 
 from cbam_jax.search import METRICS, bounds, groups, near, nearest, passes, search
-from cbam_jax.search.order import INFINITE, NO_BOUND
+from cbam_jax.search.order import INFINITE, NO_BOUND, NOBODY, unpacked
 from cbam_jax.search.types import Labels, Queries, Shard
 
 
@@ -53,6 +53,24 @@ def test_bounds_of_pairs_hold_and_are_near(rng, metric):
     lengths = np.linalg.norm(x[row], axis=1) * np.linalg.norm(y[item], axis=1)
     share = {"cosine": 1.0, "inner_product": lengths}.get(metric, exact)
     assert (high - low <= 4 * 300 * 2.0**-23 * share + 1e-14)[known].all()
+
+
+def test_keys_stay_where_no_pair_is_nearer(rng):
+    """Nor does a row without pairs change, nor any where there are none."""
+    x, y = (rng.normal(size=(n, 8)).astype(np.float32) for n in (3, 40))
+    shard, keys = Shard(None, 0, y, np.zeros(40, np.float32)), np.full((3, 2), NOBODY)
+    row, index = np.repeat([0, 2], 40), np.tile(np.arange(40), 2).astype(np.int32)
+    keys = nearest.nearest_keys(keys, row, index, _queries(x), shard, "euclidean")
+    assert (keys[1] == NOBODY).all()
+    distances, indices = brute_force(x, y, 40)
+    assert_same(
+        [a[[0, 2]] for a in unpacked(np.sort(keys))], [distances[[0, 2], :2], indices[[0, 2], :2]]
+    )
+    far = indices[[0, 2], 20:].reshape(-1).astype(np.int32)
+    for some in (far, far[:0]):
+        row = np.repeat([0, 2], 20)[: len(some)]
+        same = nearest.nearest_keys(keys, row, some, _queries(x), shard, "euclidean")
+        np.testing.assert_array_equal(np.sort(same), np.sort(keys))
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -17,7 +17,7 @@ from cbam_jax.search.order import INFINITE, NO_BOUND, ordered, reordered
 from cbam_jax.search.shards import GROUP, blocks_of, pass_blocks, placed, query_tiles
 from cbam_jax.search.types import Labels, Lowest, Queries, Shard, ignores
 
-_KEPT = 2**25  # Lowest bounds that are kept on a CPU, 256 MiB with the second lowest.
+_KEPT = 2**24  # Lowest bounds that are kept on a CPU, 128 MiB with the second lowest.
 # The same of all tiles together, 3 GiB, and blocks, at most, where a product takes less time than a
 # selection, which sorts as much whatever the number of blocks.
 _KEPT_ON_ACCELERATOR = 3 * 2**27, 16

@@ -47,7 +47,7 @@ def _measured(
 ) -> np.ndarray:
     """The keys of pairs, [q, as many as any row has]."""
     q = len(x)
-    if np.bincount(row).max() * q > 2 * len(row):
+    if np.bincount(row, minlength=q).max() * q > 2 * len(row):
         distances = pair_distances(x, shard, row, index[:, None], metric)
         return rows_of_keys(packed(distances, index[:, None]), row, q)
     # A query's items beside each other: it is read and converted once for them.

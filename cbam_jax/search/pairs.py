@@ -25,9 +25,12 @@ def on_device(rows: np.ndarray, device: Any) -> jax.Array:
 
 
 def pair_distances(
-    x: jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+    x: np.ndarray | jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
 ) -> np.ndarray:
-    """Distances of x[rows[i]] and the gallery items found[i, :], [r, c] float32."""
+    """Distances of x[rows[i]] and the gallery items found[i, :], [r, c] float32.
+
+    An accelerator takes ``x`` as `on_device` returns it.
+    """
     if not found.size:
         return np.zeros(found.shape, np.float32)
     on_cpu = shard.device.platform == "cpu"
@@ -40,7 +43,7 @@ def pair_distances(
 
 
 def _by_programs(
-    x: jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+    x: np.ndarray | jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
 ) -> np.ndarray:
     """`pair_distances` on an accelerator."""
     # In calls of few shapes, [calls, steps, rows, c]: the last one is padded.
@@ -73,7 +76,7 @@ def _distances(x, y, rows, items, metric):
 
 
 def _by_numpy(
-    x: jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
+    x: np.ndarray | jax.Array, shard: Shard, rows: np.ndarray, found: np.ndarray, metric: str
 ) -> np.ndarray:
     """`pair_distances` on a CPU: as fast as a program, which would be compiled for each gallery."""
     own, y = np.asarray(x), np.asarray(view_of(shard))

@@ -1,4 +1,4 @@
-"""`search`, pass by pass: lower bounds, candidates, proof, and again what was not proven."""
+"""`search`, pass by pass: lower bounds, what is near by them, and again what was left."""
 
 import logging
 import pathlib
@@ -53,10 +53,11 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest gallery items of each query, exactly.
 
-    Memory beyond the arguments is O(q (k + d) + query_block gallery_block). A gallery that does not
-    fit the device, or the memory, is given as a NumPy array or ``np.memmap``: arrays of at most
-    1 GiB are copied to the device, others read block by block, twice, the first time to check them;
-    for few queries (up to 4, and up to 64 of most embeddings that are not normal) once.
+    Memory beyond the arguments is O(q (k + d) + query_block gallery_block), and on a CPU 128 MiB
+    of bounds at most, with what is near by them. A gallery that does not fit the device, or the
+    memory, is given as a NumPy array or ``np.memmap``: arrays of at most 1 GiB are copied to the
+    device, others read block by block, twice, the first time to check them; for few queries (up to
+    4, and up to 64 of most embeddings that are not normal) once.
     A ``jax.Array`` is searched where it is, on all devices that hold a part of it.
     On a CPU, programs are compiled for each width, for few numbers of queries, to which others are
     padded (1, 4, 16, 32, 64, then four up to each next power of two), and for each power of two,
@@ -294,10 +295,11 @@ def _pass(
     near: int,
     sides: Sequence[Shard] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distances and indices of the k nearest among ``count`` candidates, and whether it is proven.
+    """Distances and indices of the k nearest, and whether it is proven.
 
-    About ``near`` items are expected to be measured, each best in a group of its own. ``sides`` are
-    the shards as the product takes them, where they have been kept.
+    An accelerator has ``count`` candidates, a CPU measures twice as many a query, in the mean;
+    about ``near`` are expected, each best in a group of its own. ``sides`` are the shards as the
+    product takes them, where they have been kept.
     """
     size = group_size(near, sum(len(shard.rows) for shard in shards))
     settings = Settings(preparation, items, blocks[1], size, count)
