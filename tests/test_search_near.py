@@ -1,5 +1,6 @@
 """What is within a limit: limits as bounds, bounds by float32, the choice of what is measured."""
 
+import jax
 import numpy as np
 import pytest
 from brute_force import all_distances, assert_same, brute_force, in_clusters
@@ -58,7 +59,7 @@ def test_bounds_of_pairs_hold_and_are_near(rng, metric):
 def test_keys_stay_where_no_pair_is_nearer(rng):
     """Nor does a row without pairs change, nor any where there are none."""
     x, y = (rng.normal(size=(n, 8)).astype(np.float32) for n in (3, 40))
-    shard, keys = Shard(None, 0, y, np.zeros(40, np.float32)), np.full((3, 2), NOBODY)
+    shard, keys = Shard(jax.devices()[0], 0, y, np.zeros(40, np.float32)), np.full((3, 2), NOBODY)
     row, index = np.repeat([0, 2], 40), np.tile(np.arange(40), 2).astype(np.int32)
     keys = nearest.nearest_keys(keys, row, index, _queries(x), shard, "euclidean")
     assert (keys[1] == NOBODY).all()
