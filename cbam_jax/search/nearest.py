@@ -15,6 +15,8 @@ from cbam_jax.search.shards import gathered_rows, view_of
 from cbam_jax.search.types import Queries, Shard
 
 _PART = 2**17  # Numbers that are compared at a time: what they need stays in a core's cache.
+_MANY = 1.5  # Times k pairs a query, from which bounds cost less than they spare.
+_ITEMS = 8  # Distances of one query that are computed together.
 _UNEVEN = 8  # Times the mean, at which rows are too long to be padded to.
 _SMALL = 2.0**-60  # Squared norms below which float32 may not know a direction.
 
@@ -34,26 +36,29 @@ def nearest_keys(
     """
     if not len(row):
         return keys
-    x, k = queries.rows, keys.shape[1]
-    low, high = pair_bounds(row, index, queries, shard, metric, exact)
-    kth = kth_lowest(high, row, as_near(unpacked(keys)[0]))
-    near = np.flatnonzero(low <= as_near(kth)[row])
-    fresh = _measured(row[near], index[near], x, shard, metric)
-    return np.partition(np.concatenate([keys, fresh], axis=1), k - 1, axis=1)[:, :k]
+    q, k = keys.shape
+    if len(row) > _MANY * k * q:
+        low, high = pair_bounds(row, index, queries, shard, metric, exact)
+        kth = kth_lowest(high, row, as_near(unpacked(keys)[0]))
+        near = np.flatnonzero(low <= as_near(kth)[row])
+        row, index = row[near], index[near]
+    fresh = packed(_distances(row, index, queries.rows, shard, metric), index)
+    keys = np.concatenate([keys, rows_of_keys(fresh[:, None], row, q)], axis=1)
+    return np.partition(keys, k - 1, axis=1)[:, :k]
 
 
-def _measured(
+def _distances(
     row: np.ndarray, index: np.ndarray, x: np.ndarray, shard: Shard, metric: str
 ) -> np.ndarray:
-    """The keys of pairs, [q, as many as any row has]."""
-    q = len(x)
-    if np.bincount(row, minlength=q).max() * q > 2 * len(row):
-        distances = pair_distances(x, shard, row, index[:, None], metric)
-        return rows_of_keys(packed(distances, index[:, None]), row, q)
-    # A query's items beside each other: it is read and converted once for them.
-    items = by_row(index[:, None], row, q, -1)
-    distances = pair_distances(x, shard, np.arange(q, dtype=np.int32), items, metric)
-    return packed(np.where(items < 0, np.float32(np.inf), distances), items)
+    """Distances of pairs [p]; some of a query's at a time, for which it is converted once."""
+    counts = np.bincount(row, minlength=len(x))
+    parts = -(-counts // _ITEMS)
+    free = parts * _ITEMS - counts
+    place = np.arange(len(row)) + (free.cumsum() - free)[row]
+    items = np.full(parts.sum() * _ITEMS, -1, np.int32)
+    items[place] = index
+    rows = np.repeat(np.arange(len(x), dtype=np.int32), parts)
+    return pair_distances(x, shard, rows, items.reshape(-1, _ITEMS), metric).reshape(-1)[place]
 
 
 def kth_lowest(values: np.ndarray, row: np.ndarray, others: np.ndarray) -> np.ndarray:
