@@ -84,6 +84,17 @@ def test_nothing_is_read_twice_and_what_is_not_finite_is_named(rng, monkeypatch)
             search(gallery[:3], gallery, 4)
 
 
+def test_numbers_near_the_end_of_float32_or_beyond_it_make_no_noise(rng):
+    gallery = np.clip(1e38 * rng.normal(size=(300, 8)), -3e38, 3e38).astype(np.float32)
+    queries = np.full((2, 8), 3e38, np.float32)
+    found = search(queries, gallery, 4)
+    with np.errstate(over="ignore"):
+        assert_same(found, brute_force(queries, gallery, 4))
+    for wrong in (1e200 * gallery.astype(np.float64), np.inf * gallery):
+        with pytest.raises(ValueError, match="gallery: NaN or infinity in 300 rows"):
+            search(queries, wrong, 4)
+
+
 def test_too_many_that_are_as_near_are_left_to_other_passes(rng, monkeypatch):
     """In a gallery from far to near, limits of earlier blocks fall; of equal rows all stays."""
     monkeypatch.setattr(few, "PAIRS", 100)

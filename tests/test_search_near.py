@@ -6,12 +6,15 @@ import pytest
 from brute_force import all_distances, assert_same, brute_force, in_clusters
 
 from cbam_jax.search import METRICS, bounds, groups, near, nearest, passes, search
+from cbam_jax.search.candidates import candidate_pass
 from cbam_jax.search.order import INFINITE, NO_BOUND, NOBODY, unpacked
+from cbam_jax.search.shards import split_gallery
 from cbam_jax.search.types import Labels, Queries, Shard
 
 
 def _queries(x):
-    squares = np.sum(np.square(x, dtype=np.float64), axis=1).astype(np.float32)
+    with np.errstate(over="ignore"):  # Infinite where float32 does not hold them.
+        squares = np.sum(np.square(x, dtype=np.float64), axis=1).astype(np.float32)
     return Queries(x, squares, Labels(None, None, None))
 
 
@@ -72,6 +75,53 @@ def test_keys_stay_where_no_pair_is_nearer(rng):
         row = np.repeat([0, 2], 20)[: len(some)]
         same = nearest.nearest_keys(keys, row, some, _queries(x), shard, "euclidean")
         np.testing.assert_array_equal(np.sort(same), np.sort(keys))
+
+
+def test_inner_products_of_faint_queries_are_bounded(rng):
+    """Whose squares underflow, with embeddings that differ by float32's roundings."""
+    x = (1e-25 * rng.normal(size=(3, 24))).astype(np.float32)
+    y = (1e10 * (rng.normal(size=24) + 1e-7 * rng.normal(size=(80, 24)))).astype(np.float32)
+    row, item = np.divmod(np.arange(240), 80)
+    shard = Shard(None, 0, y, np.zeros(80, np.float32))
+    low, high = nearest.pair_bounds(row, item, _queries(x), shard, "inner_product")
+    exact = -np.ravel(x.astype(np.float64) @ y.astype(np.float64).T)
+    assert (low <= exact).all()
+    assert (exact <= high).all()
+
+
+@pytest.mark.parametrize("on", ["cpu", "accelerator"])
+def test_distances_beyond_float32_are_ties(rng, monkeypatch, on):
+    """Infinitely far is nearer than nobody, so the first items are the nearest."""
+    gallery = (1e30 * rng.normal(size=(80, 8))).astype(np.float32)
+    ignored = np.arange(2)[:, None] == np.arange(80)
+    if on == "accelerator":
+        settings = bounds.Preparation(
+            np.zeros(8), np.float32(2**-100), "squared_euclidean", "float32"
+        )
+        settings = groups.Settings(settings, Labels(np.arange(80), None, None), 128, 2, 80)
+        queries = _queries(gallery[:2])._replace(labels=Labels(np.arange(2), None, None))
+        shards = split_gallery(gallery, None)
+        *found, proven = candidate_pass(queries, shards, 5, settings, 16)
+        assert proven.all()
+    else:
+        found = search(
+            gallery[:2], gallery, 5, metric="squared_euclidean", exclude_self=np.arange(2)
+        )
+    assert np.isinf(found[0]).all()
+    expected = [np.flatnonzero(~a)[:5] for a in ignored]
+    np.testing.assert_array_equal(found[1], expected)
+
+
+def test_directions_of_rows_that_float32_cannot_measure():
+    """Whose length is beyond float32, in a scale that is no number below its smallest."""
+    x = np.array([[3e38, -3e38, 0, 3e38], [1, 0, 0, 0]], np.float32)
+    queries, shards = _queries(x[1:]), split_gallery(x, None)
+    settings = bounds.preparation_of(queries, shards, "cosine", "float32")
+    rows, _ = bounds.prepared(x, np.full(2, np.inf, np.float32), settings)
+    np.testing.assert_allclose(rows, [[3**-0.5, -(3**-0.5), 0, 3**-0.5], [1, 0, 0, 0]], rtol=1e-6)
+    with jax.enable_x64(True):
+        rows, _ = bounds.prepared(x, np.ones(2), settings._replace(dtype="float64"))
+    np.testing.assert_allclose(rows[0], [3**-0.5, -(3**-0.5), 0, 3**-0.5], rtol=1e-12)
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -287,3 +287,20 @@ def test_a_search_asks_for_what_was_prepared(rng):
         search(gallery[:, :2], kept, 1)
     with pytest.raises(ValueError, match="k is 21, but the gallery has 20 items"):
         search(gallery, kept, 21)
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "cosine"])
+def test_a_gallery_that_needs_scaling_and_queries_that_do_not(rng, metric):
+    """The queries' numbers are just large enough for products, the gallery's are just too small."""
+    x = rng.normal(size=(370, 8))
+    x *= 2.0**-30 / np.linalg.norm(x, axis=1, keepdims=True)
+    gallery, queries = (0.9 * x[:300]).astype(np.float32), (1.1 * x[300:]).astype(np.float32)
+    kept = prepare(gallery, metric=metric, first_pass="float32")
+    found = search(queries, kept, 5, metric=metric)
+    np.testing.assert_array_equal(found[1], search(queries, gallery, 5, metric=metric)[1])
+    np.testing.assert_array_equal(found[1], brute_force(queries, gallery, 5, metric)[1])
+
+
+def test_long_rows_are_looked_at_for_correlation(rng):
+    kept = prepare((1e11 * rng.normal(size=(300, 130))).astype(np.float32), first_pass="float32")
+    assert kept.width == 130

@@ -38,7 +38,7 @@ class Preparation(NamedTuple):
 def preparation_of(
     queries: Queries, shards: Sequence[Shard], metric: str, dtype: str
 ) -> Preparation:
-    """A centre near the gallery's mean, and a scale that leaves no number above 2.
+    """A centre near the gallery's mean, and a scale that leaves no number above 4.
 
     The centre shortens the norms, and the rounding errors with them; any would be right. Where it
     would shorten them little and no square leaves float32's range, embeddings stay as they are.
@@ -46,8 +46,8 @@ def preparation_of(
     center, scale = center_of(shards, metric, 0.25), np.float32(1)
     if not usual_size(queries, shards):
         peak = max(largest_magnitude(x) for x in (queries.rows, *(s.rows for s in shards)))
-        # A power of two scales exactly.
-        scale = np.float32(2.0 ** -float(np.clip(np.frexp(peak)[1], -100, 127)))
+        # A power of two scales exactly; one below 2^-126 may be computed as 0.
+        scale = np.float32(2.0 ** -float(np.clip(np.frexp(peak)[1], -100, 126)))
         center = np.zeros(queries.rows.shape[1], np.float32) if center is None else center
     return Preparation(center, scale, metric, dtype)
 
@@ -57,9 +57,10 @@ def center_of(shards: Sequence[Shard], metric: str, share: float) -> np.ndarray 
     if not metric.endswith("euclidean"):
         return None
     sample = sampled_rows(shards, 16)
-    mean = sample.mean(axis=0)
-    far = np.sum(mean**2) > share * np.mean(np.sum(sample**2, axis=1))
-    return mean.astype(np.float32) if far else None
+    with np.errstate(over="ignore", invalid="ignore"):  # Numbers may not be finite.
+        mean = sample.mean(axis=0)
+        far = np.sum(mean**2) > share * np.mean(np.sum(sample**2, axis=1))
+        return mean.astype(np.float32) if far else None
 
 
 def usual_size(queries: Queries, shards: Sequence[Shard]) -> bool:
@@ -191,6 +192,10 @@ def faint(x: jax.Array) -> jax.Array:
 
 
 def _normalized(x: jax.Array) -> jax.Array:
+    # Where float32 might not hold the length of rows, they are scaled.
+    x = x.astype(jnp.float32)
+    large = jnp.max(jnp.abs(x), axis=1, keepdims=True) > np.float32(_LARGEST)
+    x = x * jnp.where(large, np.float32(1 / _LARGEST), np.float32(1))
     return l2_normalize(x, eps=float(np.finfo(np.float32).tiny))
 
 

@@ -35,7 +35,8 @@ def candidate_pass(
     keys, unseen, complete = [], [], []
     for shard, (bound, index, second) in zip(shards, lowest, strict=True):
         bounds = [bound_distances(b & -size, own_share, preparation) for b in (bound, second)]
-        found = Lowest(bounds[0], index, bounds[1])
+        # Not by the distance's bound, which is infinite too where float32 does not hold it.
+        found = Lowest(bounds[0], np.where(bound < INFINITE, index, -1), bounds[1])
         keys.append(_candidate_keys(queries, shard, found, k, settings))
         unseen.append(found.bound[:, -1])
         complete.append(bound[:, -1] >= INFINITE)
@@ -62,7 +63,7 @@ def _candidate_keys(
     """
     metric, x = settings.preparation.metric, on_device(queries.rows, shard.device)
     distances = np.full(found.index.shape, np.inf, np.float32)
-    there = found.bound < np.inf
+    there = found.index >= 0
     row = np.arange(len(distances), dtype=np.int32)
     kth = np.full((len(distances), 1), np.inf, np.float32)
     nearest = np.full((len(distances), k), np.inf, np.float32)
@@ -72,7 +73,7 @@ def _candidate_keys(
         row = row[(found.bound[row, columns.start] <= kth[row, 0]) & there[row, columns.start]]
         if not len(row):
             break
-        index = np.where(there[row, columns], found.index[row, columns], -1)
+        index = found.index[row, columns]
         if columns.start and many:
             index[found.bound[row, columns] > kth[row]] = -1
             some = _of_those(x, shard, row, index, metric)
@@ -83,7 +84,7 @@ def _candidate_keys(
         some = np.concatenate([nearest[row], some], axis=1)
         nearest[row] = np.partition(some, k - 1, axis=1)[:, :k]
         kth[row, 0] = nearest[row].max(axis=1)
-    keys = packed(distances, np.where(there, found.index, -1))
+    keys = packed(distances, found.index)
     row, column = np.nonzero((found.second <= kth) & there)
     if not len(row):
         return keys

@@ -34,8 +34,9 @@ def exhaustive_search(
                 # A later item wins against the k-th so far only if it is strictly nearer.
                 limit = np.partition(np.where(ignored, np.inf, high), min(k, len(y)) - 1, axis=1)
                 limit = limit[:, min(k, len(y)) - 1, None]
-                kth = unpacked(keys[t])[0][:, -1:]
-                near, at = np.nonzero(~ignored & (low <= limit) & (low < kth))
+                # Infinitely far is nearer than nobody: float32 may not hold a distance.
+                kth, few = unpacked(keys[t])[0][:, -1:], keys[t][:, -1:] == NOBODY
+                near, at = np.nonzero(~ignored & (low <= limit) & ((low < kth) | few))
                 if not len(near):
                     continue
                 row, found = (near + i).astype(np.int32), (at + first).astype(np.int32)[:, None]

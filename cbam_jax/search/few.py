@@ -48,7 +48,8 @@ def pays(shards: Sequence[Shard], queries: int, metric: str) -> bool:
 def clustered(shards: Sequence[Shard]) -> bool:
     """Whether some rows of the gallery lie in tight clusters, where products prove little."""
     rows = sampled_rows(shards, _LOOKED_AT // 16)
-    return len(rows) > 1 and if_clustered(squared_distances(rows)) is not None
+    with np.errstate(over="ignore", invalid="ignore"):  # Numbers may not be finite.
+        return len(rows) > 1 and if_clustered(squared_distances(rows)) is not None
 
 
 def few_search(
@@ -64,7 +65,9 @@ def few_search(
     The shards' ``squares`` are not looked at. None where numbers are not finite or need to be
     scaled. ``rows`` of the gallery are taken at a time.
     """
-    q, d = queries.rows.shape
+    (q, d), squares = queries.rows.shape, [float(np.max(queries.squares))]
+    if not squares[0] < _LARGE:
+        return None
     center = center_of(shards, metric, _CENTERED)
     preparation = Preparation(center, np.float32(1), metric, "float32")
     x, share = prepared(queries.rows, queries.squares, preparation)
@@ -74,7 +77,6 @@ def few_search(
     side = _Side(np.pad(np.asarray(x) * factor, ((0, seats - q), (0, 0))), center, own)
     size = rows or max(1, min(_BLOCK // d, _ROWS))
     settings = Settings(preparation, items, size, 1, max(k, PAIRS // q))
-    squares = [float(np.max(queries.squares))]
     turns = _turns(side, shards, settings, squares)
     parts = [np.minimum(np.arange(seats), q - 1)]
     near = near_of_turns(turns, parts, queries, np.asarray(share), shards, k, settings)

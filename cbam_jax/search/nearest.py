@@ -108,7 +108,8 @@ def _bounds(x: np.ndarray, y: np.ndarray, metric: str) -> tuple[np.ndarray, np.n
         low, high = squares * (1 - error) - 1e-30, squares * (1 + error) + 1e-30
         return (low, high) if metric == "squared_euclidean" else (_root(low), _root(high))
     product, xx, yy = (np.vecdot(a, b).astype(np.float64) for a, b in ((x, y), (x, x), (y, y)))
-    lengths, error = np.sqrt(xx * yy), 1.01 * product_error(d)
+    lost = d * 2.0**-126  # Squares that underflow.
+    lengths, error = np.sqrt((xx + lost) * (yy + lost)), 1.01 * product_error(d)
     if metric == "inner_product":
         return -product - error * lengths - 1e-30, error * lengths - product + 1e-30
     unknown = np.where(np.minimum(xx, yy) < _SMALL, np.inf, error)

@@ -153,7 +153,7 @@ def in_passes(
     """
     q = len(queries.rows)
     distances, indices = np.empty((q, k), np.float32), np.empty((q, k), np.int32)
-    if kept is not None and not usual_size(queries, shards):
+    if kept is not None and not (kept.usual and usual_size(queries, shards)):
         kept = None  # Which is not scaled.
     if kept is None:
         preparation = preparation_of(queries, shards, metric, first_pass)

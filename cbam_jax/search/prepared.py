@@ -44,6 +44,11 @@ class Prepared:
             for side, shard in zip(self.sides, self.shards, strict=True)
         )
 
+    @property
+    def usual(self) -> bool:
+        """Whether the sides are for products: of unusual size, each search scales the gallery."""
+        return float(self.preparation.scale) == 1
+
     def sides_of(self, dtype: str) -> Sequence[Shard] | None:
         """The sides, for a product of whole embeddings in ``dtype``; None if they are others."""
         whole = self.preparation.directions is None and self.preparation.dtype == dtype

@@ -41,7 +41,7 @@ def correlated(sample: np.ndarray) -> bool:
     x = sample[:: -(-len(sample) // _LOOKED_AT)].astype(np.float32)
     x = x - x.mean(axis=0)
     # Not x @ x.T: a BLAS's threads spin on for some 30 ms, on the cores that the search needs.
-    products = np.einsum("id,jd->ij", x, x)
+    products = np.einsum("id,jd->ij", x, x).astype(np.float64)
     own = np.diag(products)
     others = products[~np.eye(len(x), dtype=bool)]
     return bool(np.mean(others**2) * x.shape[1] * _CORRELATED > np.mean(own) ** 2 > 0)

@@ -42,11 +42,12 @@ def parts_of(gallery: np.ndarray | jax.Array, devices: Sequence[Any] | None) -> 
         not isinstance(gallery, np.memmap) and gallery.nbytes <= _RESIDENT
     )
     edges = np.linspace(0, n, len(devices) + 1).astype(int)
-    return [
-        _shard(d, int(i), jax.device_put(gallery[i:j], d) if resident else gallery[i:j])
-        for d, i, j in zip(devices, edges[:-1], edges[1:], strict=True)
-        if j > i
-    ]
+    with np.errstate(over="ignore"):  # What float32 does not hold is refused once it is measured.
+        return [
+            _shard(d, int(i), jax.device_put(gallery[i:j], d) if resident else gallery[i:j])
+            for d, i, j in zip(devices, edges[:-1], edges[1:], strict=True)
+            if j > i
+        ]
 
 
 def _shard(device: Any, first: int, rows: np.ndarray | jax.Array) -> Shard:
