@@ -21,6 +21,7 @@ from cbam_jax.search.nearest import kth_lowest, nearest_keys, pair_bounds
 from cbam_jax.search.order import INFINITE, NO_BOUND, NOBODY, unpacked
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
+_CORES = os.cpu_count() or 1
 _CHEAP = 4  # A part of a shard that costs no more to measure than reading it whole once more.
 _SLAB = 2048  # Groups of which the k lowest are chosen at once, if a block has as many;
 _ROWS = 8  # at least so many times k, or two of the lowest would often be in one row.
@@ -78,7 +79,7 @@ def near_of_turns(
         minima = [(first, *(np.asarray(a)[:, columns] for a in b)) for first, *b in of_tiles[tile]]
         _look(queries.taken(rows), share[rows], shard, minima, settings, near.taken(rows))
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_CORES) as pool:
         for turn in turns:
             for shard, of_tiles in zip(shards, turn, strict=True):
                 of_shard = functools.partial(look, shard, of_tiles)
@@ -92,7 +93,8 @@ def _places(parts: list[np.ndarray]) -> list[tuple[int, slice, slice]]:
     for tile, rows in enumerate(parts):
         start = int(np.searchsorted(rows, done))
         width = int(rows[-1]) + 1 - done
-        edges = np.linspace(0, width, min(width, os.cpu_count() or 1) + 1).astype(int).tolist()
+        threads = min(width, -(-_CORES // len(parts)))
+        edges = np.linspace(0, width, threads + 1).astype(int).tolist()
         for i, j in itertools.pairwise(edges):
             places.append((tile, slice(start + i, start + j), slice(done + i, done + j)))
         done += width

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -92,7 +93,9 @@ def _by_numpy(
             yield _host_distance(own[rows[some], None], there, wide[: len(there)], metric)
 
     starts = range(0, len(rows), size)
-    shares = np.array_split(starts, min(len(starts), os.cpu_count() or 1))
+    # A thread of a pool has the other cores busy already.
+    threads = os.cpu_count() or 1 if threading.current_thread() is threading.main_thread() else 1
+    shares = np.array_split(starts, min(len(starts), threads))
     if len(shares) == 1:
         return np.concatenate([*measured(starts)])
     with ThreadPoolExecutor() as pool:
