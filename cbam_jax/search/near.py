@@ -1,8 +1,8 @@
 """A pass on a CPU: of each query all items whose bounds are within a limit, and the k nearest.
 
-The limit is the k-th distance so far: at first that of the items with the lowest bounds, whose
-distances are bounded from above for it. As everything within it is measured, nothing is left to
-prove. Queries with too much within theirs are left to another pass.
+The limit is the k-th distance so far: at first that of the items with the lowest bounds, which are
+measured for it. As everything within it is measured, nothing is left to prove. Queries with too
+much within theirs are left to another pass.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from cbam_jax.search.bounds import distance_bounds
 from cbam_jax.search.candidates import group_members
 from cbam_jax.search.groups import Settings, minima_by_turns, query_sides, untiled
-from cbam_jax.search.nearest import kth_lowest, nearest_keys, pair_bounds
+from cbam_jax.search.nearest import nearest_keys
 from cbam_jax.search.order import INFINITE, NO_BOUND, NOBODY, unpacked
 from cbam_jax.search.types import Labels, Queries, Shard, ignores
 
@@ -112,29 +112,36 @@ def _look(
     """Takes what is near in some blocks of a shard into ``near``."""
     if not minima:
         return
-    size, metric = settings.size, settings.preparation.metric
-    measured = queries, shard, metric, float(settings.preparation.scale) != 1
+    preparation = settings.preparation
+    measured = queries, shard, preparation.metric, float(preparation.scale) != 1
     most = max(settings.most * len(share), len(shard.rows) // _CHEAP)
     known = np.isfinite(near.limits).all() and not near.left.any()
     pairs = _within(minima, near.limits, share, settings) if known else None
+    done = np.empty(0, np.int64)
     if pairs is None or pairs.count.sum() > most:
-        _lower(near, *_lowest(minima, near.keys.shape[1], size), *measured)
+        lowest = _lowest(minima, near.keys.shape[1], settings.size)
+        _measure(near, *lowest, *measured)
+        done = _numbers(*lowest)
         pairs = _within(minima, near.limits, share, settings)
     _give_up(near.left, pairs.count, most)
     taken = np.flatnonzero(~near.left[pairs.row])
     row, index, shared = (a[taken] for a in pairs[:3])
     others = _others(queries.labels, row[shared], index[shared], shard, settings)
     row, index = (np.concatenate(both) for both in zip((row, index), others, strict=True))
-    order = np.argsort(row, kind="stable")
-    near.keys[:] = nearest_keys(near.keys, row[order], index[order], *measured)
+    fresh = np.flatnonzero(~np.isin(_numbers(row, index), done))
+    order = fresh[np.argsort(row[fresh], kind="stable")]
+    _measure(near, row[order], index[order], *measured)
+
+
+def _measure(near: Near, row: np.ndarray, index: np.ndarray, *measured) -> None:
+    """Takes pairs [p], by query, into the nearest; and lowers the limits to the k-th of them."""
+    near.keys[:] = nearest_keys(near.keys, row, index, *measured)
     near.limits[:] = np.minimum(near.limits, unpacked(near.keys.max(axis=1))[0])
 
 
-def _lower(near: Near, row: np.ndarray, index: np.ndarray, *measured) -> None:
-    """Lowers the limits to the k-th distance, at most, of some items."""
-    high = pair_bounds(row, index, *measured)[1]
-    unknown = np.full(near.keys.shape, np.inf)
-    near.limits[:] = np.minimum(near.limits, kth_lowest(high, row, unknown))
+def _numbers(row: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Each pair as one number."""
+    return row.astype(np.int64) << 32 | index
 
 
 def _give_up(left: np.ndarray, pairs: np.ndarray, most: int) -> None:
