@@ -16,7 +16,7 @@ from cbam_jax.search.types import Queries, Shard
 
 _BALANCE = 512.0  # About the norm of an embedding over that of its rounding error in bfloat16.
 _ROUNDING = float(np.finfo(np.float32).eps) / 2
-_SMALLEST, _LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
+_SMALLEST, LARGEST = 2.0**-60, 2.0**80  # Squared norms that need no scaling.
 _FLUSHED = 2.0**-126  # Numbers below it may be computed as 0, as XLA does on a CPU.
 _SAME = 16 * _ROUNDING  # Distances this near, as a share, may be the same in float32.
 _FAINT = 2.0**-100  # Rows of smaller numbers have no direction that is known.
@@ -70,7 +70,7 @@ def usual_size(queries: Queries, shards: Sequence[Shard]) -> bool:
 
 def usual(largest: float) -> bool:
     """Whether embeddings need no scaling, by the largest squared norm."""
-    return _SMALLEST < largest < _LARGEST
+    return _SMALLEST < largest < LARGEST
 
 
 def sampled_rows(shards: Sequence[Shard], runs: int) -> np.ndarray:
@@ -141,14 +141,6 @@ def product_error(width: int, unit: float = _ROUNDING) -> float:
     return (2 * width + 32) * unit
 
 
-def looseness(share: np.ndarray, width: int, metric: str) -> np.ndarray:
-    """By how much the same share of upper bounds is above that of float32's lower ones, [m]."""
-    error = 1.001 * product_error(width)
-    if metric == "cosine":
-        return np.where(share > 0, 2 * error, 4.0)
-    return share * (-2 if metric == "inner_product" else 2 * error / (1 - error))
-
-
 def _projected(
     x: jax.Array, squares: jax.Array, directions: jax.Array, more: np.float32
 ) -> tuple[jax.Array, jax.Array]:
@@ -194,8 +186,8 @@ def faint(x: jax.Array) -> jax.Array:
 def _normalized(x: jax.Array) -> jax.Array:
     # Where float32 might not hold the length of rows, they are scaled.
     x = x.astype(jnp.float32)
-    large = jnp.max(jnp.abs(x), axis=1, keepdims=True) > np.float32(_LARGEST)
-    x = x * jnp.where(large, np.float32(1 / _LARGEST), np.float32(1))
+    large = jnp.max(jnp.abs(x), axis=1, keepdims=True) > np.float32(LARGEST)
+    x = x * jnp.where(large, np.float32(1 / LARGEST), np.float32(1))
     return l2_normalize(x, eps=float(np.finfo(np.float32).tiny))
 
 

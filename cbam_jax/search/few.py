@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbam_jax.search.bounds import Preparation, center_of, prepared, sampled_rows, usual
+from cbam_jax.search.bounds import LARGEST, Preparation, center_of, prepared, sampled_rows, usual
 from cbam_jax.search.groups import Settings
 from cbam_jax.search.near import near_of_turns
 from cbam_jax.search.order import NO_BOUND, ordered
@@ -27,7 +27,6 @@ MOST = 64  # Queries that are few.
 _LEAST = 4  # Queries of which the product takes less than reading the gallery.
 _LOOKED_AT = 64  # Rows that show whether there are clusters: a millisecond.
 _BLOCK, _ROWS = 2**22, 2**15  # Numbers and rows of a block of the gallery, at most.
-_LARGE = 2.0**80  # Squared norms from which numbers need to be scaled.
 _KEPT = 2**24  # Bounds that are kept, 64 MiB.
 PAIRS = 2**21  # Pairs of a query and an item that are measured, at most.
 _CENTERED = 0.9  # The mean's share of the squared norms from which it is worth taking off.
@@ -66,7 +65,7 @@ def few_search(
     scaled. ``rows`` of the gallery are taken at a time.
     """
     (q, d), squares = queries.rows.shape, [float(np.max(queries.squares))]
-    if not squares[0] < _LARGE:
+    if not squares[0] < LARGEST:
         return None
     center = center_of(shards, metric, _CENTERED)
     preparation = Preparation(center, np.float32(1), metric, "float32")
@@ -107,7 +106,7 @@ def _turns(
             jax.block_until_ready([bounds for _, bounds, _ in turn[-2:-1]])
             if len(turn) == most or block[0] + len(block[2]) == shard.first + len(shard.rows):
                 squares += [float(square) for *_, square in turn]
-                if not np.max(squares) < _LARGE:
+                if not np.max(squares) < LARGEST:
                     return
                 yield [[_minima(turn)] if s is shard else [[]] for s in shards]
                 turn = []

@@ -86,7 +86,7 @@ def pair_bounds(
     """
     x = queries.rows
     if exact:
-        return np.stack([pair_distances(x, shard, row, index[:, None], metric)[:, 0]] * 2)
+        return np.stack([_distances(row, index, x, shard, metric)] * 2)
     y, item = np.asarray(view_of(shard)), index - shard.first
     size = max(1, _PART // x.shape[1])
     memory = [np.empty((min(size, len(row)), x.shape[1]), np.float32) for _ in range(2)]
